@@ -1,4 +1,5 @@
-/* doc.c: the document tree of doc.h: its builder, its accessors for C and Lua, and what JSON and YAML share about text. */
+/* doc.c: the document tree of doc.h: its builder, its accessors for C and Lua, and what JSON and YAML share about text.
+ */
 #define _GNU_SOURCE
 #include "doc_build.h"
 
@@ -8,7 +9,8 @@
 #include <string.h>
 #include <sys/random.h>
 
-/* ---- text ------------------------------------------------------------------------------------------------------------ */
+/* ---- text
+ * ------------------------------------------------------------------------------------------------------------ */
 
 static size_t utf8_length(const unsigned char *s, size_t left) {
     unsigned c = s[0];
@@ -48,7 +50,8 @@ void lc_doc_place(const char *text, size_t len, size_t offset, int *line, int *c
     }
 }
 
-/* ---- builder --------------------------------------------------------------------------------------------------------- */
+/* ---- builder
+ * --------------------------------------------------------------------------------------------------------- */
 
 lc_status lc_doc_build_start(lc_doc_build *b, size_t text_room) {
     memset(b, 0, sizeof *b);
@@ -97,7 +100,8 @@ int32_t lc_doc_build_node(lc_doc_build *b, lc_doc_kind_t kind) {
         b->room = (int32_t)room;
     }
     int32_t index = b->count++;
-    b->node[index] = (lc_doc_node){.kind = (uint8_t)kind, .next = -1, .first = -1, .key = b->key, .key_len = b->key_len};
+    b->node[index] =
+        (lc_doc_node){.kind = (uint8_t)kind, .next = -1, .first = -1, .key = b->key, .key_len = b->key_len};
     if (b->depth > 0) {
         int32_t parent = b->open[b->depth - 1], *tail = &b->tail[b->depth - 1];
         if (*tail < 0) {
@@ -182,7 +186,7 @@ static uint64_t mix(uint64_t a, uint64_t b) {
     return (uint64_t)product ^ (uint64_t)(product >> 64);
 }
 
-static uint64_t hash_key(const char *s, size_t len, uint64_t seed) {
+uint64_t lc_hash_bytes(const char *s, size_t len, uint64_t seed) {
     uint64_t h = seed ^ len, word;
     for (; len >= 8; len -= 8, s += 8) {
         memcpy(&word, s, 8);
@@ -221,7 +225,7 @@ static int32_t find_duplicate(lc_doc_build *b, int32_t object) {
     }
     for (int32_t i = first; i >= 0; i = b->node[i].next) {
         const lc_doc_node *n = &b->node[i];
-        size_t at = hash_key(b->text + n->key, n->key_len, b->seed) & (slots - 1);
+        size_t at = lc_hash_bytes(b->text + n->key, n->key_len, b->seed) & (slots - 1);
         for (; b->slot[at]; at = (at + 1) & (slots - 1))
             if (same_key(b, n, &b->node[b->slot[at] - 1])) return i;
         b->slot[at] = (uint32_t)i + 1;
@@ -239,7 +243,8 @@ lc_status lc_doc_build_close(lc_doc_build *b) {
     return LC_EPARSE;
 }
 
-/* ---- accessors ------------------------------------------------------------------------------------------------------- */
+/* ---- accessors
+ * ------------------------------------------------------------------------------------------------------- */
 
 static const lc_doc_node *doc_at(const struct lc_doc *d, int32_t node) {
     return d && node >= 0 && node < d->count ? &d->node[node] : NULL;
@@ -309,6 +314,4 @@ int32_t lc_doc_get(const struct lc_doc *d, int32_t object, const char *key) {
     return -1;
 }
 
-const char *lc_doc_str(const struct lc_doc *d, int32_t node) {
-    return lc_doc_string(d, node, NULL);
-}
+const char *lc_doc_str(const struct lc_doc *d, int32_t node) { return lc_doc_string(d, node, NULL); }

@@ -1,6 +1,7 @@
-/* json.c: JSON text into the flat node array of doc.h, on yajl's event parser. yajl checks the grammar; what it is lax about is
- * checked here: the text's UTF-8 (overlong forms, surrogates), lone surrogate escapes (yajl would put "?"), duplicate keys,
- * depth, numbers no double can hold. Strings are stored unescaped, which never needs more room than the text itself. */
+/* json.c: JSON text into the flat node array of doc.h, on yajl's event parser. yajl checks the grammar; what it is lax
+ * about is checked here: the text's UTF-8 (overlong forms, surrogates), lone surrogate escapes (yajl would put "?"),
+ * duplicate keys, depth, numbers no double can hold. Strings are stored unescaped, which never needs more room than the
+ * text itself. */
 #include "doc_build.h"
 
 #include <stdio.h>
@@ -27,9 +28,7 @@ static int json_node(json_parse *p, lc_doc_kind_t kind) {
     return 1;
 }
 
-static int on_null(void *ctx) {
-    return json_node(ctx, LC_DOC_NULL);
-}
+static int on_null(void *ctx) { return json_node(ctx, LC_DOC_NULL); }
 
 static int on_boolean(void *ctx, int value) {
     json_parse *p = ctx;
@@ -61,13 +60,9 @@ static int json_open(json_parse *p, lc_doc_kind_t kind) {
     return lc_doc_build_open(&p->build) ? 1 : json_stop(p, "nested more than 256 deep");
 }
 
-static int on_map(void *ctx) {
-    return json_open(ctx, LC_DOC_OBJECT);
-}
+static int on_map(void *ctx) { return json_open(ctx, LC_DOC_OBJECT); }
 
-static int on_array(void *ctx) {
-    return json_open(ctx, LC_DOC_ARRAY);
-}
+static int on_array(void *ctx) { return json_open(ctx, LC_DOC_ARRAY); }
 
 static int on_close(void *ctx) {
     json_parse *p = ctx;
@@ -75,9 +70,15 @@ static int on_close(void *ctx) {
 }
 
 static const yajl_callbacks json_callbacks = {
-    .yajl_null = on_null, .yajl_boolean = on_boolean, .yajl_number = on_number, .yajl_string = on_string,
-    .yajl_start_map = on_map, .yajl_map_key = on_key, .yajl_end_map = on_close,
-    .yajl_start_array = on_array, .yajl_end_array = on_close,
+    .yajl_null = on_null,
+    .yajl_boolean = on_boolean,
+    .yajl_number = on_number,
+    .yajl_string = on_string,
+    .yajl_start_map = on_map,
+    .yajl_map_key = on_key,
+    .yajl_end_map = on_close,
+    .yajl_start_array = on_array,
+    .yajl_end_array = on_close,
 };
 
 static lc_status json_fail(const char *name, const char *text, size_t len, size_t offset, const char *why) {
@@ -90,7 +91,9 @@ static int hex4(const char *s, const char *end) {
     int value = 0;
     if (end - s < 4) return -1;
     for (int i = 0; i < 4; i++) {
-        int c = s[i], digit = c >= '0' && c <= '9' ? c - '0' : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
+        int c = s[i], digit = c >= '0' && c <= '9'                 ? c - '0'
+                              : (c | 32) >= 'a' && (c | 32) <= 'f' ? (c | 32) - 'a' + 10
+                                                                   : -1;
         if (digit < 0) return -1;
         value = value * 16 + digit;
     }

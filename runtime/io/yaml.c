@@ -1,6 +1,7 @@
-/* yaml.c: YAML text into the flat node array of doc.h, on libyaml's events. Plain scalars follow YAML 1.2's core schema: `1e-4`
- * and `.5` are numbers, `yes` is a string. What a recipe's settings do not need is refused by name rather than guessed at:
- * several documents, merge keys, keys that are no scalars, unknown tags. Aliases are copied, up to a limit. */
+/* yaml.c: YAML text into the flat node array of doc.h, on libyaml's events. Plain scalars follow YAML 1.2's core
+ * schema: `1e-4` and `.5` are numbers, `yes` is a string. What a recipe's settings do not need is refused by name
+ * rather than guessed at: several documents, merge keys, keys that are no scalars, unknown tags. Aliases are copied, up
+ * to a limit. */
 #include "doc_build.h"
 
 #include <stdio.h>
@@ -32,7 +33,8 @@ static lc_status yaml_fail(const yaml_parse *p, const yaml_mark_t *at, const cha
     return lc_fail(LC_EPARSE, "%s:%d:%d: not valid YAML: %s", p->name, (int)at->line + 1, (int)at->column + 1, why);
 }
 
-/* ---- scalars --------------------------------------------------------------------------------------------------------- */
+/* ---- scalars
+ * --------------------------------------------------------------------------------------------------------- */
 
 static bool is_one_of(const char *s, const char *const *words) {
     for (; *words; words++)
@@ -44,13 +46,9 @@ static bool is_null(const char *s) {
     return is_one_of(s, (const char *const[]){"", "~", "null", "Null", "NULL", NULL});
 }
 
-static bool is_true(const char *s) {
-    return is_one_of(s, (const char *const[]){"true", "True", "TRUE", NULL});
-}
+static bool is_true(const char *s) { return is_one_of(s, (const char *const[]){"true", "True", "TRUE", NULL}); }
 
-static bool is_false(const char *s) {
-    return is_one_of(s, (const char *const[]){"false", "False", "FALSE", NULL});
-}
+static bool is_false(const char *s) { return is_one_of(s, (const char *const[]){"false", "False", "FALSE", NULL}); }
 
 static bool is_not_finite(const char *s) {
     if (*s == '-' || *s == '+') s++;
@@ -83,7 +81,9 @@ static bool read_radix(const char *s, double *value, bool *exact) {
     uint64_t sum = 0;
     if (bits == 0 || !s[2]) return false;
     for (s += 2; *s; s++) {
-        int lower = *s | 32, digit = *s >= '0' && *s <= '9' ? *s - '0' : lower >= 'a' && lower <= 'f' ? lower - 'a' + 10 : 16;
+        int lower = *s | 32, digit = *s >= '0' && *s <= '9'         ? *s - '0'
+                                     : lower >= 'a' && lower <= 'f' ? lower - 'a' + 10
+                                                                    : 16;
         if (digit >= 1 << bits || sum >> (64 - bits)) return false;
         sum = sum << bits | (uint64_t)digit;
     }
@@ -142,14 +142,17 @@ static lc_status yaml_key(yaml_parse *p, const yaml_event_t *e) {
 static lc_status yaml_scalar(yaml_parse *p, const yaml_event_t *e) {
     const char *tag = (const char *)e->data.scalar.tag;
     bool plain = e->data.scalar.style == YAML_PLAIN_SCALAR_STYLE;
-    if (tag && (strcmp(tag, "!") == 0 || strcmp(tag, YAML_STR_TAG) == 0)) plain = false;
-    else if (tag) return yaml_fail(p, &e->start_mark, "only the tag !!str is read on a value");
+    if (tag && (strcmp(tag, "!") == 0 || strcmp(tag, YAML_STR_TAG) == 0))
+        plain = false;
+    else if (tag)
+        return yaml_fail(p, &e->start_mark, "only the tag !!str is read on a value");
     if (plain) return yaml_plain(p, e);
     LC_TRY(yaml_node(p, LC_DOC_STRING));
     return lc_doc_build_string(&p->build, (const char *)e->data.scalar.value, e->data.scalar.length);
 }
 
-/* ---- structure ------------------------------------------------------------------------------------------------------- */
+/* ---- structure
+ * ------------------------------------------------------------------------------------------------------- */
 
 static bool wants_key(const yaml_parse *p) {
     const lc_doc_build *b = &p->build;
@@ -157,16 +160,15 @@ static bool wants_key(const yaml_parse *p) {
 }
 
 static lc_status yaml_open(yaml_parse *p, const yaml_event_t *e, lc_doc_kind_t kind) {
-    const yaml_char_t *tag = e->type == YAML_MAPPING_START_EVENT ? e->data.mapping_start.tag : e->data.sequence_start.tag;
+    const yaml_char_t *tag =
+        e->type == YAML_MAPPING_START_EVENT ? e->data.mapping_start.tag : e->data.sequence_start.tag;
     if (wants_key(p)) return yaml_fail(p, &e->start_mark, "a key must be a plain or quoted word");
     if (tag) return yaml_fail(p, &e->start_mark, "only the tag !!str is read on a value");
     LC_TRY(yaml_node(p, kind));
     return lc_doc_build_open(&p->build) ? LC_OK : yaml_fail(p, &e->start_mark, "nested more than 256 deep");
 }
 
-static lc_status yaml_close(yaml_parse *p) {
-    return lc_doc_build_close(&p->build);
-}
+static lc_status yaml_close(yaml_parse *p) { return lc_doc_build_close(&p->build); }
 
 /* Remembers that the last node made has this anchor. */
 static lc_status yaml_anchor_here(yaml_parse *p, const yaml_event_t *e, const yaml_char_t *name) {
@@ -206,7 +208,8 @@ static lc_status yaml_alias(yaml_parse *p, const yaml_event_t *e) {
     while (i >= 0 && strcmp(p->anchor[i].name, (const char *)e->data.alias.anchor) != 0) i--;
     if (i < 0) return yaml_fail(p, &e->start_mark, "an alias without its anchor");
     for (int k = 0; k < p->build.depth; k++)
-        if (p->build.open[k] == p->anchor[i].node) return yaml_fail(p, &e->start_mark, "an alias inside what it stands for");
+        if (p->build.open[k] == p->anchor[i].node)
+            return yaml_fail(p, &e->start_mark, "an alias inside what it stands for");
     return yaml_copy(p, e, p->anchor[i].node);
 }
 
@@ -214,8 +217,7 @@ static lc_status yaml_event(yaml_parse *p, const yaml_event_t *e) {
     switch (e->type) {
     case YAML_DOCUMENT_START_EVENT:
         return p->build.count ? yaml_fail(p, &e->start_mark, "a second document; one is read") : LC_OK;
-    case YAML_ALIAS_EVENT:
-        return yaml_alias(p, e);
+    case YAML_ALIAS_EVENT: return yaml_alias(p, e);
     case YAML_SCALAR_EVENT:
         if (wants_key(p)) return yaml_key(p, e);
         LC_TRY(yaml_scalar(p, e));
@@ -227,10 +229,8 @@ static lc_status yaml_event(yaml_parse *p, const yaml_event_t *e) {
         LC_TRY(yaml_open(p, e, LC_DOC_OBJECT));
         return yaml_anchor_here(p, e, e->data.mapping_start.anchor);
     case YAML_SEQUENCE_END_EVENT:
-    case YAML_MAPPING_END_EVENT:
-        return yaml_close(p);
-    default:
-        return LC_OK;
+    case YAML_MAPPING_END_EVENT: return yaml_close(p);
+    default: return LC_OK;
     }
 }
 
@@ -238,7 +238,8 @@ static lc_status yaml_syntax(const yaml_parse *p) {
     const yaml_parser_t *y = &p->parser;
     char why[256];
     if (y->error == YAML_MEMORY_ERROR) return lc_fail(LC_ENOMEM, "%s: no memory to read YAML", p->name);
-    snprintf(why, sizeof why, "%s%s%s", y->context ? y->context : "", y->context ? ", " : "", y->problem ? y->problem : "error");
+    snprintf(why, sizeof why, "%s%s%s", y->context ? y->context : "", y->context ? ", " : "",
+             y->problem ? y->problem : "error");
     return yaml_fail(p, &y->problem_mark, why);
 }
 

@@ -1,0 +1,71 @@
+/* file.h: what the readers of tensor files share: the mapping, the list of tensors and the metadata that lc_file_* of
+ * lolcats.h show. The readers take memory and know no tensors, so that fuzzers run them alone; bind.c makes tensors of
+ * what they found. */
+#ifndef LC_FILE_H
+#define LC_FILE_H
+
+#include "doc.h"
+
+/* A file in memory, copy on write: a write into a tensor that views it stays in this process. */
+typedef struct lc_mapping {
+    uint8_t *data;
+    size_t bytes;
+    int refs;
+} lc_mapping;
+
+lc_status lc_mapping_open(const char *path, lc_mapping **out);
+void lc_mapping_drop(lc_mapping *m); /* NULL does nothing */
+
+typedef struct lc_file_entry {
+    char *name;
+    const char *dtype_name;
+    int store; /* an lc_dtype or LC_STORE_* of quant.h */
+    int ndim;
+    int64_t *dim;           /* row-major, slowest first */
+    uint64_t offset, bytes; /* from the start of the file */
+} lc_file_entry;
+
+typedef struct lc_file_meta {
+    char *key;
+    int kind; /* as lc_doc_kind */
+    int type; /* GGUF's value type: of the value, or of an array's elements */
+    int32_t count;
+    const uint8_t *value;    /* GGUF: the bytes of a value or of an array's elements */
+    const uint8_t **element; /* GGUF: where each string of an array of strings begins */
+    const char *string;      /* a string */
+    int32_t length;
+} lc_file_meta;
+
+struct lc_file {
+    const char *format;
+    const uint8_t *data;
+    size_t bytes;
+    lc_mapping *map; /* NULL when opened from memory */
+    lc_doc *doc;     /* safetensors: the header, which strings of the metadata point into */
+    lc_file_entry *entry;
+    int count;
+    lc_file_meta *meta;
+    int metas;
+    uint32_t *slot; /* hash table of the tensors' names */
+    size_t slots;
+    uint64_t seed;
+};
+
+/* The readers fill an empty file from f->data. On failure the caller closes it. */
+lc_status lc_safetensors_parse(struct lc_file *f);
+lc_status lc_gguf_parse(struct lc_file *f);
+
+/* Reads from memory that outlives the file. `name` stands in front of messages. */
+lc_status lc_file_open_memory(const void *data, size_t bytes, const char *name, struct lc_file **out);
+
+/* For the readers: elements and bytes of a tensor with overflow checked; false when they exceed any file. */
+bool lc_file_sizes(const int64_t *dim, int ndim, int block, int block_bytes, uint64_t *bytes);
+/* Tensors must not overlap; `packed`: nor leave a gap between `start` and the end of the file. */
+lc_status lc_file_check_layout(const struct lc_file *f, uint64_t start, bool packed);
+/* Fills the hash table; a name that occurs twice, of a tensor or a key, is an error. */
+lc_status lc_file_check_names(struct lc_file *f);
+
+/* GGUF's part of lc_file_meta_number and lc_file_meta_string. */
+double lc_gguf_number(const lc_file_meta *m, int32_t element);
+
+#endif
