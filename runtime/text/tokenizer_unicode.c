@@ -1,0 +1,180 @@
+/* tokenizer_unicode.c: characters: UTF-8, GPT-2's byte alphabet, and the classes that tokenizers ask for. The ids must be those
+ * of the reference, whose tables are Unicode 16's; PCRE2 and utf8proc of Debian 12 know Unicode 14 and 15, so what came later is
+ * listed here. */
+#include "tokenizer.h"
+
+#include <string.h>
+#include <utf8proc.h>
+
+/* ---- UTF-8 ----------------------------------------------------------------------------------------------------------- */
+
+bool lc_tok_utf8(const char *s, size_t n, uint32_t *cp, size_t *len) {
+    const unsigned char *u = (const unsigned char *)s;
+    *cp = 0xFFFD;
+    *len = 1;
+    if (u[0] < 0x80) return *cp = u[0], true;
+    size_t need = u[0] >= 0xF0 ? 3 : u[0] >= 0xE0 ? 2 : 1;
+    if (u[0] < 0xC2 || u[0] > 0xF4) return false;
+    /* the second byte's range excludes overlong forms, surrogates and what is past U+10FFFF */
+    unsigned low = u[0] == 0xE0 ? 0xA0 : u[0] == 0xF0 ? 0x90 : 0x80, high = u[0] == 0xED ? 0x9F : u[0] == 0xF4 ? 0x8F : 0xBF;
+    for (size_t i = 1; i <= need; i++, low = 0x80, high = 0xBF) {
+        if (i >= n || u[i] < low || u[i] > high) return false;
+        *len = i + 1;
+    }
+    *cp = lc_tok_char(s, len);
+    return true;
+}
+
+bool lc_tok_utf8_valid(const char *s, size_t n) {
+    uint32_t cp;
+    for (size_t at = 0, len; at < n; at += len) {
+        uint64_t w;
+        if (n - at >= 8 && (memcpy(&w, s + at, 8), !(w & 0x8080808080808080u))) len = 8;
+        else if (!lc_tok_utf8(s + at, n - at, &cp, &len)) return false;
+    }
+    return true;
+}
+
+lc_status lc_tok_put_lossy(lc_tok_buf *b, const char *s, size_t n) {
+    uint32_t cp;
+    for (size_t at = 0, len; at < n; at += len) {
+        bool good = lc_tok_utf8(s + at, n - at, &cp, &len);
+        LC_TRY(good ? lc_tok_put(b, s + at, len) : lc_tok_put(b, "\xEF\xBF\xBD", 3));
+    }
+    return LC_OK;
+}
+
+lc_status lc_tok_put_char(lc_tok_buf *b, uint32_t cp) {
+    utf8proc_uint8_t u[4];
+    utf8proc_ssize_t n = utf8proc_encode_char((utf8proc_int32_t)cp, u);
+    return lc_tok_put(b, (const char *)u, n > 0 ? (size_t)n : 0);
+}
+
+/* ---- GPT-2's byte alphabet: printable Latin-1 stands for itself, the other 68 bytes for U+0100 and up ------------------ */
+
+static bool stands_for_itself(unsigned b) {
+    return (b >= '!' && b <= '~') || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE;
+}
+
+uint32_t lc_tok_byte_char(unsigned char b) {
+    if (stands_for_itself(b)) return b;
+    return b <= 0x20 ? 0x100u + b : b < 0xAD ? 0x121u + b - 0x7F : 0x143;
+}
+
+int lc_tok_char_byte(uint32_t cp) {
+    if (cp < 0x100) return stands_for_itself(cp) ? (int)cp : -1;
+    if (cp <= 0x120) return (int)cp - 0x100;
+    if (cp < 0x143) return (int)cp - 0x121 + 0x7F;
+    return cp == 0x143 ? 0xAD : -1;
+}
+
+/* ---- classes --------------------------------------------------------------------------------------------------------- */
+
+static bool is_space(uint32_t c) {
+    return c == ' ' || (c >= 9 && c <= 13) || c == 0x85 || c == 0xA0 || c == 0x1680 || (c >= 0x2000 && c <= 0x200A) ||
+           c == 0x2028 || c == 0x2029 || c == 0x202F || c == 0x205F || c == 0x3000;
+}
+
+static bool is_late_number(uint32_t c) {
+    static const uint32_t range[][2] = {{0x10D40, 0x10D49}, {0x116D0, 0x116E3}, {0x11BF0, 0x11BF9}, {0x11DE0, 0x11DE9},
+                                        {0x11F50, 0x11F59}, {0x16130, 0x16139}, {0x16D70, 0x16D79}, {0x16FF4, 0x16FF6},
+                                        {0x1CCF0, 0x1CCF9}, {0x1E5F1, 0x1E5FA}};
+    for (size_t i = 0; i < sizeof range / sizeof *range; i++)
+        if (c >= range[i][0] && c <= range[i][1]) return true;
+    return false;
+}
+
+bool lc_tok_is_mark(uint32_t cp) {
+    utf8proc_category_t g = utf8proc_category((utf8proc_int32_t)cp);
+    return g == UTF8PROC_CATEGORY_MN || g == UTF8PROC_CATEGORY_MC || g == UTF8PROC_CATEGORY_ME;
+}
+
+/* Alphabetic, marks, decimal digits, connectors and joiners, as the reference's regular expressions define a word. */
+static bool is_word(uint32_t c) {
+    utf8proc_category_t g = utf8proc_category((utf8proc_int32_t)c);
+    if (g >= UTF8PROC_CATEGORY_LU && g <= UTF8PROC_CATEGORY_LO) return true;
+    if (lc_tok_is_mark(c) || g == UTF8PROC_CATEGORY_ND || g == UTF8PROC_CATEGORY_NL || g == UTF8PROC_CATEGORY_PC) return true;
+    return c == 0x200C || c == 0x200D || (c >= 0x24B6 && c <= 0x24E9) || (c >= 0x1F130 && c <= 0x1F149) ||
+           (c >= 0x1F150 && c <= 0x1F169) || (c >= 0x1F170 && c <= 0x1F189);
+}
+
+bool lc_tok_is(lc_tok_class klass, uint32_t c) {
+    utf8proc_category_t g;
+    switch (klass) {
+    case LC_TOK_NUMERIC:
+        if (c < 0x80) return c >= '0' && c <= '9';
+        g = utf8proc_category((utf8proc_int32_t)c);
+        return g == UTF8PROC_CATEGORY_ND || g == UTF8PROC_CATEGORY_NL || g == UTF8PROC_CATEGORY_NO || is_late_number(c);
+    case LC_TOK_SPACE: return is_space(c);
+    case LC_TOK_PUNCT:
+        if (c < 0x80) return (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') || (c >= '{' && c <= '~');
+        g = utf8proc_category((utf8proc_int32_t)c);
+        return g >= UTF8PROC_CATEGORY_PC && g <= UTF8PROC_CATEGORY_PO;
+    case LC_TOK_WORD: return is_word(c);
+    default: return false;
+    }
+}
+
+/* What Unicode 15 and 16 added to each property. */
+static const struct { const char *property, *ranges; } late[] = {
+    {"L",
+     "\\x{1C89}-\\x{1C8A}\\x{A7CB}-\\x{A7CD}\\x{A7DA}-\\x{A7DC}\\x{105C0}-\\x{105F3}\\x{10D4A}-\\x{10D65}"
+     "\\x{10D6F}-\\x{10D85}\\x{10EC2}-\\x{10EC4}\\x{1123F}-\\x{11240}\\x{11380}-\\x{11389}\\x{1138B}\\x{1138E}"
+     "\\x{11390}-\\x{113B5}\\x{113B7}\\x{113D1}\\x{113D3}\\x{11BC0}-\\x{11BE0}\\x{11F02}\\x{11F04}-\\x{11F10}"
+     "\\x{11F12}-\\x{11F33}\\x{1342F}\\x{13441}-\\x{13446}\\x{13460}-\\x{143FA}\\x{16100}-\\x{1611D}"
+     "\\x{16D40}-\\x{16D6C}\\x{18CFF}\\x{1B132}\\x{1B155}\\x{1DF25}-\\x{1DF2A}\\x{1E030}-\\x{1E06D}"
+     "\\x{1E4D0}-\\x{1E4EB}\\x{1E5D0}-\\x{1E5ED}\\x{1E5F0}\\x{2B739}\\x{2EBF0}-\\x{2EE5D}\\x{31350}-\\x{323AF}"},
+    {"Lu",
+     "\\x{1C89}\\x{A7CB}-\\x{A7CC}\\x{A7DA}\\x{A7DC}\\x{10D50}-\\x{10D65}"},
+    {"Ll",
+     "\\x{1C8A}\\x{A7CD}\\x{A7DB}\\x{10D70}-\\x{10D85}\\x{1DF25}-\\x{1DF2A}"},
+    {"Lm",
+     "\\x{10D4E}\\x{10D6F}\\x{16D40}-\\x{16D42}\\x{16D6B}-\\x{16D6C}\\x{1E030}-\\x{1E06D}\\x{1E4EB}"},
+    {"Lo",
+     "\\x{105C0}-\\x{105F3}\\x{10D4A}-\\x{10D4D}\\x{10D4F}\\x{10EC2}-\\x{10EC4}\\x{1123F}-\\x{11240}"
+     "\\x{11380}-\\x{11389}\\x{1138B}\\x{1138E}\\x{11390}-\\x{113B5}\\x{113B7}\\x{113D1}\\x{113D3}"
+     "\\x{11BC0}-\\x{11BE0}\\x{11F02}\\x{11F04}-\\x{11F10}\\x{11F12}-\\x{11F33}\\x{1342F}\\x{13441}-\\x{13446}"
+     "\\x{13460}-\\x{143FA}\\x{16100}-\\x{1611D}\\x{16D43}-\\x{16D6A}\\x{18CFF}\\x{1B132}\\x{1B155}"
+     "\\x{1E4D0}-\\x{1E4EA}\\x{1E5D0}-\\x{1E5ED}\\x{1E5F0}\\x{2B739}\\x{2EBF0}-\\x{2EE5D}\\x{31350}-\\x{323AF}"},
+    {"N",
+     "\\x{10D40}-\\x{10D49}\\x{116D0}-\\x{116E3}\\x{11BF0}-\\x{11BF9}\\x{11F50}-\\x{11F59}"
+     "\\x{16130}-\\x{16139}\\x{16D70}-\\x{16D79}\\x{1CCF0}-\\x{1CCF9}\\x{1D2C0}-\\x{1D2D3}"
+     "\\x{1E4F0}-\\x{1E4F9}\\x{1E5F1}-\\x{1E5FA}"},
+    {"Nd",
+     "\\x{10D40}-\\x{10D49}\\x{116D0}-\\x{116E3}\\x{11BF0}-\\x{11BF9}\\x{11F50}-\\x{11F59}"
+     "\\x{16130}-\\x{16139}\\x{16D70}-\\x{16D79}\\x{1CCF0}-\\x{1CCF9}\\x{1E4F0}-\\x{1E4F9}"
+     "\\x{1E5F1}-\\x{1E5FA}"},
+    {"M",
+     "\\x{897}\\x{CF3}\\x{ECE}\\x{10D69}-\\x{10D6D}\\x{10EFC}-\\x{10EFF}\\x{11241}\\x{113B8}-\\x{113C0}"
+     "\\x{113C2}\\x{113C5}\\x{113C7}-\\x{113CA}\\x{113CC}-\\x{113D0}\\x{113D2}\\x{113E1}-\\x{113E2}"
+     "\\x{11F00}-\\x{11F01}\\x{11F03}\\x{11F34}-\\x{11F3A}\\x{11F3E}-\\x{11F42}\\x{11F5A}\\x{13440}"
+     "\\x{13447}-\\x{13455}\\x{1611E}-\\x{1612F}\\x{1E08F}\\x{1E4EC}-\\x{1E4EF}\\x{1E5EE}-\\x{1E5EF}"},
+    {"P",
+     "\\x{1B4E}-\\x{1B4F}\\x{1B7F}\\x{10D6E}\\x{113D4}-\\x{113D5}\\x{113D7}-\\x{113D8}\\x{11B00}-\\x{11B09}"
+     "\\x{11BE1}\\x{11F43}-\\x{11F4F}\\x{16D6D}-\\x{16D6F}\\x{1E5FF}"},
+    {"S",
+     "\\x{2427}-\\x{2429}\\x{2FFC}-\\x{2FFF}\\x{31E4}-\\x{31E5}\\x{31EF}\\x{10D8E}-\\x{10D8F}"
+     "\\x{1CC00}-\\x{1CCEF}\\x{1CD00}-\\x{1CEB3}\\x{1F6DC}\\x{1F774}-\\x{1F776}\\x{1F77B}-\\x{1F77F}\\x{1F7D9}"
+     "\\x{1F8B2}-\\x{1F8BB}\\x{1F8C0}-\\x{1F8C1}\\x{1FA75}-\\x{1FA77}\\x{1FA87}-\\x{1FA89}\\x{1FA8F}"
+     "\\x{1FAAD}-\\x{1FAAF}\\x{1FABB}-\\x{1FABF}\\x{1FAC6}\\x{1FACE}-\\x{1FACF}\\x{1FADA}-\\x{1FADC}\\x{1FADF}"
+     "\\x{1FAE8}-\\x{1FAE9}\\x{1FAF7}-\\x{1FAF8}\\x{1FBCB}-\\x{1FBEF}"},
+    {"Han",
+     "\\x{2B739}\\x{2EBF0}-\\x{2EE5D}\\x{31350}-\\x{323AF}"},
+    {"word",
+     "\\x{B2}-\\x{B3}\\x{B9}\\x{BC}-\\x{BE}\\x{897}\\x{CF3}\\x{ECE}\\x{1C89}-\\x{1C8A}\\x{A7CB}-\\x{A7CD}"
+     "\\x{A7DA}-\\x{A7DC}\\x{105C0}-\\x{105F3}\\x{10D40}-\\x{10D65}\\x{10D69}-\\x{10D6D}\\x{10D6F}-\\x{10D85}"
+     "\\x{10EC2}-\\x{10EC4}\\x{10EFC}-\\x{10EFF}\\x{1123F}-\\x{11241}\\x{11380}-\\x{11389}\\x{1138B}\\x{1138E}"
+     "\\x{11390}-\\x{113B5}\\x{113B7}-\\x{113C0}\\x{113C2}\\x{113C5}\\x{113C7}-\\x{113CA}\\x{113CC}-\\x{113D3}"
+     "\\x{113E1}-\\x{113E2}\\x{116D0}-\\x{116E3}\\x{11BC0}-\\x{11BE0}\\x{11BF0}-\\x{11BF9}"
+     "\\x{11F00}-\\x{11F10}\\x{11F12}-\\x{11F3A}\\x{11F3E}-\\x{11F42}\\x{11F50}-\\x{11F5A}\\x{1342F}"
+     "\\x{13440}-\\x{13455}\\x{13460}-\\x{143FA}\\x{16100}-\\x{16139}\\x{16D40}-\\x{16D6C}"
+     "\\x{16D70}-\\x{16D79}\\x{18CFF}\\x{1B132}\\x{1B155}\\x{1CCF0}-\\x{1CCF9}\\x{1DF25}-\\x{1DF2A}"
+     "\\x{1E030}-\\x{1E06D}\\x{1E08F}\\x{1E4D0}-\\x{1E4F9}\\x{1E5D0}-\\x{1E5FA}\\x{2B739}\\x{2EBF0}-\\x{2EE5D}"
+     "\\x{31350}-\\x{323AF}"},
+};
+
+const char *lc_tok_late_ranges(const char *property, size_t len) {
+    for (size_t i = 0; i < sizeof late / sizeof *late; i++)
+        if (strlen(late[i].property) == len && !memcmp(late[i].property, property, len)) return late[i].ranges;
+    return "";
+}
