@@ -1,0 +1,28 @@
+/* hybrid.c: the entry points of hybrid attention: takes the call apart and picks the plain twin or the chunked kernels. */
+#include "hybrid.h"
+
+static int plain_wanted(const lc_kargs *k) { return k->host && k->host->option(LC_OPTION_PLAIN_HYBRID); }
+
+size_t K(hybrid_attention_work)(const lc_kargs *k) {
+    hybrid a;
+    return hybrid_open(&a, k, k->x) ? 0 : K(hybrid_plain_work)(&a);
+}
+
+int K(hybrid_attention)(const lc_kargs *k) {
+    hybrid a;
+    int status = hybrid_open(&a, k, k->x);
+    if (status) return status;
+    (void)plain_wanted;
+    return K(hybrid_plain)(k, &a);
+}
+
+size_t K(hybrid_attention_backward_work)(const lc_kargs *k) {
+    hybrid a;
+    return hybrid_open(&a, k, k->x + 1) ? 0 : K(hybrid_plain_backward_work)(&a);
+}
+
+int K(hybrid_attention_backward)(const lc_kargs *k) {
+    hybrid a;
+    int status = hybrid_open(&a, k, k->x + 1);
+    return status ? status : K(hybrid_plain_backward)(k, &a);
+}
