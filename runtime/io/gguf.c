@@ -252,6 +252,7 @@ static lc_status place_tensors(struct lc_file *f, uint64_t header, uint64_t alig
                            "tensor '%.200s' has %.0f bytes at offset %.0f, but the file has %.0f bytes of data",
                            e->name, (double)e->bytes, (double)e->offset, (double)room);
         e->offset += start;
+        if (e->offset > f->bytes) e->offset = f->bytes; /* an empty tensor, and no padding before it */
     }
     return lc_file_check_layout(f, start, false);
 }
