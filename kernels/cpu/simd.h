@@ -1,0 +1,100 @@
+/* simd.h: one vector type per instruction set, written with the compiler's vector extensions so that a kernel is written once.
+ * vreal holds VL reals. Products and sums contract to FMA (-ffp-contract=fast). */
+#ifndef LC_SIMD_H
+#define LC_SIMD_H
+
+#include "cpu.h"
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define LC_VBYTES 64
+#elif defined(__AVX2__)
+#define LC_VBYTES 32
+#else
+#define LC_VBYTES 16
+#endif
+enum { VL = LC_VBYTES / sizeof(real) };
+
+typedef real vreal __attribute__((vector_size(LC_VBYTES)));
+typedef real vreal_u __attribute__((vector_size(LC_VBYTES), aligned(sizeof(real)), may_alias)); /* any address */
+#if LC_DOUBLE
+typedef int64_t vint __attribute__((vector_size(LC_VBYTES)));
+#else
+typedef int32_t vint __attribute__((vector_size(LC_VBYTES)));
+#endif
+
+static inline vreal vload(const real *p) { return *(const vreal_u *)p; }
+static inline void vstore(real *p, vreal v) { *(vreal_u *)p = v; }
+static inline vreal vset(real x) { return x - (vreal){0}; }
+/* a where the mask (a comparison's result) is set, else b */
+static inline vreal vselect(vint mask, vreal a, vreal b) { return (vreal)((mask & (vint)a) | (~mask & (vint)b)); }
+#if LC_VBYTES == 64 && !LC_DOUBLE
+static inline vreal vmax(vreal a, vreal b) { return (vreal)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vreal vmin(vreal a, vreal b) { return (vreal)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif LC_VBYTES == 32 && !LC_DOUBLE
+static inline vreal vmax(vreal a, vreal b) { return (vreal)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline vreal vmin(vreal a, vreal b) { return (vreal)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
+static inline vreal vmax(vreal a, vreal b) { return vselect(a > b, a, b); }
+static inline vreal vmin(vreal a, vreal b) { return vselect(a < b, a, b); }
+#endif
+static inline real vsum(vreal v) {
+    real s = 0;
+    for (int i = 0; i < VL; i++) s += v[i];
+    return s;
+}
+static inline real vhmax(vreal v) {
+    real s = v[0];
+    for (int i = 1; i < VL; i++) s = v[i] > s ? v[i] : s;
+    return s;
+}
+
+/* exp in float to 1 ulp or so: x = n ln 2 + r, polynomial in r, exponent by integer addition; 0 below -87.3. In double the
+ * library's, for checks. */
+#if LC_DOUBLE
+static inline real rexp(real x) { return exp(x); }
+static inline vreal vexp(vreal x) {
+    for (int i = 0; i < VL; i++) x[i] = exp(x[i]);
+    return x;
+}
+#else
+static inline real rexp(real x) {
+    real c = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
+    real n = c * 1.44269504f + 12582912.f;
+    int32_t bits;
+    memcpy(&bits, &n, 4);
+    n -= 12582912.f;
+    real r = c - n * 0.693359375f + n * 2.12194440e-4f;
+    real p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    int32_t e = (int32_t)((uint32_t)bits << 23) + 0x3f800000; /* the low bits of the magic sum are n */
+    real s;
+    memcpy(&s, &e, 4);
+    return x < -87.3f ? 0.f : x != x ? x : p * s;
+}
+static inline vreal vexp(vreal x) {
+    vreal c = vmin(vmax(x, vset(-87.3f)), vset(88.3f));
+    vreal m = c * 1.44269504f + 12582912.f, n = m - 12582912.f;
+    vreal r = c - n * 0.693359375f + n * 2.12194440e-4f;
+    vreal p = vset(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    vint e = ((vint)m << 23) + 0x3f800000;
+    vreal s = p * (vreal)e;
+    return vselect(x < -87.3f, vset(0), vselect(x != x, x, s));
+}
+#endif
+
+#endif

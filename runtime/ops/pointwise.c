@@ -1,0 +1,53 @@
+/* pointwise.c: shape and gradient of every pointwise op: the kernels NAME_grad stand right behind NAME in the enum. */
+#include "op.h"
+
+static lc_status like_first(lc_frame *c) { return lc_out_like(c, 0, c->x[0]); }
+
+static lc_status unary_backward(lc_back *b) {
+    lc_expr e = {.rc = LC_OK};
+    const lc_node *n = b->node;
+    lc_frame c;
+    lc_frame_init(&c, n->op + 1);
+    c.x[0] = b->g[0];
+    c.x[1] = n->x[0];
+    c.x[2] = n->y[0];
+    for (int i = 0; i < c.row->n_f; i++) c.f[i] = n->f[i];
+    x_give(&e, b, 0, x_run(&e, &c));
+    return x_done(&e);
+}
+
+static lc_status binary_shape(lc_frame *c) {
+    int ndim;
+    int32_t dims[LC_MAX_DIMS];
+    if (lc_same_shape(c->x[0], c->x[1])) return lc_out_like(c, 0, c->x[0]);
+    LC_TRY(lc_broadcast_dims(c, c->x[0], c->x[1], &ndim, dims));
+    return lc_out(c, 0, c->x[0]->dtype, ndim, dims);
+}
+
+static lc_status compare_shape(lc_frame *c) {
+    int ndim;
+    int32_t dims[LC_MAX_DIMS];
+    LC_TRY(lc_broadcast_dims(c, c->x[0], c->x[1], &ndim, dims));
+    return lc_out(c, 0, LC_U8, ndim, dims);
+}
+
+static lc_status binary_backward(lc_back *b) {
+    lc_expr e = {.rc = LC_OK};
+    const lc_node *n = b->node;
+    for (int side = 0; side < 2; side++) {
+        if (!b->need[side]) continue;
+        lc_frame c;
+        lc_frame_init(&c, n->op + 1 + side);
+        c.x[0] = b->g[0];
+        c.x[1] = n->x[0];
+        c.x[2] = n->x[1];
+        c.x[3] = n->y[0];
+        x_give(&e, b, side, x_sum_to(&e, x_run(&e, &c), &n->edge[side]));
+    }
+    return x_done(&e);
+}
+
+const lc_rule lc_rule_unary = {.shape = like_first, .backward = unary_backward, .save_x = 1, .save_y = 1};
+const lc_rule lc_rule_binary = {.shape = binary_shape, .backward = binary_backward, .save_x = 3, .save_y = 1};
+const lc_rule lc_rule_compare = {.shape = compare_shape};
+const lc_rule lc_rule_pointwise_grad = {.shape = like_first};
