@@ -107,16 +107,40 @@ static void forget_pages(const lc_file *f, uint64_t begin, uint64_t end) {
     if (end > begin) madvise(f->map->data + begin, (size_t)(end - begin), MADV_DONTNEED);
 }
 
+typedef struct read_job {
+    const lc_file *file;
+    const lc_file_entry *entry;
+    int dtype;
+    uint8_t *out;
+    int64_t first, count; /* elements of this piece */
+    int failed;
+} read_job;
+
+enum { READ_UNIT = 4096, READ_PIECE = 1 << 21 }; /* elements; multiples of every block length */
+
+static uint64_t bytes_of(int store, int64_t elements) {
+    return (uint64_t)(elements / lc_store_block(store)) * (uint64_t)lc_store_block_bytes(store);
+}
+
+static void read_units(void *ctx, int64_t begin, int64_t end, int thread) {
+    read_job *j = ctx;
+    int64_t from = j->first + begin * READ_UNIT, n = (end - begin) * READ_UNIT;
+    (void)thread;
+    if (n > j->first + j->count - from) n = j->first + j->count - from;
+    const uint8_t *in = j->file->data + j->entry->offset + bytes_of(j->entry->store, from);
+    if (lc_convert(j->entry->store, in, j->dtype, j->out + bytes_of(j->dtype, from), n) != LC_OK)
+        __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
+}
+
 static lc_status read_pieces(const lc_file *f, const lc_file_entry *e, int dtype, uint8_t *out, int64_t n) {
-    const int64_t piece = 1 << 20; /* elements; a multiple of every block length */
-    uint64_t block = (uint64_t)lc_store_block(e->store), bytes = (uint64_t)lc_store_block_bytes(e->store);
-    uint64_t out_block = (uint64_t)lc_store_block(dtype), out_bytes = (uint64_t)lc_store_block_bytes(dtype);
-    for (int64_t done = 0; done < n; done += piece) {
-        int64_t now = n - done < piece ? n - done : piece;
-        uint64_t begin = e->offset + (uint64_t)done / block * bytes, end = begin + (uint64_t)now / block * bytes;
+    read_job job = {.file = f, .entry = e, .dtype = dtype, .out = out};
+    for (; job.first < n; job.first += READ_PIECE) {
+        job.count = n - job.first < READ_PIECE ? n - job.first : READ_PIECE;
         if (lc_interrupt) return lc_fail(LC_EINTR, "interrupted");
-        LC_TRY(lc_convert(e->store, f->data + begin, dtype, out + (uint64_t)done / out_block * out_bytes, now));
-        forget_pages(f, begin, end);
+        lc_parallel((job.count + READ_UNIT - 1) / READ_UNIT, 16, read_units, &job);
+        if (job.failed) return lc_fail(LC_EARG, "an integer does not fit in %s", lc_dtype_name(dtype));
+        uint64_t begin = e->offset + bytes_of(e->store, job.first);
+        forget_pages(f, begin, begin + bytes_of(e->store, job.count));
     }
     return LC_OK;
 }
