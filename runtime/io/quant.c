@@ -7,6 +7,12 @@
 
 #include "../../kernels/dtype.h"
 
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
+
 static inline float half_at(const uint8_t *p) {
     uint32_t h = (uint32_t)p[0] | (uint32_t)p[1] << 8, sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, bits;
     float value;
