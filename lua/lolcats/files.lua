@@ -1,0 +1,132 @@
+-- files: reading and writing as recipes and the library see it: text, JSON, YAML, folders, and tensors in one file or in shards.
+-- JSON's null is files.null; an empty array is made by files.array{}.
+local io_core = require "lolcats.core.io"
+local bridge = require "lolcats.core.ffi"
+local files = {}
+
+for _, name in ipairs {"read", "write", "append", "kind", "exists", "is_file", "is_folder", "make_dirs", "remove", "rename", "list",
+                       "lock", "sha256", "gunzip", "null", "array", "to_json"} do
+  files[name] = io_core[name]
+end
+files.is_dir = io_core.is_folder
+
+-- ---- paths ------------------------------------------------------------------------------------------------------------
+function files.join(...)
+  local out = ""
+  for i = 1, select("#", ...) do
+    local part = select(i, ...)
+    if part:sub(1, 1) == "/" or out == "" then
+      out = part
+    else
+      out = out:gsub("/+$", "") .. "/" .. part
+    end
+  end
+  return out
+end
+
+function files.dirname(path) return path:match("^(.*[^/])/+[^/]*$") or (path:sub(1, 1) == "/" and "/" or ".") end
+function files.basename(path) return path:match("([^/]+)/*$") or path end
+
+-- ---- documents --------------------------------------------------------------------------------------------------------
+function files.parse_json(text, name) return io_core.parse("json", name or "text", text) end
+function files.parse_yaml(text, name) return io_core.parse("yaml", name or "text", text) end
+function files.read_json(path) return io_core.parse("json", path, io_core.read(path)) end
+function files.read_yaml(path) return io_core.parse("yaml", path, io_core.read(path)) end
+
+-- JSON with sorted keys, indented by two, whole or not at all; {indent = false} for one line.
+function files.write_json(path, value, options)
+  local indent = 2
+  if options and options.indent ~= nil then indent = options.indent or nil end
+  io_core.write(path, io_core.to_json(value, {indent = indent}) .. "\n")
+end
+
+-- ---- tensors ----------------------------------------------------------------------------------------------------------
+files.save_tensors = io_core.save_tensors
+
+-- A folder of shards under one index file, with the methods of a single file.
+local Shards = {}
+Shards.__index = Shards
+
+local function shard_map(folder, index_path)
+  local index = files.read_json(index_path)
+  local map = type(index) == "table" and index.weight_map
+  if type(map) ~= "table" then bridge.raise("EPARSE", "open_tensors", index_path .. ": the object 'weight_map' is missing") end
+  local parts = {}
+  for name, shard in pairs(map) do
+    if type(name) ~= "string" or type(shard) ~= "string" or shard:find("/", 1, true) or shard == ".." then
+      bridge.raise("EPARSE", "open_tensors", ("%s: the entry '%s' does not name a file of the folder"):format(index_path, tostring(name)))
+    end
+    parts[shard] = true
+  end
+  for shard in pairs(parts) do
+    if not files.is_file(files.join(folder, shard)) then
+      bridge.raise("EIO", "open_tensors", ("the shard %s is missing from %s (named in %s)"):format(shard, folder, files.basename(index_path)))
+    end
+  end
+  return map, parts
+end
+
+local function open_shards(folder, index_path)
+  local map, parts = shard_map(folder, index_path)
+  local self = setmetatable({path = folder, format = "safetensors", map = map, parts = {}}, Shards)
+  for shard in pairs(parts) do self.parts[shard] = io_core.open_tensor_file(files.join(folder, shard)) end
+  for name, shard in pairs(map) do
+    if not self.parts[shard]:has(name) then
+      bridge.raise("EPARSE", "open_tensors", ("%s: the index places '%s' in %s, which does not hold it"):format(index_path, name, shard))
+    end
+  end
+  return self
+end
+
+local function part_of(self, name)
+  local shard = self.map[name]
+  if not self.parts then bridge.fail("%s is closed", self.path) end
+  if not shard then
+    local near = bridge.nearest(tostring(name), self.map)
+    bridge.raise("EARG", "open_tensors", ("%s has no tensor '%s'%s"):format(self.path, tostring(name), near and ("; it has '" .. near .. "'") or ""))
+  end
+  return self.parts[shard]
+end
+
+function Shards:names()
+  local names = {}
+  for name in pairs(self.map) do names[#names + 1] = name end
+  table.sort(names)
+  return names
+end
+function Shards:has(name) return self.map[name] ~= nil end
+function Shards:info(name) return part_of(self, name):info(name) end
+function Shards:tensor(name, options) return part_of(self, name):tensor(name, options) end
+function Shards:read_into(name, into) return part_of(self, name):read_into(name, into) end
+function Shards:meta(key)
+  local _, part = next(self.parts)
+  return part and part:meta(key)
+end
+function Shards:close()
+  for _, part in pairs(self.parts or {}) do part:close() end
+  self.parts = nil
+end
+
+local function folder_file(folder)
+  local single = files.join(folder, "model.safetensors")
+  if files.is_file(single) then return single end
+  local found = {}
+  for _, name in ipairs(files.list(folder)) do
+    if name:match("%.safetensors$") or name:match("%.gguf$") then found[#found + 1] = name end
+  end
+  if #found == 1 then return files.join(folder, found[1]) end
+  bridge.raise("EIO", "open_tensors", #found == 0
+    and folder .. ": no model.safetensors, no index of shards, and no other .safetensors or .gguf file"
+    or ("%s: which file? there are %s"):format(folder, table.concat(found, ", ")))
+end
+
+-- files.open_tensors(path): a safetensors or GGUF file, or a folder with one or with shards. Methods: names(), has(name),
+-- info(name), tensor(name[, {dtype =, device =}]), read_into(name, tensor), meta([key]), close().
+function files.open_tensors(path)
+  if not files.is_folder(path) then return io_core.open_tensor_file(path) end
+  local index = files.join(path, "model.safetensors.index.json")
+  if files.is_file(index) then return open_shards(path, index) end
+  return io_core.open_tensor_file(folder_file(path))
+end
+
+return files
