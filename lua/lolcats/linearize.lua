@@ -1,0 +1,293 @@
+-- linearize.lua: turns a softmax decoder into a student with linear attention (lc.linearize), teaches its feature maps layer by
+-- layer (student:transfer), switches to the second stage (student:use_linear), and saves and loads what was trained.
+local lc = require "lolcats"
+local files = require "lolcats.files"
+local maps = require "lolcats.feature_map"
+local attention = require "lolcats.attention"
+local lora = require "lolcats.lora"
+local llama = require "lolcats.models.llama"
+
+local M = {}
+
+local START_FACTOR = -2.1972245773362196 -- -ln 9: sigmoid = 0.1
+local KINDS = { terrace = true, sliding = true, linear = true }
+local FORMAT, VERSION = "lolcats-student", 1
+
+-- A student is a model with more methods.
+local Student = setmetatable({}, { __index = llama.Model })
+Student.__index = Student
+Student.__tostring = llama.Model.__tostring
+
+-- ---- making a student --------------------------------------------------------------------------------------------------------
+local KNOWN = { map = true, window = true, kind = true, feature_dim = true, window_factor = true, affine = true, skip = true,
+                bias = true, full = true, init = true, softmax_layers = true, train_window_factor = true, like = true }
+
+local function settings(teacher, opts)
+    for k in pairs(opts) do
+        if not KNOWN[k] then
+            local names = {}
+            for name in pairs(KNOWN) do names[#names + 1] = name end
+            table.sort(names)
+            lc.fail("lc.linearize has no option '%s'; it has %s", tostring(k), table.concat(names, ", "))
+        end
+    end
+    local kind = opts.kind or (opts.window == 0 and "linear") or "terrace"
+    if not KINDS[kind] then lc.fail("kind: 'terrace', 'sliding' or 'linear', not '%s'", tostring(kind)) end
+    local window = kind == "linear" and 0 or opts.window or 64
+    if type(window) ~= "number" or window < 0 or window ~= math.floor(window) or (kind ~= "linear" and window == 0) then
+        lc.fail("window: a whole number above 0 (or kind = 'linear'), got %s", tostring(opts.window))
+    end
+    local keep, n = {}, #teacher.layers
+    for _, i in ipairs(opts.softmax_layers or {}) do
+        local at = i < 0 and n + 1 + i or i
+        if at < 1 or at > n then lc.fail("softmax_layers: there is no layer %d; the model has 1 to %d", i, n) end
+        keep[at] = true
+    end
+    return kind, window, keep
+end
+
+--- A student that shares the teacher's frozen weights. opts: map (name, file or lc.feature_map), window (64), kind ("terrace",
+--- "sliding", "linear"), feature_dim, full, bias, skip, init ("identity", "kaiming", "normal"), window_factor, affine,
+--- softmax_layers (positions of layers that keep their softmax attention), train_window_factor.
+function M.linearize(teacher, opts)
+    opts = opts or {}
+    if type(teacher) ~= "table" or not teacher.layers then lc.fail("lc.linearize wants a model, got a %s", type(teacher)) end
+    if teacher.is_student then lc.fail("this model is linearized already") end
+    local kind, window, keep = settings(teacher, opts)
+    local map = maps.resolve(opts.map, { feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias, skip = opts.skip,
+                                         init = opts.init })
+    teacher:freeze()
+    local student = setmetatable(teacher:share(), Student)
+    student.is_student, student.teacher, student.map = true, teacher, map
+    local c, where = teacher.config, { dtype = teacher.dtype, device = teacher.device }
+    local h, d = c.num_attention_heads, c.head_dim
+    for i, layer in ipairs(student.layers) do
+        if not keep[i] then
+            local fq = map:instance(h, d, where)
+            local a = { map = map, fq = fq, fk = map:instance(h, d, where, fq), kind = kind, window = window,
+                        affine = opts.affine or false }
+            if window > 0 then
+                local value = opts.window_factor or START_FACTOR
+                local factors = lc.full({ 1, h, 1, 1 }, value, where)
+                a.factors = lc.param(factors)
+                if opts.train_window_factor == false then a.factors:requires_grad_(false) end
+            end
+            layer.student = a
+        end
+    end
+    student.settings = {
+        kind = kind, window = window, map = map.name, feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias,
+        skip = opts.skip, init = opts.init, affine = opts.affine, window_factor = opts.window_factor,
+        softmax_layers = opts.softmax_layers, train_window_factor = opts.train_window_factor,
+    }
+    for _, p in ipairs(student:map_params()) do p.tensor:set_name(p.name) end
+    return student
+end
+
+-- ---- attention transfer --------------------------------------------------------------------------------------------------------
+-- One layer's pair on the teacher's own q, k, v: the student's output against the teacher's. Gradients reach the maps only.
+local function pair_loss(a, q, k, v, y_true, ctx, mse, xent)
+    if xent == 0 then
+        return lc.mse_loss(attention.hybrid(a, q, k, v, ctx), y_true) * mse
+    end
+    -- the weights themselves are needed, so this form is quadratic in length
+    local _, a_true = lc.no_grad(attention.quadratic_softmax, q, k, v)
+    local fq, fk = attention.features(a, q, k, ctx)
+    local y, a_pred = attention.quadratic(a, q, k, v, fq, fk)
+    local t = a_true:size(-1)
+    local log_p = a_pred:clamp({ min = 1e-12 }):log():log_softmax(-1)
+    local rows = a_true:numel() / t
+    local loss = (log_p * a_true):sum() * (-xent / rows)
+    if mse ~= 0 then loss = loss + lc.mse_loss(y, y_true) * mse end
+    return loss
+end
+
+--- One micro-step of attention transfer: mse (1000) times the mean squared error between the student's and the teacher's
+--- attention outputs, plus xent (0) times the cross entropy of their weights, averaged over layers; loss and backward layer by
+--- layer, so memory is that of one layer. Gradients add up in the parameters. opts: scale (of loss and gradient; 1 /
+--- accumulation), mse, xent, start (left padding), plain = true (the quadratic form), backward = false (only the loss).
+--- Returns the loss and a table of each layer's.
+function Student:transfer(ids, opts)
+    opts = opts or {}
+    local scale, mse, xent = opts.scale or 1, opts.mse or 1000, opts.xent or 0
+    if mse == 0 and xent == 0 then lc.fail("transfer: mse and xent are both 0; there is no loss") end
+    ids = self:check_ids(ids)
+    local n, last = 0, 0
+    for i, layer in ipairs(self.layers) do
+        if layer.student then n, last = n + 1, i end
+    end
+    if n == 0 then lc.fail("transfer: every layer keeps its softmax attention; there is nothing to teach") end
+    local each = {}
+    local total = lc.no_grad(lc.scope, function()
+        local ctx = self:context(ids, opts)
+        local losses = lc.zeros({ #self.layers }, { dtype = self.dtype == "f64" and "f64" or "f32", device = self.device })
+        local x = lc.embedding(self.embed, ids)
+        if x.dtype ~= self.dtype then x = x:to(self.dtype) end
+        for i = 1, last do
+            local before = x
+            x = lc.scope(self.transfer_layer, self, self.layers[i], x, ctx, losses, n, i == last, opts, mse, xent, scale)
+            before:drop()
+        end
+        each = losses:totable()
+        local sum = 0
+        for i = 1, last do sum = sum + each[i] end
+        return sum
+    end)
+    for i = 1, #each do each[i] = each[i] * n end
+    return total, each
+end
+
+-- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the layer.
+function Student:transfer_layer(layer, x, ctx, losses, n, is_last, opts, mse, xent, scale)
+    local normed = self:norm_in(layer, x)
+    local q, k, v = self:qkv(layer, normed, ctx)
+    local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = ctx.window, seen = 0 }
+    local y = attention.softmax(q, k, v, call)
+    local a = layer.student
+    if a then
+        local generic = a.generic
+        a.generic = opts.plain or generic
+        lc.scope(function()
+            local function run()
+                local loss = pair_loss(a, q, k, v, y, call, mse * scale / n, xent * scale / n)
+                if opts.backward ~= false and loss.requires_grad then loss:backward() end
+                return loss:detach()
+            end
+            local loss = opts.backward == false and run() or lc.enable_grad(run)
+            losses:narrow(1, layer.index, 1):copy_(loss:reshape(1))
+        end)
+        a.generic = generic
+    end
+    if is_last then return nil end -- nothing reads what follows the last pair
+    return self:finish(layer, x, y, ctx)
+end
+
+--- Ends the first stage: the maps are frozen (but for parameters whose name matches a pattern in opts.keep_training).
+function Student:use_linear(opts)
+    local keep = opts and opts.keep_training or {}
+    for _, p in ipairs(self:map_params()) do
+        local wanted = false
+        for _, pattern in ipairs(keep) do wanted = wanted or p.name:match(pattern) ~= nil end
+        p.tensor:requires_grad_(wanted)
+    end
+    self.stage = "linear"
+    return self
+end
+
+--- Runs f with the linear part of every hybrid layer off, to see what the window alone gives.
+function Student:window_only(f, ...)
+    local function set(on)
+        for _, layer in ipairs(self.layers) do
+            if layer.student then layer.student.window_only = on end
+        end
+    end
+    set(true)
+    local out = { pcall(f, ...) }
+    set(nil)
+    if not out[1] then error(out[2], 0) end
+    return unpack(out, 2, table.maxn(out))
+end
+
+--- Runs f with every map computed in Lua (the plain twin of the fused maps).
+function Student:plain(f, ...)
+    for _, layer in ipairs(self.layers) do
+        if layer.student then layer.student.generic = true end
+    end
+    local out = { pcall(f, ...) }
+    for _, layer in ipairs(self.layers) do
+        if layer.student then layer.student.generic = nil end
+    end
+    if not out[1] then error(out[2], 0) end
+    return unpack(out, 2, table.maxn(out))
+end
+
+-- ---- files -----------------------------------------------------------------------------------------------------------------
+--- What was trained, by name: feature maps, window factors, adapters.
+function Student:trained()
+    local out = self:map_params()
+    for _, p in ipairs(lora.parameters(self)) do out[#out + 1] = p end
+    return out
+end
+
+--- Writes the trained parameters and what is needed to build the student again on its teacher. The base weights stay where
+--- they are: the description names them.
+function Student:save(dir)
+    files.make_dirs(dir)
+    local tensors = {}
+    for _, p in ipairs(self:trained()) do tensors[p.name] = p.tensor:detach() end
+    local about = { format = FORMAT, version = VERSION, base = self.source, linearize = self.settings, lora = self.lora,
+                    shape = { layers = #self.layers, hidden_size = self.config.hidden_size } }
+    if self.map.custom then
+        local text, why = maps.source_of(self.map)
+        about.custom_map = { name = self.map.name, doc = self.map.doc, options = self.map.options,
+                             source = text and "feature_map.lua" or nil, no_source = why }
+        if text then files.write(dir .. "/feature_map.lua", text) end
+    end
+    files.save_tensors(dir .. "/student.safetensors", tensors, { format = FORMAT })
+    files.write_json(dir .. "/student.json", about)
+    return self
+end
+
+--- Is this folder a saved student?
+function M.is_saved(dir) return files.exists(dir .. "/student.json") end
+
+-- The map of a saved student. Code that came with a checkpoint runs only when the caller trusts it.
+local function saved_map(dir, about, opts)
+    if opts.map then return opts.map end
+    local custom = about.custom_map
+    if not custom then return about.linearize.map end
+    if not custom.source then
+        lc.fail("%s: its feature map '%s' was not stored (%s); give it as map = when loading", dir, tostring(custom.name),
+                tostring(custom.no_source))
+    end
+    local path = dir .. "/feature_map.lua"
+    if not (opts.trust_code or rawget(lc, "trust_code")) then
+        lc.fail("%s holds code: its feature map '%s' is the Lua file %s. Read that file; then pass --trust-code to run it, or " ..
+                "give a map of your own as map = \"FILE.lua\"", dir, tostring(custom.name), path)
+    end
+    return maps.from_file(path)
+end
+
+--- Reads a saved student. opts: base (a loaded model, or its name or folder), map, trust_code, and those of lc.load.
+function M.load(dir, opts)
+    opts = opts or {}
+    local about = files.read_json(dir .. "/student.json")
+    if type(about) ~= "table" or about.format ~= FORMAT then lc.fail("%s/student.json is not a saved student", dir) end
+    if about.version > VERSION then
+        lc.fail("%s/student.json has version %s; this program reads up to %d", dir, tostring(about.version), VERSION)
+    end
+    local base = opts.base or about.base
+    if not base then lc.fail("%s does not say what it was made from; give the base model as base =", dir) end
+    if type(base) == "string" then
+        base = require("lolcats.models").load(base, { dtype = opts.dtype, device = opts.device })
+    end
+    local set = {}
+    for k, v in pairs(about.linearize) do
+        if v ~= files.null and k ~= "map" then set[k] = v end
+    end
+    set.map = saved_map(dir, about, opts)
+    local student = M.linearize(base, set)
+    if about.lora and about.lora ~= files.null then student:add_lora(about.lora) end
+    M.read_trained(student, dir .. "/student.safetensors")
+    student.saved_in = dir
+    return student
+end
+
+--- Copies trained parameters from a safetensors file; each of the student's must be there, in its shape.
+function M.read_trained(student, path)
+    local f = files.open_tensors(path)
+    lc.no_grad(lc.scope, function()
+        for _, p in ipairs(student:trained()) do
+            if not f:has(p.name) then f:close(); lc.fail("%s has no tensor '%s'", path, p.name) end
+            local from = f:tensor(p.name)
+            local a, b = table.concat(from.shape, ", "), table.concat(p.tensor.shape, ", ")
+            if a ~= b then f:close(); lc.fail("%s: '%s' is [%s], the student's is [%s]", path, p.name, a, b) end
+            p.tensor:detach():copy_(from)
+        end
+    end)
+    f:close()
+    return student
+end
+
+M.Student, M.START_FACTOR = Student, START_FACTOR
+return M

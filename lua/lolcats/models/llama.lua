@@ -1,0 +1,396 @@
+-- models/llama.lua: the forward of a Llama or Mistral decoder over the ops: RMSNorm, rotary embedding, grouped heads, SwiGLU,
+-- tied or own head. A layer's attention is softmax, or the student's when the model has been linearized. Hidden states are
+-- [b, t, d]; positions and rotary tables are made once a forward; the head runs only where its result is asked for.
+local lc = require "lolcats"
+local nn = require "lolcats.nn"
+local attention = require "lolcats.attention"
+local config = require "lolcats.models.config"
+local weights = require "lolcats.models.weights"
+
+local Model = {}
+Model.__index = Model
+
+local M = { Model = Model }
+
+local ATTN = { "q_proj", "k_proj", "v_proj", "o_proj" }
+local MLP = { "gate_proj", "up_proj", "down_proj" }
+M.PROJECTIONS = { "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj" }
+
+-- Up to this many rows a product is bound by reading the weights, and one call on the fused storage beats several.
+local FEW_ROWS = 8
+
+-- Layer records over a table of weights; used anew when weights get copied.
+local function make_layers(model)
+    local w, layers = model.weights, {}
+    for i = 1, model.config.num_hidden_layers do
+        local name = "model.layers." .. (i - 1)
+        local layer = { index = i, name = name, proj = {} }
+        layer.input_norm = w[name .. ".input_layernorm.weight"]
+        layer.post_norm = w[name .. ".post_attention_layernorm.weight"]
+        for _, p in ipairs(ATTN) do
+            layer.proj[p] = { name = name .. ".self_attn." .. p, weight = w[name .. ".self_attn." .. p .. ".weight"] }
+        end
+        for _, p in ipairs(MLP) do
+            layer.proj[p] = { name = name .. ".mlp." .. p, weight = w[name .. ".mlp." .. p .. ".weight"] }
+        end
+        layer.qkv, layer.gate_up = w[name .. ".self_attn.qkv"], w[name .. ".mlp.gate_up"]
+        layers[i] = layer
+    end
+    return layers
+end
+
+--- A model over weights by checkpoint name. opts: dtype, device, tokenizer, chat_template, source.
+function M.new(c, w, opts)
+    local model = setmetatable({
+        config = c, weights = w, dtype = opts.dtype, device = opts.device, tokenizer = opts.tokenizer,
+        chat_template = opts.chat_template, source = opts.source, special = opts.special,
+    }, Model)
+    model.embed, model.norm = w["model.embed_tokens.weight"], w["model.norm.weight"]
+    model.head = w["lm_head.weight"] or model.embed
+    model.layers = make_layers(model)
+    local fine = opts.dtype == "f64" and "f64" or "f32"
+    model.inv_freq = lc.keep(lc.tensor(config.inv_freq(c), { dtype = fine, device = opts.device }))
+    return model
+end
+
+--- A model that shares this one's weights and tokenizer but has layer records of its own (the student of a teacher).
+function Model:share()
+    return M.new(self.config, self.weights, self)
+end
+
+--- Copies the weights of all attention and MLP projections, so that writing them leaves models that share them alone.
+function Model:own_weights()
+    if self.owns_weights then return self end
+    local own = {}
+    for k, v in pairs(self.weights) do own[k] = v end
+    lc.no_grad(function()
+        for _, group in ipairs(weights.plan(self.config)) do
+            local name = #group.parts > 1 and weights.fused_name(group) or group.parts[1][1]
+            if name:match "^model%.layers" and group.cols then
+                lc.scope(function() weights.place(own, group, lc.keep(self.weights[name]:clone())) end)
+            end
+        end
+    end)
+    self.weights = own
+    for i, fresh in ipairs(make_layers(self)) do
+        local layer = self.layers[i]
+        layer.qkv, layer.gate_up = fresh.qkv, fresh.gate_up
+        for p, record in pairs(layer.proj) do record.weight = fresh.proj[p].weight end
+    end
+    self.owns_weights = true
+    return self
+end
+
+--- All projections in checkpoint order.
+function Model:projections()
+    local out = {}
+    for _, layer in ipairs(self.layers) do
+        for _, p in ipairs(M.PROJECTIONS) do out[#out + 1] = layer.proj[p] end
+    end
+    return out
+end
+
+-- ---- pieces of a forward -----------------------------------------------------------------------------------------------------
+--- What all layers of one forward share. opts: start (left padding, int32 [b]), state (a session's).
+function Model:context(ids, opts)
+    opts = opts or {}
+    local b, t = ids:size(1), ids:size(2)
+    local seen = opts.state and opts.state.seen or 0
+    local pos = lc.arange(seen, seen + t, 1, { dtype = "i32", device = self.device })
+    local ctx = { b = b, t = t, seen = seen, state = opts.state, window = self.config.sliding_window }
+    if opts.start then
+        ctx.start = lc.is_tensor(opts.start) and opts.start or lc.tensor(opts.start, { dtype = "i32", device = self.device })
+        local shift = ctx.start:to("f32"):reshape(b, 1)
+        pos = (pos:to("f32"):reshape(1, t):expand(b, t) - shift):clamp({ min = 0 }):to("i32")
+    end
+    ctx.pos = pos
+    ctx.cos, ctx.sin = lc.rope_table(pos, self.inv_freq)
+    if self.dtype ~= "f32" and self.dtype ~= "f64" then
+        ctx.cos, ctx.sin = ctx.cos:to(self.dtype), ctx.sin:to(self.dtype)
+    end
+    return ctx
+end
+
+local function heads_view(x, b, t, n, d)
+    return x:reshape(b, t, n, d):permute(1, 3, 2, 4)
+end
+
+local function has_lora(layer, names)
+    for _, p in ipairs(names) do
+        local l = layer.proj[p].lora
+        if l and l.on then return true end
+    end
+    return false
+end
+
+--- q, k, v of a layer from its normed input n [b, t, H]: q [b, h, t, d], k, v [b, g, t, d], q and k rotated.
+function Model:qkv(layer, n, ctx)
+    local c = self.config
+    local h, g, d, b, t = c.num_attention_heads, c.num_key_value_heads, c.head_dim, ctx.b, ctx.t
+    local q, k, v
+    -- the fused product saves calls; where gradients flow through it, its slices would cost zero-filled buffers
+    if layer.qkv and not has_lora(layer, ATTN) and not (lc.grad_enabled() and n.requires_grad) then
+        local all = lc.linear(n, layer.qkv)
+        q = all:narrow(-1, 1, h * d)
+        k = all:narrow(-1, h * d + 1, g * d)
+        v = all:narrow(-1, (h + g) * d + 1, g * d)
+    else
+        q, k, v = nn.project(n, layer.proj.q_proj), nn.project(n, layer.proj.k_proj), nn.project(n, layer.proj.v_proj)
+    end
+    q, k, v = heads_view(q, b, t, h, d), heads_view(k, b, t, g, d), heads_view(v, b, t, g, d)
+    return lc.rope(q, ctx.cos, ctx.sin), lc.rope(k, ctx.cos, ctx.sin), v
+end
+
+function Model:norm_in(layer, x) return lc.rms_norm(x, layer.input_norm, self.config.rms_norm_eps) end
+
+--- The layer's attention: [b, h, t, d].
+function Model:attend(layer, q, k, v, n, ctx)
+    local state = ctx.state and ctx.state.layers[layer.index]
+    local call = { start = ctx.start, state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = n,
+                   pos_tensor = ctx.state and ctx.state.pos, window = ctx.window }
+    if layer.student and not self.as_teacher then return attention.hybrid(layer.student, q, k, v, call) end
+    return attention.softmax(q, k, v, call)
+end
+
+--- What follows the attention: output projection, residual, MLP, residual.
+function Model:finish(layer, x, y, ctx)
+    local c = self.config
+    local flat = y:permute(1, 3, 2, 4):reshape(ctx.b, ctx.t, c.num_attention_heads * c.head_dim)
+    x = nn.project(flat, layer.proj.o_proj, x)
+    local n = lc.rms_norm(x, layer.post_norm, c.rms_norm_eps)
+    local gate, up
+    if layer.gate_up and ctx.b * ctx.t <= FEW_ROWS and not has_lora(layer, MLP) and not (lc.grad_enabled() and n.requires_grad) then
+        local both = lc.linear(n, layer.gate_up)
+        gate, up = both:narrow(-1, 1, c.intermediate_size), both:narrow(-1, c.intermediate_size + 1, c.intermediate_size)
+    else
+        gate, up = nn.project(n, layer.proj.gate_proj), nn.project(n, layer.proj.up_proj)
+    end
+    return nn.project(lc.swiglu(gate, up), layer.proj.down_proj, x)
+end
+
+function Model:layer_forward(layer, x, ctx)
+    local n = self:norm_in(layer, x)
+    local q, k, v = self:qkv(layer, n, ctx)
+    return self:finish(layer, x, self:attend(layer, q, k, v, n, ctx), ctx)
+end
+
+-- ---- what callers use --------------------------------------------------------------------------------------------------------
+--- Final hidden states [b, t, H], after the last norm, of token ids. opts: start, state, hidden (a table to fill with each
+--- layer's output), teacher = true (a student computes with its teacher's softmax attention).
+function Model:forward(ids, opts)
+    opts = opts or {}
+    ids = self:check_ids(ids)
+    local ctx = self:context(ids, opts)
+    local was = self.as_teacher
+    self.as_teacher = opts.teacher or was
+    local x = lc.embedding(self.embed, ids)
+    if x.dtype ~= self.dtype then x = x:to(self.dtype) end
+    local keep = lc.grad_enabled()
+    for _, layer in ipairs(self.layers) do
+        if keep or opts.hidden then
+            x = self:layer_forward(layer, x, ctx)
+        else
+            local before = x
+            x = lc.scope(self.layer_forward, self, layer, x, ctx)
+            before:drop()
+        end
+        if opts.hidden then opts.hidden[layer.index] = x end
+    end
+    self.as_teacher = was
+    if opts.state then self:advance(opts.state, ctx.t) end
+    return lc.rms_norm(x, self.norm, self.config.rms_norm_eps)
+end
+
+--- Ids as a tensor, checked against the vocabulary.
+function Model:check_ids(ids)
+    local given = ids
+    ids = nn.ids(ids, self.device)
+    if self.device == "cpu" then
+        local p, n, top = ids:contiguous():data(), ids:numel(), self.config.vocab_size
+        if not lc.is_tensor(given) or ids:is_contiguous() then
+            for i = 0, n - 1 do
+                if p[i] < 0 or p[i] >= top then
+                    lc.fail("token id %d at position %d is outside the vocabulary (0 to %d)", p[i], i % ids:size(2) + 1, top - 1)
+                end
+            end
+        end
+    end
+    return ids
+end
+
+--- Logits [b, t, vocab], or [b, vocab] of the last position with {last = true}.
+function Model:logits(ids, opts)
+    opts = opts or {}
+    local function run()
+        local x = self:forward(ids, opts)
+        if opts.last then x = x:select(2, -1) end
+        return self:lm_head(x)
+    end
+    if lc.grad_enabled() then return run() end
+    return lc.scope(run)
+end
+
+function Model:lm_head(x) return lc.linear(x, self.head) end
+
+-- Rows that have a label: a table of flat row numbers from 0 and of labels; nil when the labels cannot be read cheaply.
+local function labelled_rows(labels, ids)
+    local b, t = ids:size(1), ids:size(2)
+    local rows, out = {}, {}
+    local list = lc.is_tensor(labels) and labels:totable() or labels
+    if type(list[1]) ~= "table" then list = { list } end
+    if #list ~= b or #list[1] ~= t then
+        lc.fail("labels: expected [%d, %d] as the ids, got [%d, %d]", b, t, #list, #list[1])
+    end
+    for i = 1, b do
+        for j = 2, t do
+            local label = list[i][j]
+            if label ~= -100 then
+                rows[#rows + 1] = (i - 1) * t + j - 2
+                out[#out + 1] = label
+            end
+        end
+    end
+    return rows, out
+end
+
+--- Next-token loss: position i predicts labels[i + 1]; labels of -100 do not count. labels default to ids. Also returns each
+--- counted row's loss, its argmax and the number of rows. The head is computed on counted rows only and never whole.
+function Model:loss(ids, labels, opts)
+    ids = self:check_ids(ids)
+    local rows, wanted = labelled_rows(labels or ids, ids)
+    if #rows == 0 then lc.fail("no label to learn from: every label is -100, or the row has a single token") end
+    local x = self:forward(ids, opts)
+    return self:loss_at(x, rows, wanted)
+end
+
+--- Cross entropy of hidden states x [b, t, H] at flat rows (from 0) against labels. A head that is trained itself needs the logits
+--- whole, and then there are no losses of single rows.
+function Model:loss_at(x, rows, wanted)
+    local where = { dtype = "i32", device = self.device }
+    local flat = x:reshape(-1, x:size(-1))
+    if #rows < flat:size(1) then flat = flat:index_select(1, lc.tensor(rows, where)) end
+    if lc.grad_enabled() and self.head.requires_grad then
+        return lc.cross_entropy(lc.linear(flat, self.head), lc.tensor(wanted, where)), nil, nil, #rows
+    end
+    local loss, each, best = lc.linear_cross_entropy(flat, self.head, lc.tensor(wanted, where),
+                                                     { grad = lc.grad_enabled() and flat.requires_grad })
+    return loss, each, best, #rows
+end
+
+--- Sum of the losses and number of tokens of one row of ids, without gradient.
+function Model:nll(ids, labels, opts)
+    return lc.no_grad(lc.scope, function()
+        local loss, _, _, n = self:loss(ids, labels, opts)
+        return loss:item() * n, n
+    end)
+end
+
+-- ---- state -------------------------------------------------------------------------------------------------------------------
+--- State for prefill in chunks and decoding: a key/value cache for softmax layers, a state of constant size for hybrid ones.
+function Model:new_state(batch, opts)
+    batch = batch or 1
+    local c = self.config
+    local fine = self.dtype == "f64" and "f64" or "f32"
+    local state = { seen = 0, batch = batch, layers = {}, as_teacher = opts and opts.teacher }
+    state.pos = lc.keep(lc.zeros({ batch }, { dtype = "i32", device = self.device }))
+    for i, layer in ipairs(self.layers) do
+        if layer.student and not state.as_teacher then
+            state.layers[i] = attention.hybrid_state(layer, batch, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
+                                                     { dtype = fine, device = self.device })
+        else
+            state.layers[i] = {}
+        end
+    end
+    return state
+end
+
+function Model:advance(state, t)
+    state.seen = state.seen + t
+    state.pos:fill_(state.seen)
+end
+
+--- Frees a state's tensors at once.
+function Model:drop_state(state)
+    state.pos:drop()
+    for _, s in ipairs(state.layers) do
+        for key, v in pairs(s) do
+            if lc.is_tensor(v) then v:drop(); s[key] = nil end
+        end
+    end
+end
+
+-- ---- parameters ----------------------------------------------------------------------------------------------------------------
+--- Every parameter as {name=, tensor=} in a fixed order: weights, feature maps, adapters. pattern: a Lua pattern on the name;
+--- trainable = true: only those that require a gradient.
+function Model:params(pattern, trainable)
+    local out = {}
+    local function add(name, t)
+        if (not pattern or name:match(pattern)) and (not trainable or t.requires_grad) then
+            out[#out + 1] = { name = name, tensor = t }
+        end
+    end
+    for _, group in ipairs(weights.plan(self.config)) do
+        for _, part in ipairs(group.parts) do add(part[1], self.weights[part[1]]) end
+    end
+    for _, p in ipairs(self:map_params()) do add(p.name, p.tensor) end
+    for _, p in ipairs(require("lolcats.lora").parameters(self)) do add(p.name, p.tensor) end
+    return out
+end
+
+function Model:trainable() return self:params(nil, true) end
+
+--- Parameters of the student's attention, in the reference's order.
+function Model:map_params()
+    local out = {}
+    for _, layer in ipairs(self.layers) do
+        local a = layer.student
+        if a then
+            local pre = layer.name .. ".self_attn."
+            if a.factors then out[#out + 1] = { name = pre .. "window_factors", tensor = a.factors } end
+            for _, side in ipairs { "q", "k" } do
+                for _, p in ipairs(a["f" .. side]:parameters()) do
+                    local sub = a.map.custom and p.name or ("mlp." .. p.name)
+                    out[#out + 1] = { name = pre .. "feature_map_" .. side .. "." .. sub, tensor = p.tensor }
+                end
+            end
+        end
+    end
+    return out
+end
+
+--- No parameter requires a gradient any more.
+function Model:freeze()
+    for _, p in ipairs(self:params()) do p.tensor:requires_grad_(false) end
+    return self
+end
+
+--- Marks parameters whose name matches as trained. Those that share a storage with a teacher are refused.
+function Model:unfreeze(pattern)
+    for _, p in ipairs(self:params(pattern)) do p.tensor:requires_grad_(true) end
+    return self
+end
+
+function Model:add_lora(opts) return require("lolcats.lora").add(self, opts) end
+function Model:merge_lora() return require("lolcats.lora").merge(self) end
+function Model:unmerge_lora() return require("lolcats.lora").unmerge(self) end
+
+--- Parameters in all, shared ones counted once.
+function Model:size()
+    local n = 0
+    for _, p in ipairs(self:params()) do n = n + p.tensor:numel() end
+    return n
+end
+
+function Model:save_weights(dir) return weights.save(self, dir) end
+function Model:generate(prompt, opts) return require("lolcats.session").generate(self, prompt, opts) end
+function Model:session(opts) return require("lolcats.session").new(self, opts) end
+
+function Model:__tostring()
+    local c = self.config
+    return ("%s: %d layers, hidden %d, heads %d/%d of %d, vocabulary %d, %s on %s%s"):format(
+        self.is_student and "linearized " .. c.model_type or c.model_type, c.num_hidden_layers, c.hidden_size,
+        c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, self.dtype, self.device,
+        self.source and " (" .. self.source .. ")" or "")
+end
+
+return M

@@ -1,0 +1,177 @@
+-- models/weights.lua: a decoder's weights from safetensors, GGUF, or nothing (random), straight into the storages that the
+-- model computes with: q, k and v are row views of one storage, gate and up of another, each under its checkpoint name.
+local lc = require "lolcats"
+local files = require "lolcats.files"
+
+local M = {}
+
+-- Hugging Face's name -> GGUF's
+local GGUF_LAYER = {
+    ["input_layernorm.weight"] = "attn_norm.weight", ["post_attention_layernorm.weight"] = "ffn_norm.weight",
+    ["self_attn.q_proj.weight"] = "attn_q.weight", ["self_attn.k_proj.weight"] = "attn_k.weight",
+    ["self_attn.v_proj.weight"] = "attn_v.weight", ["self_attn.o_proj.weight"] = "attn_output.weight",
+    ["mlp.gate_proj.weight"] = "ffn_gate.weight", ["mlp.up_proj.weight"] = "ffn_up.weight",
+    ["mlp.down_proj.weight"] = "ffn_down.weight",
+}
+local GGUF_TOP = {
+    ["model.embed_tokens.weight"] = "token_embd.weight", ["model.norm.weight"] = "output_norm.weight",
+    ["lm_head.weight"] = "output.weight",
+}
+
+function M.gguf_name(name)
+    local i, rest = name:match "^model%.layers%.(%d+)%.(.+)$"
+    if i then return "blk." .. i .. "." .. GGUF_LAYER[rest] end
+    return GGUF_TOP[name]
+end
+
+--- Storages of a model in order of need: a list of {parts = {{name, rows}}, cols (nil: a vector)}.
+function M.plan(c)
+    local H, I, d = c.hidden_size, c.intermediate_size, c.head_dim
+    local qd, kd = c.num_attention_heads * d, c.num_key_value_heads * d
+    local plan = { { parts = { { "model.embed_tokens.weight", c.vocab_size } }, cols = H } }
+    local function add(cols, ...)
+        plan[#plan + 1] = { parts = { ... }, cols = cols }
+    end
+    for i = 0, c.num_hidden_layers - 1 do
+        local pre = "model.layers." .. i .. "."
+        add(nil, { pre .. "input_layernorm.weight", H })
+        add(H, { pre .. "self_attn.q_proj.weight", qd }, { pre .. "self_attn.k_proj.weight", kd },
+            { pre .. "self_attn.v_proj.weight", kd })
+        add(qd, { pre .. "self_attn.o_proj.weight", H })
+        add(nil, { pre .. "post_attention_layernorm.weight", H })
+        add(H, { pre .. "mlp.gate_proj.weight", I }, { pre .. "mlp.up_proj.weight", I })
+        add(I, { pre .. "mlp.down_proj.weight", H })
+    end
+    add(nil, { "model.norm.weight", H })
+    if not c.tie_word_embeddings then add(H, { "lm_head.weight", c.vocab_size }) end
+    return plan
+end
+
+-- Rows of a head lie interleaved (0, d/2, 1, d/2 + 1, ..) in a Llama GGUF; brings them to the half-split order.
+local function unpermute(into, from, heads)
+    local rows, cols = into:size(1), into:size(2)
+    local half = rows / heads / 2
+    into:reshape(heads, 2, half, cols):copy_(from:reshape(heads, half, 2, cols):permute(1, 3, 2, 4))
+end
+
+local function shape_text(s) return "[" .. table.concat(s, ", ") .. "]" end
+
+-- Reads one tensor of the file into its place and looks for NaN and infinity.
+local function read_part(src, c, name, into, opts)
+    local stored = src.format == "gguf" and M.gguf_name(name) or name
+    local info = src.file:info(stored)
+    local want = into.shape
+    local same = #info.shape == #want
+    for i = 1, #want do same = same and info.shape[i] == want[i] end
+    if not same then
+        lc.fail("%s: tensor '%s' is %s; the config makes it %s", src.path, stored, shape_text(info.shape), shape_text(want))
+    end
+    local heads = src.format == "gguf" and (name:match "q_proj" and c.num_attention_heads or
+                                            name:match "k_proj" and c.num_key_value_heads)
+    if heads then
+        lc.scope(function()
+            local raw = lc.empty(want, { dtype = into.dtype })
+            src.file:read_into(stored, raw)
+            unpermute(into, raw, heads)
+        end)
+    else
+        src.file:read_into(stored, into)
+    end
+    if opts.check ~= false then
+        local bad = lc.scope(function() return lc.count_nonfinite(into):item() end)
+        if bad > 0 then
+            lc.fail("%s: tensor '%s' holds %d values that are NaN or infinite", src.path, stored, bad)
+        end
+    end
+end
+
+local function missing(src, plan)
+    local lost = {}
+    for _, group in ipairs(plan) do
+        for _, part in ipairs(group.parts) do
+            local stored = src.format == "gguf" and M.gguf_name(part[1]) or part[1]
+            if not src.file:has(stored) then lost[#lost + 1] = stored end
+        end
+    end
+    if #lost > 0 then
+        local shown = table.concat(lost, ", ", 1, math.min(#lost, 6))
+        lc.fail("%s: %d tensor%s missing: %s%s", src.path, #lost, #lost == 1 and " is" or "s are", shown,
+                #lost > 6 and ", ..." or "")
+    end
+end
+
+--- Loads all weights. src: {file = opened tensors, format =, path =}. opts: dtype, device, check.
+--- Returns name -> tensor, and the fused storages under "model.layers.N.self_attn.qkv" and "model.layers.N.mlp.gate_up".
+function M.load(src, c, opts)
+    local plan = M.plan(c)
+    missing(src, plan)
+    return M.fill(c, plan, opts, function(name, into) read_part(src, c, name, into, opts) end)
+end
+
+--- Weights drawn at random, in the manner of a fresh checkpoint.
+function M.random(c, opts)
+    local std = c.initializer_range or 0.02
+    return M.fill(c, M.plan(c), opts, function(name, into)
+        if name:match "norm%.weight$" then into:fill_(1) else into:normal_(0, std) end
+    end)
+end
+
+function M.fill(c, plan, opts, put)
+    local weights = {}
+    lc.no_grad(function()
+        for _, group in ipairs(plan) do
+            local rows = 0
+            for _, part in ipairs(group.parts) do rows = rows + part[2] end
+            local shape = group.cols and { rows, group.cols } or { rows }
+            lc.scope(function()
+                local whole = lc.empty(shape, { dtype = opts.dtype })
+                local at = 1
+                for _, part in ipairs(group.parts) do
+                    put(part[1], whole:narrow(1, at, part[2]))
+                    at = at + part[2]
+                end
+                if opts.device ~= "cpu" then whole = whole:to { device = opts.device } end
+                M.place(weights, group, lc.keep(whole))
+            end)
+        end
+    end)
+    return weights
+end
+
+--- Names the row views of one storage.
+function M.place(weights, group, whole)
+    if #group.parts == 1 then
+        local name = group.parts[1][1]
+        weights[name] = whole
+        whole:set_name(name)
+        return
+    end
+    local at = 1
+    for _, part in ipairs(group.parts) do
+        local view = lc.keep(whole:narrow(1, at, part[2]))
+        view:set_name(part[1])
+        weights[part[1]] = view
+        at = at + part[2]
+    end
+    weights[M.fused_name(group)] = whole
+end
+
+function M.fused_name(group)
+    local first = group.parts[1][1]
+    return (first:gsub("q_proj%.weight$", "qkv"):gsub("gate_proj%.weight$", "gate_up"))
+end
+
+--- Writes a model's weights as one safetensors file and its config beside it.
+function M.save(model, dir)
+    files.make_dirs(dir)
+    local out = {}
+    for _, group in ipairs(M.plan(model.config)) do
+        for _, part in ipairs(group.parts) do out[part[1]] = model.weights[part[1]] end
+    end
+    files.save_tensors(dir .. "/model.safetensors", out, { format = "pt" })
+    local json = require("lolcats.models.config").to_json(model.config)
+    json.torch_dtype = ({ f32 = "float32", bf16 = "bfloat16", f16 = "float16", f64 = "float64" })[model.dtype]
+    files.write_json(dir .. "/config.json", json)
+end
+
+return M

@@ -1,0 +1,164 @@
+-- golden.lua: runs every case in a folder of golden values, in float32 and in float64, and says how many passed. Nothing about
+-- the cases is known here but the layout: another folder with other cases of the same kinds works alike.
+--   lolcats tests/golden.lua [DIR] [--only kind,kind] [--all] [--verbose]
+local lc = require "lolcats"
+local files = require "lolcats.files"
+
+local here = debug.getinfo(1, "S").source:match "^@(.*)golden%.lua$" or "tests/"
+
+-- kind -> why it is not run here
+local UNBUILT = { compat = "the reference's own quirks are not built", checkpoints = "torch checkpoints are not read yet" }
+local SLOW = { quality = "takes long; add --all or --only quality" }
+local ORDER = { "attention", "model", "models", "optim", "tokenizer", "chat_template", "data", "eval", "quant", "checkpoints", "compat",
+                "quality" }
+
+local function parse(argv)
+    local o = { only = nil }
+    local i = 1
+    while argv[i] do
+        local a = argv[i]
+        if a == "--all" then o.all = true
+        elseif a == "--verbose" or a == "-v" then o.verbose = true
+        elseif a == "--only" then
+            i = i + 1
+            o.only = {}
+            for k in (argv[i] or ""):gmatch "[^,]+" do o.only[k] = true end
+        elseif a:sub(1, 2) == "--" then
+            io.stderr:write("golden.lua: unknown option " .. a .. "\n")
+            os.exit(2)
+        else o.dir = a end
+        i = i + 1
+    end
+    o.dir = (o.dir or (os.getenv "LOLCATS_TEST_DATA" or here .. "../../shared") .. "/golden"):gsub("(.)/+$", "%1")
+    return o
+end
+
+local T = { passed = 0, failed = 0, skipped = 0 }
+local opts = parse(arg or {})
+T.dir, T.here = opts.dir, here
+
+function T.skip(name, why)
+    T.skipped = T.skipped + 1
+    if opts.verbose then print(("skip  %s (%s)"):format(name, why)) end
+end
+
+--- Runs one case. f gets a checker: check(label, ok, detail) and close(label, got, want, tolerance).
+function T.case(name, f)
+    local problems, worst = {}, 0
+    local c = {}
+    function c.check(label, ok, detail)
+        if not ok then problems[#problems + 1] = label .. (detail and (": " .. detail) or "") end
+        return ok
+    end
+    function c.skip(why) error({ skip = why }, 0) end
+    --- Largest difference of two tensors against rel * largest entry of want, at least `floor`.
+    function c.close(label, got, want, rel, floor)
+        local d, top, bad = lc.no_grad(lc.scope, T.difference, got, want)
+        if bad then return c.check(label, false, bad) end
+        local limit = math.max(rel * top, floor or 0)
+        worst = math.max(worst, d / limit)
+        return c.check(label, d <= limit, ("differs by %.3g, allowed %.3g (largest entry %.3g)"):format(d, limit, top))
+    end
+    function c.near(label, got, want, limit)
+        worst = math.max(worst, math.abs(got - want) / limit)
+        return c.check(label, math.abs(got - want) <= limit, ("%.9g, expected %.9g within %.3g"):format(got, want, limit))
+    end
+    local t0 = lc.now()
+    local ok, err = xpcall(function() return lc.scope(f, c) end, function(e)
+        if type(e) == "table" and e.skip then return e end
+        return tostring(e) .. (opts.verbose and "\n" .. debug.traceback("", 2) or "")
+    end)
+    if not ok and type(err) == "table" and err.skip then return T.skip(name, err.skip) end
+    if not ok then problems[#problems + 1] = err end
+    if #problems == 0 then
+        T.passed = T.passed + 1
+        if opts.verbose then print(("pass  %-60s %.2f of the tolerance, %.2f s"):format(name, worst, lc.now() - t0)) end
+    else
+        T.failed = T.failed + 1
+        print("FAIL  " .. name)
+        for i = 1, math.min(#problems, opts.verbose and 40 or 5) do print("      " .. problems[i]) end
+        if #problems > 5 and not opts.verbose then print(("      and %d more"):format(#problems - 5)) end
+    end
+    collectgarbage()
+end
+
+--- Largest absolute difference and largest absolute entry of want; a third result says why they cannot be compared.
+function T.difference(got, want)
+    if type(got) == "number" then got = lc.tensor({ got }, { dtype = "f64" }) end
+    if type(want) == "number" then want = lc.tensor({ want }, { dtype = "f64" }) end
+    got, want = got:detach():to("f64"), want:detach():to("f64")
+    if got:numel() ~= want:numel() then
+        return 0, 0, ("shape [%s], expected [%s]"):format(table.concat(got.shape, ", "), table.concat(want.shape, ", "))
+    end
+    if got:numel() == 0 then return 0, 0 end
+    got, want = got:reshape(-1), want:reshape(-1)
+    if lc.count_nonfinite(got):item() > 0 then return 0, 0, "has NaN or infinity" end
+    return (got - want):abs():amax():item(), want:abs():amax():item()
+end
+
+--- All tensors of a safetensors file, by name, alive until the case ends.
+function T.tensors(path)
+    local f = files.open_tensors(path)
+    local out = {}
+    for _, name in ipairs(f:names()) do out[name] = f:tensor(name) end
+    f:close()
+    return out
+end
+
+--- A path of an index file, which counts from the folder that holds the shared one; nil when it is not there.
+function T.data(path)
+    local env = os.getenv "LOLCATS_TEST_DATA"
+    local tail = path:gsub("^shared/", "")
+    for _, p in ipairs { T.dir .. "/../../" .. path, T.dir .. "/../" .. tail, env and env .. "/" .. tail or "",
+                         here .. "../../shared/" .. tail } do
+        if p ~= "" and files.exists(p) then return p end
+    end
+end
+
+-- What issue and index files allow, by dtype.
+T.DTYPES = { "f32", "f64" }
+T.TOL = {
+    f32 = { out = 1e-5, grad = 1e-4, loss = 1e-5, final = 1e-3, floor = 1e-6 },
+    f64 = { out = 1e-9, grad = 1e-9, loss = 1e-9, final = 1e-9, floor = 1e-10 },
+}
+
+local kinds = {}
+for _, name in ipairs(ORDER) do
+    if files.is_dir(opts.dir .. "/" .. name) then kinds[#kinds + 1] = name end
+end
+for _, name in ipairs(files.list(opts.dir)) do
+    local known = false
+    for _, k in ipairs(ORDER) do known = known or k == name end
+    if not known and files.is_dir(opts.dir .. "/" .. name) then kinds[#kinds + 1] = name end
+end
+if #kinds == 0 then
+    io.stderr:write("golden.lua: no folder of cases in " .. opts.dir .. "\n")
+    os.exit(2)
+end
+
+for _, kind in ipairs(kinds) do
+    local path = here .. "golden/" .. kind .. ".lua"
+    if opts.only and not opts.only[kind] then
+        -- not asked for
+    elseif UNBUILT[kind] or not files.exists(path) then
+        print(("skip  %s: %s"):format(kind, UNBUILT[kind] or "not built yet"))
+        T.skipped = T.skipped + 1
+    elseif SLOW[kind] and not opts.all and not opts.only then
+        print(("skip  %s: %s"):format(kind, SLOW[kind]))
+        T.skipped = T.skipped + 1
+    else
+        local before = { T.passed, T.failed, T.skipped }
+        local t0 = lc.now()
+        local ok, err = xpcall(function() dofile(path)(opts.dir .. "/" .. kind, T) end, function(e)
+            return tostring(e) .. "\n" .. debug.traceback("", 2)
+        end)
+        if not ok then
+            T.failed = T.failed + 1
+            print("FAIL  " .. kind .. ": " .. err)
+        end
+        print(("%-14s %d passed, %d failed, %d skipped, %.1f s"):format(kind, T.passed - before[1], T.failed - before[2],
+                                                                     T.skipped - before[3], lc.now() - t0))
+    end
+end
+print(("%d passed, %d failed, %d skipped"):format(T.passed, T.failed, T.skipped))
+os.exit(T.failed == 0 and 0 or 1)

@@ -1,0 +1,92 @@
+-- attention.lua: single attentions. The quadratic form gives features, weights, both losses and the gradients of their sum; the
+-- fused op, with the map inside and on ready features, is held against the same outputs, and its gradients against those of
+-- the quadratic form for the squared error alone.
+local lc = require "lolcats"
+local files = require "lolcats.files"
+local maps = require "lolcats.feature_map"
+local attention = require "lolcats.attention"
+
+-- The attention record of a case with fresh parameters.
+local function student(e, t, dtype)
+    local map = maps.builtin(e.feature_map, { full = e.fullspace, bias = e.bias, skip = e.skip_connection,
+                                              feature_dim = e.feature_dim })
+    local function leaf(x) return x:to(dtype):clone():requires_grad_() end
+    local a = { map = map, kind = e.type, window = e.type == "linear" and 0 or e.window, affine = e.affine_attention_factors }
+    for _, side in ipairs { "q", "k" } do
+        local inst = setmetatable({}, map.meta)
+        inst.layer = leaf(t["w_" .. side])
+        if e.bias then inst.bias = leaf(t["bias_" .. side]) end
+        a["f" .. side] = inst
+    end
+    if t.window_factors then a.factors = leaf(t.window_factors) end
+    return a
+end
+
+local function params(a)
+    local out = { w_q = a.fq.layer, w_k = a.fk.layer, bias_q = a.fq.bias, bias_k = a.fk.bias, window_factors = a.factors }
+    return out
+end
+
+local function cross_entropy(a_pred, a_true)
+    local n = a_true:size(-1)
+    return (a_pred:clamp({ min = 1e-12 }):log():log_softmax(-1) * a_true):sum() * (-n / a_true:numel())
+end
+
+local function run(c, e, t, dtype, tol)
+    local q, k, v = t.q:to(dtype), t.k:to(dtype), t.v:to(dtype)
+    local a = student(e, t, dtype)
+    local ctx = { seen = 0 }
+    local fq, fk = attention.features(a, q, k, ctx)
+    c.close("feature_q", fq, t.feature_q, tol.out, tol.floor)
+    c.close("feature_k", fk, t.feature_k, tol.out, tol.floor)
+    c.close("y_true, op", attention.softmax(q, k, v, ctx), t.y_true, tol.out, tol.floor)
+    local y_true, a_true = attention.quadratic_softmax(q, k, v)
+    c.close("y_true, quadratic", y_true, t.y_true, tol.out, tol.floor)
+    local y, w = attention.quadratic(a, q, k, v, fq, fk)
+    c.close("y_pred, quadratic", y, t.y_pred, tol.out, tol.floor)
+    c.close("a_pred", w, t.a_pred, tol.out, tol.floor)
+    local mse, xent = lc.mse_loss(y, y_true), cross_entropy(w, a_true)
+    c.close("loss_mse", mse, t.loss_mse, tol.loss, tol.floor)
+    c.close("loss_xent", xent, t.loss_xent, tol.loss, tol.floor)
+    ;(mse * 1000 + xent):backward()
+    for name, p in pairs(params(a)) do
+        local g = p.grad or lc.zeros_like(p)
+        c.close("grad_" .. name, g, t["grad_" .. name], tol.grad, tol.floor)
+    end
+    -- the fused op
+    local function squared_error(f)
+        local b = student(e, t, dtype)
+        local out = f(b)
+        ;(lc.mse_loss(out, y_true:detach()) * 1000):backward()
+        return out, params(b)
+    end
+    local _, plain = squared_error(function(b)
+        local pq, pk = attention.features(b, q, k, ctx)
+        return (attention.quadratic(b, q, k, v, pq, pk))
+    end)
+    local forms = {
+        fused = function(b) return attention.hybrid(b, q, k, v, ctx) end,
+        ["ready features"] = function(b) return attention.generic(b, q, k, v, ctx) end,
+    }
+    for form, f in pairs(forms) do
+        local out, got = squared_error(f)
+        c.close("y_pred, " .. form, out, t.y_pred, tol.out, tol.floor)
+        for name, p in pairs(got) do
+            c.close(("grad %s, %s"):format(name, form), p.grad or lc.zeros_like(p), plain[name].grad or lc.zeros_like(p), tol.grad,
+                    tol.floor)
+        end
+    end
+end
+
+return function(dir, T)
+    for _, e in ipairs(files.read_json(dir .. "/index.json")) do
+        for _, k in ipairs { "window", "feature_dim" } do
+            if e[k] == files.null then e[k] = nil end
+        end
+        for _, dtype in ipairs(T.DTYPES) do
+            T.case(("attention/%s %s"):format(e.file, dtype), function(c)
+                run(c, e, T.tensors(dir .. "/" .. e.file), dtype, T.TOL[dtype])
+            end)
+        end
+    end
+end
