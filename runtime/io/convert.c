@@ -197,3 +197,17 @@ lc_status lc_convert(int from, const void *in, int to, void *out, int64_t n) {
     }
     return LC_OK;
 }
+
+int lc_store_block(int store) {
+    if (store == LC_STORE_IQ4_XS) return 256;
+    if (store >= LC_STORE_I8) return 1;
+    const lc_dtype_trait *t = lc_dtype_traits(store);
+    return t ? t->block : 0;
+}
+
+int lc_store_block_bytes(int store) {
+    static const int extra[] = {1, 2, 2, 4, 8, 136};
+    if (store >= LC_STORE_I8 && store <= LC_STORE_IQ4_XS) return extra[store - LC_STORE_I8];
+    const lc_dtype_trait *t = lc_dtype_traits(store);
+    return t ? t->bytes : 0;
+}

@@ -3,6 +3,7 @@
 #ifndef LC_QUANT_H
 #define LC_QUANT_H
 
+#include "../../kernels/quant.h"
 #include "../core/base.h"
 
 /* What a file's tensor is made of: an lc_dtype, or one of these, which lc_file_read converts and no tensor stores. */
@@ -12,12 +13,9 @@ enum {
     LC_STORE_U16,
     LC_STORE_U32,
     LC_STORE_U64,
-    LC_STORE_IQ4_XS,
+    LC_STORE_IQ4_XS = LC_K_FILE_IQ4_XS,
     LC_STORE_UNKNOWN = -1
 };
-
-/* n values of a block-quantised dtype; n counts whole blocks. blocks need no alignment. */
-void lc_dequantise(int dtype, const void *blocks, float *out, int64_t n);
 
 /* Elements a block and bytes a block of a stored format; 0 for LC_STORE_UNKNOWN. */
 int lc_store_block(int store);

@@ -5,8 +5,6 @@
 
 #include <string.h>
 
-#include "../../kernels/dtype.h"
-
 #ifdef __clang__
 #pragma STDC FP_CONTRACT OFF
 #else
@@ -178,32 +176,18 @@ static void block_q6_k(const uint8_t *b, float *y) {
 void lc_dequantise(int dtype, const void *blocks, float *out, int64_t n) {
     const uint8_t *b = blocks;
     switch (dtype) {
-    case LC_Q4_0: EACH_BLOCK(block_q4_0, 32, 18);
-    case LC_Q4_1: EACH_BLOCK(block_q4_1, 32, 20);
-    case LC_Q5_0: EACH_BLOCK(block_q5_0, 32, 22);
-    case LC_Q5_1: EACH_BLOCK(block_q5_1, 32, 24);
-    case LC_Q8_0: EACH_BLOCK(block_q8_0, 32, 34);
-    case LC_Q2_K: EACH_BLOCK(block_q2_k, 256, 84);
-    case LC_Q3_K: EACH_BLOCK(block_q3_k, 256, 110);
-    case LC_Q4_K: EACH_BLOCK(block_q4_k, 256, 144);
-    case LC_Q5_K: EACH_BLOCK(block_q5_k, 256, 176);
-    case LC_Q6_K: EACH_BLOCK(block_q6_k, 256, 210);
-    case LC_IQ4_NL: EACH_BLOCK(block_iq4_nl, 32, 18);
-    case LC_STORE_IQ4_XS: EACH_BLOCK(block_iq4_xs, 256, 136);
+    case LC_K_Q4_0: EACH_BLOCK(block_q4_0, 32, 18);
+    case LC_K_Q4_1: EACH_BLOCK(block_q4_1, 32, 20);
+    case LC_K_Q5_0: EACH_BLOCK(block_q5_0, 32, 22);
+    case LC_K_Q5_1: EACH_BLOCK(block_q5_1, 32, 24);
+    case LC_K_Q8_0: EACH_BLOCK(block_q8_0, 32, 34);
+    case LC_K_Q2_K: EACH_BLOCK(block_q2_k, 256, 84);
+    case LC_K_Q3_K: EACH_BLOCK(block_q3_k, 256, 110);
+    case LC_K_Q4_K: EACH_BLOCK(block_q4_k, 256, 144);
+    case LC_K_Q5_K: EACH_BLOCK(block_q5_k, 256, 176);
+    case LC_K_Q6_K: EACH_BLOCK(block_q6_k, 256, 210);
+    case LC_K_IQ4_NL: EACH_BLOCK(block_iq4_nl, 32, 18);
+    case LC_K_FILE_IQ4_XS: EACH_BLOCK(block_iq4_xs, 256, 136);
     default: return;
     }
-}
-
-int lc_store_block(int store) {
-    if (store == LC_STORE_IQ4_XS) return 256;
-    if (store >= LC_STORE_I8) return 1;
-    const lc_dtype_trait *t = lc_dtype_traits(store);
-    return t ? t->block : 0;
-}
-
-int lc_store_block_bytes(int store) {
-    static const int extra[] = {1, 2, 2, 4, 8, 136};
-    if (store >= LC_STORE_I8 && store <= LC_STORE_IQ4_XS) return extra[store - LC_STORE_I8];
-    const lc_dtype_trait *t = lc_dtype_traits(store);
-    return t ? t->bytes : 0;
 }
