@@ -67,6 +67,7 @@ enum { LC_OPTION_PLAIN_ATTENTION, LC_OPTION_PLAIN_HYBRID, LC_OPTION_PLAIN_LINEAR
 typedef struct lc_kargs {
     lc_view x[LC_KARGS_IN];
     lc_view y[LC_KARGS_OUT];
+    int32_t n_x, n_y; /* slots that the row has; the rest of x and y is not filled */
     const lc_view *list;
     int32_t n_list;
     const double *f;  /* scalars in the order of the row's signature, as in lc_args */
@@ -111,9 +112,9 @@ typedef struct lc_backend {
 typedef int (*lc_plugin_open_fn)(const lc_host *host, lc_backend *out, const char **why);
 
 /* The CPU's kernels for one instruction set ("generic", "avx2", "avx512", "avx512bf16"), in float or in double arithmetic. */
-const lc_kernel *lc_cpu_kernels(const char *isa, int is_double);
+__attribute__((visibility("default"))) const lc_kernel *lc_cpu_kernels(const char *isa, int is_double);
 /* The best instruction set of this machine. */
-const char *lc_cpu_best_isa(void);
+__attribute__((visibility("default"))) const char *lc_cpu_best_isa(void);
 /* GEMM provider: "onednn" or "own"; NULL asks. Returns the one in use; *why says where it was found or why not. */
 const char *lc_cpu_gemm_provider(const char *force, const char **why);
 

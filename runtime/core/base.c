@@ -17,7 +17,10 @@ static _Thread_local char message[MESSAGE_SIZE];
 
 const char *lc_error_message(void) { return message; }
 
-const char *lc_version(void) { return "0.1.0"; }
+#ifndef LC_VERSION
+#define LC_VERSION "unknown"
+#endif
+const char *lc_version(void) { return LC_VERSION; }
 
 const char *lc_status_name(int status) {
     static const char *const names[] = {"OK", "EARG", "ESHAPE", "EDTYPE", "EDEVICE", "ENOMEM", "EIO", "EPARSE",

@@ -241,6 +241,8 @@ static lc_status launch(lc_frame *c, lc_tensor *const *y, int device) {
             if (c->list[i]->dtype == LC_F64) is_double = true;
         }
     }
+    k.n_x = r->n_x;
+    k.n_y = r->n_y;
     k.list = list;
     k.n_list = c->n_list;
     k.f = c->f;
