@@ -116,15 +116,32 @@ static size_t plain_work(const softmax_call *a, int backward) {
 }
 
 /* ---- entry ------------------------------------------------------------------------------------------------------------- */
+static int plain_wanted(const lc_kargs *k) { return k->host && k->host->option(LC_OPTION_PLAIN_ATTENTION); }
+
+/* The same call as hybrid attention with the window alone. */
+static void as_hybrid(const softmax_call *a, hybrid *out) {
+    static const lc_view none;
+    *out = (hybrid){.b = a->b, .h = a->h, .g = a->g, .t = a->t, .d = a->d, .group = a->group, .mk_group = 1, .softmax = 1,
+                    .window = a->window > 0 ? a->window : 1, .kind = a->window > 0 ? KIND_SLIDING : KIND_CAUSAL,
+                    .offset = a->offset, .scale = a->scale, .q = a->q, .k = a->k, .v = a->v, .start = a->start,
+                    .mq = &none, .mk = &none, .bq = &none, .bk = &none, .factors = &none};
+}
+
 size_t K(attention_work)(const lc_kargs *k) {
     softmax_call a;
-    return softmax_open(&a, k, k->x, k->x + 3, k->x + 4) ? 0 : plain_work(&a, 0);
+    hybrid call;
+    if (softmax_open(&a, k, k->x, k->x + 3, k->x + 4)) return 0;
+    as_hybrid(&a, &call);
+    return plain_wanted(k) ? plain_work(&a, 0) : K(chunked_forward_work)(k, &call);
 }
 
 int K(attention)(const lc_kargs *k) {
     softmax_call a;
+    hybrid call;
     int status = softmax_open(&a, k, k->x, k->x + 3, k->x + 4);
-    return status ? status : plain_forward(k, &a);
+    if (status) return status;
+    as_hybrid(&a, &call);
+    return plain_wanted(k) ? plain_forward(k, &a) : K(chunked_forward)(k, &call);
 }
 
 size_t K(attention_backward_work)(const lc_kargs *k) {

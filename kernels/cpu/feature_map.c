@@ -48,3 +48,86 @@ void K(map_row_backward)(int map, int full, int64_t f, const double *x, const do
     }
     for (int64_t i = 0; i < f; i++) dx[i] = map == MAP_RELU ? (x[i] > 0 ? da[i] : 0) : x[i] > 0 ? da[i] : a[i] * da[i];
 }
+
+/* ---- tiles, transposed: [f][TILE] -------------------------------------------------------------------------------------- */
+
+/* One vector of tokens: exp(sign (x - extreme)) over f rows into a, which may be x; returns the sums. */
+static inline vreal column_exp(int64_t f, const real *x, real sign, vreal extreme, real *a) {
+    vreal sum = vset(0);
+    for (int64_t i = 0; i < f; i++) {
+        vreal e = vexp((vload(x + i * TILE) - extreme) * sign);
+        vstore(a + i * TILE, e);
+        sum += e;
+    }
+    return sum;
+}
+
+static inline void column_finish(int64_t f, vreal by, vreal eps, real *a, real *y) {
+    for (int64_t i = 0; i < f; i++) {
+        vreal v = vload(a + i * TILE) * by;
+        vstore(a + i * TILE, v);
+        vstore(y + i * TILE, vmax(v, eps));
+    }
+}
+
+static void tile_exp(int map, int full, int64_t f, real eps, real *a, real *y) {
+    for (int64_t t = 0; t < TILE; t += VL) {
+        vreal hi = vload(a + t), lo = hi, one = vset(1);
+        for (int64_t i = 1; i < f; i++) {
+            vreal x = vload(a + i * TILE + t);
+            hi = vmax(hi, x), lo = vmin(lo, x);
+        }
+        vreal low_sum = full ? column_exp(f, a + t, -1, lo, a + f * TILE + t) : one;
+        vreal high_sum = column_exp(f, a + t, 1, hi, a + t);
+        column_finish(f, map == MAP_SOFTMAX_DIM ? one / high_sum : one, vset(eps), a + t, y + t);
+        if (full) column_finish(f, map == MAP_SOFTMAX_DIM ? one / low_sum : one, vset(eps), a + f * TILE + t, y + f * TILE + t);
+    }
+}
+
+void K(map_tile)(int map, int full, int64_t f, real eps, real *a, real *y) {
+    if (!f) return;
+    if (map == MAP_SOFTMAX_DIM || map == MAP_EXP_DIM) {
+        tile_exp(map, full, f, eps, a, y);
+        return;
+    }
+    for (int64_t n = 0; n < f * TILE; n += VL) {
+        vreal x = vload(a + n), v;
+        if (map == MAP_RELU) v = vmax(x, vset(0));
+        else v = vselect(x > 0, 1 + x, vexp(x));
+        vstore(a + n, v);
+        vstore(y + n, vmax(v, vset(eps)));
+    }
+}
+
+/* One vector of tokens of a half: dx = or += sign * (its gradient). a and dy [f][TILE]. */
+static inline void column_backward(int map, int64_t f, real sign, vreal eps, const real *a, const real *dy, real *dx, int add) {
+    vreal dot = vset(0), ties = vset(0), one = vset(1), zero = vset(0);
+    for (int64_t i = 0; i < f; i++) {
+        vreal v = vload(a + i * TILE);
+        dot += vselect(v >= eps, v * vload(dy + i * TILE), zero);
+        if (map == MAP_EXP_DIM) ties += vselect(v == one, one, zero);
+    }
+    if (map == MAP_EXP_DIM) dot = dot / ties; /* the extreme itself has the value 1 */
+    for (int64_t i = 0; i < f; i++) {
+        vreal v = vload(a + i * TILE), d = vselect(v >= eps, vload(dy + i * TILE), zero), r;
+        if (map == MAP_EXP_DIM) r = v * d - vselect(v == one, dot, zero);
+        else r = v * (d - dot);
+        vstore(dx + i * TILE, add ? vload(dx + i * TILE) + sign * r : sign * r);
+    }
+}
+
+void K(map_tile_backward)(int map, int full, int64_t f, real eps, const real *a, real *dy) {
+    if (map == MAP_SOFTMAX_DIM || map == MAP_EXP_DIM) {
+        for (int64_t t = 0; t < TILE; t += VL) {
+            column_backward(map, f, 1, vset(eps), a + t, dy + t, dy + t, 0);
+            if (full) column_backward(map, f, -1, vset(eps), a + f * TILE + t, dy + f * TILE + t, dy + t, 1);
+        }
+        return;
+    }
+    for (int64_t n = 0; n < f * TILE; n += VL) {
+        vreal v = vload(a + n), slope = vset(1), zero = vset(0);
+        if (map == MAP_RELU) slope = vselect(v > 0, slope, zero);
+        else slope = vmin(v, slope); /* above 1: x > 0 */
+        vstore(dy + n, vselect(v >= eps, vload(dy + n) * slope, zero));
+    }
+}

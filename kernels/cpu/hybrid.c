@@ -5,15 +5,15 @@ static int plain_wanted(const lc_kargs *k) { return k->host && k->host->option(L
 
 size_t K(hybrid_attention_work)(const lc_kargs *k) {
     hybrid a;
-    return hybrid_open(&a, k, k->x) ? 0 : K(hybrid_plain_work)(&a);
+    if (hybrid_open(&a, k, k->x)) return 0;
+    return plain_wanted(k) ? K(hybrid_plain_work)(&a) : K(chunked_forward_work)(k, &a);
 }
 
 int K(hybrid_attention)(const lc_kargs *k) {
     hybrid a;
     int status = hybrid_open(&a, k, k->x);
     if (status) return status;
-    (void)plain_wanted;
-    return K(hybrid_plain)(k, &a);
+    return plain_wanted(k) ? K(hybrid_plain)(k, &a) : K(chunked_forward)(k, &a);
 }
 
 size_t K(hybrid_attention_backward_work)(const lc_kargs *k) {

@@ -1,18 +1,20 @@
-/* hybrid.h: what the files of hybrid attention share: the call taken apart, the geometry of window and linear keys, and the places of
- * the rows. Positions p count from the first real token (start[b]), so p = pos + i - start for row i of a call. Query p attends with
- * softmax to keys lo(p) .. p and linearly to keys 0 .. lo(p) - 1. */
+/* hybrid.h: what the files of hybrid and softmax attention share: the call taken apart, the geometry of window and linear keys, and the
+ * places of the rows. Positions p count from the first real token (start[b]), so p = pos + i - start for row i of a call. Query p
+ * attends with softmax to keys lo(p) .. p and linearly to keys 0 .. lo(p) - 1. Softmax attention is the case without a linear term. */
 #ifndef LC_HYBRID_H
 #define LC_HYBRID_H
 
 #include "feature_map.h"
 
-enum { KIND_TERRACE, KIND_SLIDING };
+enum { KIND_TERRACE, KIND_SLIDING, KIND_CAUSAL }; /* causal: lo = 0 */
 
 typedef struct hybrid {
     int64_t b, h, g, t, d, f, F; /* f inputs of a map, F its features; F 0: there is no linear term */
     int64_t group, mk_group;     /* query heads a key head, a head of mk */
     int64_t window;
     int map, full, skip, kind, affine;
+    int64_t offset; /* key position of query 0, in a call without state */
+    int softmax;    /* softmax attention: gamma 1, and the saved row value is log-sum-exp */
     double scale, eps, feature_eps;
     const lc_view *q, *k, *v, *mq, *mk, *bq, *bk, *factors, *start;
 } hybrid;
@@ -40,17 +42,20 @@ static inline int hybrid_open(hybrid *a, const lc_kargs *k, const lc_view *x) {
 }
 
 static inline int64_t hybrid_lo(const hybrid *a, int64_t p) {
+    if (a->kind == KIND_CAUSAL) return 0;
     if (!a->window) return p + 1;
     if (a->kind == KIND_SLIDING) return LC_MAX(p - a->window + 1, 0);
     return LC_MAX(p / a->window - 1, 0) * a->window;
 }
 /* The first query that sees key j linearly. */
 static inline int64_t hybrid_hi(const hybrid *a, int64_t j) {
+    if (a->kind == KIND_CAUSAL) return INT64_MAX / 2;
     if (!a->window) return j;
     return a->kind == KIND_SLIDING ? j + a->window : (j / a->window + 2) * a->window;
 }
 
 static inline double hybrid_gamma(const hybrid *a, int64_t h) {
+    if (a->softmax) return 1;
     return a->window ? 1 / (1 + exp(-(double)((const real *)a->factors->data)[h])) : 0;
 }
 static inline double hybrid_lambda(const hybrid *a, double gamma) { return a->window && a->affine ? 1 - gamma : 1; }
@@ -68,16 +73,25 @@ static inline real *row_at(const lc_view *v, int64_t b, int64_t h, int64_t t) {
 static inline real *weights_at(const lc_view *m, int64_t h) { return (real *)m->data + h * m->stride[0]; }
 static inline double bias_at(const lc_view *b, int64_t h) { return b->data ? ((const real *)b->data)[h] : 0; }
 
-/* Takes the next piece of a workspace: 64-byte aligned. With *at starting from NULL it measures. */
-static inline void *carve(char **at, size_t bytes) {
-    char *p = *at;
-    *at += (bytes + 63) / 64 * 64;
+/* A workspace handed out piece by piece, each 64-byte aligned. Without a base it only measures: pieces are NULL. */
+typedef struct arena {
+    char *base;
+    size_t used;
+} arena;
+static inline void *carve(arena *w, size_t bytes) {
+    char *p = w->base ? w->base + w->used : NULL;
+    w->used += (bytes + 63) / 64 * 64;
     return p;
 }
 
+/* The plain twins (hybrid_plain.c). */
 int K(hybrid_plain)(const lc_kargs *k, const hybrid *a);
 size_t K(hybrid_plain_work)(const hybrid *a);
 int K(hybrid_plain_backward)(const lc_kargs *k, const hybrid *a);
 size_t K(hybrid_plain_backward_work)(const hybrid *a);
+
+/* The chunked kernels (hybrid_forward.c, hybrid_backward.c), of softmax attention too. */
+int K(chunked_forward)(const lc_kargs *k, const hybrid *a);
+size_t K(chunked_forward_work)(const lc_kargs *k, const hybrid *a);
 
 #endif

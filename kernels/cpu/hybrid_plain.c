@@ -43,8 +43,8 @@ typedef struct plain {
     double *gm[2], *gb[2], *gfactors; /* [h, d, f], [h], [h] */
 } plain;
 
-static size_t plain_carve(const hybrid *a, plain *p, char *base, int backward) {
-    char *at = base;
+static size_t plain_carve(const hybrid *a, plain *p, void *base, int backward) {
+    arena at = {base, 0};
     size_t tf = (size_t)(a->t * a->F + 1) * 8, n = backward ? 1 : 0, td = (size_t)(a->t * a->d) * 8 * n;
     size_t m = a->map == MAP_NONE ? 0 : (size_t)(a->h * a->d * a->f) * 8 * n;
     p->xq = carve(&at, tf), p->xk = carve(&at, tf), p->fq = carve(&at, tf), p->fk = carve(&at, tf);
@@ -53,7 +53,7 @@ static size_t plain_carve(const hybrid *a, plain *p, char *base, int backward) {
     p->acc = carve(&at, (size_t)a->d * 8), p->gk = carve(&at, td), p->gv = carve(&at, td);
     p->gm[0] = carve(&at, m), p->gm[1] = carve(&at, m);
     p->gb[0] = carve(&at, (size_t)a->h * 8), p->gb[1] = carve(&at, (size_t)a->h * 8), p->gfactors = carve(&at, (size_t)a->h * 8);
-    return (size_t)(at - base);
+    return at.used;
 }
 size_t K(hybrid_plain_work)(const hybrid *a) { return plain_carve(a, &(plain){0}, NULL, 0); }
 size_t K(hybrid_plain_backward_work)(const hybrid *a) { return plain_carve(a, &(plain){0}, NULL, 1); }

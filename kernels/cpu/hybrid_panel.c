@@ -1,0 +1,131 @@
+/* hybrid_panel.c: see hybrid_panel.h. */
+#include "hybrid_panel.h"
+
+static void carve_side(arena *at, const hybrid *a, int n, int backward, side *s) {
+    size_t tile = (size_t)(padded(a->d) * TILE) * sizeof(real), features = (size_t)(a->F * TILE) * sizeof(real);
+    panel *slots = carve(at, (size_t)n * sizeof(panel));
+    s->n_slots = n, s->slots = slots;
+    s->w = carve(at, (size_t)(a->d * a->f) * sizeof(real));
+    s->wt = backward ? carve(at, (size_t)(a->f * padded(a->d)) * sizeof(real)) : NULL;
+    for (int i = 0; i < n; i++) {
+        panel p = {.index = -1};
+        p.x = carve(at, tile), p.v = carve(at, tile), p.xt = carve(at, tile);
+        p.vt = backward ? carve(at, tile) : NULL;
+        p.f = carve(at, features);
+        p.a = backward ? carve(at, features) : p.f;
+        if (slots) slots[i] = p;
+    }
+}
+
+void K(scratch_carve)(arena *at, const hybrid *a, int nq, int nk, int n_u, int backward, scratch *s) {
+    int64_t dp = padded(a->d), rows = LC_MAX(a->F, TILE);
+    size_t tile = (size_t)(dp * TILE) * sizeof(real);
+    carve_side(at, a, nq, backward, &s->q);
+    carve_side(at, a, nk, backward, &s->k);
+    s->s = carve(at, (size_t)(a->F * dp) * sizeof(real)), s->z = carve(at, (size_t)a->F * sizeof(real));
+    s->u = carve(at, (size_t)(n_u * TILE * TILE) * sizeof(real)), s->t = carve(at, (size_t)(rows * TILE) * sizeof(real));
+    s->y = carve(at, tile), s->y2 = carve(at, tile);
+    s->q.row = s->k.row = carve(at, (size_t)(padded(a->F) * TILE) * sizeof(real));
+    s->gm = backward ? carve(at, (size_t)(a->f * dp) * sizeof(real)) : NULL;
+}
+
+void K(side_open)(side *s, const hybrid *call, const span *at, int is_key, int64_t h, const lc_view *x, const lc_view *v,
+                  int transposed_w) {
+    s->call = call, s->at = at, s->is_key = is_key, s->h = h, s->x = x, s->v = v, s->cache = s->ring = NULL;
+    s->hx = is_key ? h / call->group : h;
+    for (int i = 0; i < s->n_slots; i++) s->slots[i].index = -1;
+    if (!call->F || call->map == MAP_NONE) return;
+    const lc_view *m = is_key ? call->mk : call->mq;
+    const real *w = weights_at(m, h);
+    int64_t d = call->d, f = call->f, dp = padded(d);
+    for (int64_t j = 0; j < d; j++) {
+        memcpy(s->w + j * f, w + j * m->stride[1], (size_t)f * sizeof(real));
+        if (call->skip) s->w[j * f + j] += 1; /* x + x W = x (I + W) */
+    }
+    for (int64_t i = 0; transposed_w && i < f; i++)
+        for (int64_t j = 0; j < dp; j++) s->wt[i * dp + j] = j < d ? s->w[j * f + i] : 0;
+}
+
+/* The tokens of a panel that exist: from .. to - 1 of its rows. */
+static void valid_rows(const side *s, int64_t index, int64_t *from, int64_t *to) {
+    int64_t first = s->is_key ? s->at->k_min : s->at->p0;
+    *from = LC_MIN(LC_MAX(first - index * TILE, 0), TILE);
+    *to = LC_MAX(LC_MIN(s->at->p1 - index * TILE, TILE), *from);
+}
+
+/* Row of x (which 0) or v (which 1) at position p. */
+static const real *token_row(const side *s, int which, int64_t p) {
+    const span *at = s->at;
+    if (s->is_key && p < at->cached) {
+        const lc_view *c = s->cache; /* [n, 2, g, 2 window, d] */
+        return (const real *)c->data + at->slot * c->stride[0] + which * c->stride[1] + s->hx * c->stride[2] +
+               p % c->dim[3] * c->stride[3];
+    }
+    return row_at(which ? s->v : s->x, at->b, s->hx, p + (s->is_key ? at->k_shift : at->q_shift));
+}
+
+static void load_rows(const side *s, int which, int64_t index, real *to) {
+    int64_t d = s->call->d, dp = padded(d), from, end, p = index * TILE;
+    valid_rows(s, index, &from, &end);
+    memset(to, 0, (size_t)(from * dp) * sizeof(real));
+    memset(to + end * dp, 0, (size_t)((TILE - end) * dp) * sizeof(real));
+    for (int64_t i = from; i < end; i++) copy_row(to + i * dp, token_row(s, which, p + i), d, dp);
+}
+
+/* map none: [F][TILE] from rows of F. */
+static void ready_features(side *s, int64_t index, real *f) {
+    const hybrid *a = s->call;
+    const lc_view *m = s->is_key ? a->mk : a->mq;
+    int64_t fp = padded(a->F), from, end, head = s->is_key ? s->h / a->mk_group : s->h;
+    valid_rows(s, index, &from, &end);
+    memset(s->row, 0, (size_t)(fp * TILE) * sizeof(real));
+    for (int64_t i = from; i < end; i++) {
+        int64_t p = index * TILE + i;
+        const real *row;
+        if (s->is_key && p < s->at->cached)
+            row = row_at(s->ring, s->at->slot, s->h, 1 + p % (s->ring->dim[2] - 1));
+        else row = row_at(m, s->at->b, head, p + (s->is_key ? s->at->k_shift : s->at->q_shift));
+        memcpy(s->row + i * fp, row, (size_t)a->F * sizeof(real));
+    }
+    for (int64_t e = 0; e < a->F; e += VL) { /* the last block may reach past F: through a small tile */
+        real part[VL * TILE];
+        K(tile_transpose)(VL, s->row + e, fp, part);
+        memcpy(f + e * TILE, part, (size_t)(LC_MIN(VL, a->F - e) * TILE) * sizeof(real));
+    }
+}
+
+static void features(side *s, panel *p) {
+    const hybrid *a = s->call;
+    int64_t from, end;
+    if (a->map == MAP_NONE) {
+        ready_features(s, p->index, p->f);
+        return;
+    }
+    real bias = (real)bias_at(s->is_key ? a->bk : a->bq, s->h);
+    for (int64_t n = 0; bias != 0 && n < a->f * TILE; n += VL) vstore(p->a + n, vset(bias));
+    K(tile_gemm)(a->f, TILE, a->d, s->w, 1, a->f, p->xt, TILE, p->a, TILE, bias != 0);
+    K(map_tile)(a->map, a->full, a->f, (real)a->feature_eps, p->a, p->f);
+    valid_rows(s, p->index, &from, &end);
+    if (from == 0 && end == TILE) return;
+    for (int64_t i = 0; i < a->F; i++) {
+        memset(p->f + i * TILE, 0, (size_t)from * sizeof(real));
+        memset(p->f + i * TILE + end, 0, (size_t)(TILE - end) * sizeof(real));
+    }
+}
+
+panel *K(side_panel)(side *s, int64_t index, int parts) {
+    panel *p = &s->slots[index % s->n_slots];
+    int64_t dp = padded(s->call->d);
+    if (p->index != index) p->index = index, p->has = 0;
+    if (parts & HAS_F && s->call->map != MAP_NONE) parts |= HAS_XT;
+    if (parts & HAS_XT) parts |= HAS_X;
+    if (parts & HAS_VT) parts |= HAS_V;
+    int missing = parts & ~p->has;
+    if (missing & HAS_X) load_rows(s, 0, index, p->x);
+    if (missing & HAS_XT) K(tile_transpose)(dp, p->x, dp, p->xt);
+    if (missing & HAS_V) load_rows(s, 1, index, p->v);
+    if (missing & HAS_VT) K(tile_transpose)(dp, p->v, dp, p->vt);
+    if (missing & HAS_F) features(s, p);
+    p->has |= parts;
+    return p;
+}
