@@ -309,6 +309,7 @@ void lc_frame_init(lc_frame *c, int op) {
     const lc_row *r = lc_row_of(op);
     c->op = op;
     c->row = r;
+    c->x[0] = NULL; /* read also of ops that take only a list */
     for (int i = 0; i < r->n_x; i++) c->x[i] = NULL;
     c->y[0] = NULL;
     for (int i = 0; i < r->n_y; i++) {
