@@ -559,7 +559,8 @@ local istype = ffi.istype
 local affine, add, sub, mul, div = op.affine, op.add, op.sub, op.mul, op.div
 
 local function operand(name, a, b)
-  local bad = is_tensor(a) and b or a
+  local bad = a
+  if is_tensor(a) then bad = b end
   bridge.fail("%s: a tensor and %s; the other side must be a tensor or a number", name, bad == nil and "nil" or "a " .. type(bad))
 end
 
