@@ -61,7 +61,7 @@ function cli.suggest(word, names)
     if #word >= 3 and name:lower():sub(1, #word) == lower then d = math.min(d, 1) end
     if not best_d or d < best_d or (d == best_d and name < best) then best, best_d = name, d end
   end
-  if best and best_d <= math.max(1, math.floor(#word / 3)) then return best end
+  if best and best_d <= math.max(1, math.floor(#word / 3)) and best_d < #word then return best end
 end
 
 local function did_you_mean(word, names, prefix)
@@ -371,7 +371,7 @@ function cli.help_text(options, name)
     if note then text = text .. (text == "" and "(" or " (") .. note .. ")" end
     rows[#rows + 1] = {head, text}
   end
-  rows[#rows + 1] = {"--config FILE", "YAML file of these options; the command line wins"}
+  if #options > 0 then rows[#rows + 1] = {"--config FILE", "YAML file of these options; the command line wins"} end
   rows[#rows + 1] = {"--help", "this text"}
   for _, row in ipairs(rows) do left = math.max(left, #row[1]) end
   left = math.min(left, 28)

@@ -43,7 +43,8 @@ end
 -- A script says in its first comment line what it does: "-- chat.lua: talk to a model."
 local function first_line(text)
   local line = (text:gsub("^#![^\n]*\n", "")):match("^%-%-+%s*([^\n]*)") or ""
-  return (line:gsub("^[%w_/]+%.lua:%s*", ""))
+  line = line:gsub("^[%w_/]+%.lua:%s*", "")
+  return #line > 90 and (line:match("^(.-)[%.;:]%s") or line:sub(1, 87) .. "...") or line
 end
 
 local function find_recipe(name)
@@ -165,6 +166,7 @@ end
 local session
 local function session_env()
   if session then return session end
+  local known = {}
   local env = setmetatable({}, {__index = function(t, name)
     local v = rawget(_G, name)
     if v ~= nil then return v end
@@ -172,7 +174,10 @@ local function session_env()
       t.lc = require "lolcats"
       return t.lc
     end
-    undefined(t, name)
+    if not known[name] then undefined(t, name) end
+  end, __newindex = function(t, name, v) -- `local x` without a value is known, though nil
+    known[name] = true
+    rawset(t, name, v)
   end})
   session = env
   return env

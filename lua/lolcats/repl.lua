@@ -210,11 +210,10 @@ function commands.help(rest, env)
   for _, row in ipairs(command_help) do io.stdout:write(("  %-22s %s\n"):format(row[1], row[2])) end
 end
 
-local function clock() return require("lolcats.core.ffi").C.lc_now() end
-
 function commands.time(rest, env)
   local f, how = compile(rest, "=stdin")
   if not f then cli.syntax_error(repl.explain_syntax(how, rest)) end
+  local clock = require("lolcats").now
   local start = clock()
   run_chunk(f, how, env)
   local t = clock() - start
@@ -224,15 +223,14 @@ function commands.time(rest, env)
 end
 
 function commands.mem()
-  local bridge = require "lolcats.core.ffi"
-  local C, text = bridge.C, bridge.ffi.string
+  local lc = require "lolcats"
   collectgarbage()
-  for device = 0, C.lc_device_count() - 1 do
-    local function mb(what) return C.lc_memory(device, what) / 2 ^ 20 end
+  for _, device in ipairs(lc.devices()) do
+    local m = lc.memory(nil, device.name)
     io.stdout:write(("  %-8s tensors %.1f MB, cached %.1f MB, peak %.1f MB\n"):format(
-      text(C.lc_device_name(device)), mb "live", mb "cached", mb "peak"))
+      device.name, m.live / 2 ^ 20, m.cached / 2 ^ 20, m.peak / 2 ^ 20))
   end
-  io.stdout:write(("  %-8s %.1f MB; peak of the process %.1f MB\n"):format("Lua", collectgarbage "count" / 1024, C.lc_peak_rss() / 2 ^ 20))
+  io.stdout:write(("  %-8s %.1f MB; peak of the process %.1f MB\n"):format("Lua", collectgarbage "count" / 1024, lc.peak_rss() / 2 ^ 20))
 end
 
 function commands.who(_, env)

@@ -50,7 +50,8 @@ static void on_interrupt(int signal) {
     }
     last_signal = now;
     lc_interrupt = 1;
-    lua_sethook(state, stop_lua, LUA_MASKCOUNT, 1000);
+    /* late enough that an op which sees the interrupt first unwinds undisturbed, soon enough for a hand: some 20 ms */
+    lua_sethook(state, stop_lua, LUA_MASKCOUNT, 1000000);
 }
 
 int lc_signals_take(void) {
