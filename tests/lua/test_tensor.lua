@@ -263,6 +263,17 @@ t.test("scopes", function()
   t.eq({a, b}, {1})
 end)
 
+t.test("recovering from an interruption ends open scopes", function()
+  local scope = require "lolcats.core.scope"
+  local outer = lc.scope_depth()
+  local co = coroutine.wrap(function() lc.scope(function() lc.no_grad(coroutine.yield) end) end)
+  co() -- never resumed: as if the unwinding itself had been cut off
+  t.eq(lc.scope_depth(), outer + 1)
+  scope.recover(outer)
+  t.eq(lc.scope_depth(), outer)
+  t.ok(lc.grad_enabled())
+end)
+
 t.test("a returned loss carries its graph out of the scope", function()
   local w = lc.param(lc.tensor{2, 3})
   local loss = lc.scope(function() return (w * w * 3):sum() end)

@@ -91,4 +91,11 @@ function M.no_grad(f, ...) return restore(C.lc_grad_mode(0), pcall(f, ...)) end
 function M.enable_grad(f, ...) return restore(C.lc_grad_mode(1), pcall(f, ...)) end
 function M.grad_enabled() return C.lc_grad_mode(-1) ~= 0 end
 
+-- After an interruption that may have struck between the lines above: ends the scopes above `level`, records gradients again.
+function M.recover(level)
+  while C.lc_scope_depth() > (level or 0) do C.lc_scope_pop() end
+  depth[0] = C.lc_scope_depth()
+  C.lc_grad_mode(1)
+end
+
 return M
