@@ -51,6 +51,14 @@ local elsewhere = {
   help = {"lolcats.help", "show"},
   run = {"lolcats.train", "run"},
   data = {"lolcats.data", "data"},
+  recipe = {"lolcats.recipe", "load"},
+  adamw = {"lolcats.optim", "adamw"},
+  adam = {"lolcats.optim", "adam"},
+  sgd = {"lolcats.optim", "sgd"},
+  constant = {"lolcats.optim", "constant"},
+  linear_decay = {"lolcats.optim", "linear_decay"},
+  cosine = {"lolcats.optim", "cosine"},
+  plateau = {"lolcats.optim", "plateau"},
 }
 
 setmetatable(lc, {__index = function(t, name)

@@ -29,15 +29,25 @@ M.walk = walk
 local at_end = {} -- functions to run after a scope closed (autograd.lua drops dead Lua nodes)
 M.at_end = at_end
 
+local target = 0 -- the depth that promote_up moves to
 local function promote_up(h)
-  if C.lc_scope_of(h) == depth[0] then
-    check(C.lc_promote(h, 1), "scope")
-    if depth[0] == 1 then ffi.gc(h, drop) end
+  local at = C.lc_scope_of(h)
+  if at > target then
+    check(C.lc_promote(h, at - target), "scope")
+    if target == 0 then ffi.gc(h, drop) end
   end
+end
+
+-- Ends the scope at `level`, and any above it that a loop was left from.
+local function pop_to(level)
+  while C.lc_scope_depth() >= level do C.lc_scope_pop() end
+  depth[0] = level - 1
+  for i = 1, #at_end do at_end[i]() end
 end
 
 local function close(level, ok, ...)
   if ok then
+    target = level - 1
     for i = 1, select("#", ...) do
       local v = select(i, ...)
       if istype(handle, v) then
@@ -47,11 +57,19 @@ local function close(level, ok, ...)
       end
     end
   end
-  C.lc_scope_pop()
-  depth[0] = level - 1
-  for i = 1, #at_end do at_end[i]() end
+  pop_to(level)
   if not ok then error((...), 0) end
   return ...
+end
+
+-- For a loop that cannot be a function (the body of a for): level = enter() ... leave(level) drops what was made since. A level
+-- that has been left already is nothing to leave.
+function M.enter()
+  depth[0] = C.lc_scope_push()
+  return depth[0]
+end
+function M.leave(level)
+  if depth[0] >= level then pop_to(level) end
 end
 
 -- lc.scope(f, ...): f's results; every other tensor made inside is dropped when f ends, by return or by error.
