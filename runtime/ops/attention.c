@@ -75,6 +75,23 @@ static lc_status check_map(lc_frame *c) {
     return LC_OK;
 }
 
+/* The kernels read one value per head as an array. */
+static lc_status pack_heads(lc_frame *c, int first, int last) {
+    for (int i = first; i <= last; i++) {
+        if (!c->x[i] || lc_tensor_contiguous(c->x[i])) continue;
+        lc_frame copy;
+        lc_frame_init(&copy, LC_OP_clone);
+        copy.x[0] = c->x[i];
+        bool old = lc_grad_enabled;
+        lc_grad_enabled = false;
+        lc_status rc = lc_run(&copy);
+        lc_grad_enabled = old;
+        LC_TRY(rc);
+        lc_substitute(c, i, copy.y[0]);
+    }
+    return LC_OK;
+}
+
 static int32_t feature_dim(const lc_frame *c) {
     int32_t f = last_dim(c->x[MQ]);
     return c->i[FULL] && (c->i[MAP] == 1 || c->i[MAP] == 2) ? 2 * f : f;
@@ -118,6 +135,7 @@ static lc_status hybrid_shape(lc_frame *c) {
     LC_TRY(check_start(c, c->x[START], q));
     LC_TRY(check_map(c));
     LC_TRY(check_state(c));
+    LC_TRY(pack_heads(c, BQ, START));
     LC_TRY(lc_out_permuted(c, 0, q->dtype, 4, q->dim, order));
     LC_TRY(lc_out(c, 1, real_dtype(q), 3, q->dim));
     LC_TRY(lc_out(c, 2, LC_I32, 3, q->dim));
@@ -141,6 +159,7 @@ static lc_status hybrid_backward(lc_back *b) {
 }
 
 static lc_status hybrid_backward_shape(lc_frame *c) {
+    LC_TRY(pack_heads(c, 1 + BQ, 1 + START));
     for (int i = 0; i < 8; i++) {
         const lc_tensor *x = c->x[1 + i];
         if (!x) c->skip[i] = true;
