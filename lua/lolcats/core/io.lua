@@ -69,9 +69,14 @@ function M.lock(path)
   end}
 end
 
-function M.sha256(text)
+-- Of a string, or of the memory of a contiguous CPU tensor.
+function M.sha256(what)
   local hex = ffi.new("char[65]")
-  check(C.lc_sha256(text, #text, hex), "sha256")
+  if bridge.is_tensor(what) then
+    check(C.lc_sha256(what:data(), what:nbytes(), hex), "sha256")
+  else
+    check(C.lc_sha256(what, #what, hex), "sha256")
+  end
   return ffi.string(hex)
 end
 
