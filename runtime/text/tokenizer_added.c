@@ -142,10 +142,11 @@ lc_status lc_tok_cut_added(lc_tokenizer *t, const lc_tok_trie *trie, const char 
         size_t size, before;
         while (a->lstrip && start > done && lc_tok_is(LC_TOK_SPACE, lc_tok_char(s + (before = char_before(s, start)), &size)))
             start = before;
-        if (start < done) start = done;
+        if (a->lstrip && start < done) start = done;
         while (a->rstrip && end < n && lc_tok_is(LC_TOK_SPACE, lc_tok_char(s + end, &size))) end += size;
         if (start > done) LC_TRY(put_piece(out, done, start - done, -1));
-        LC_TRY(put_piece(out, start, end > start ? end - start : 0, a->id));
+        /* a token inside white space that the one before took is found once more; only an empty one is dropped */
+        if (end > start) LC_TRY(put_piece(out, start, end - start, a->id));
         done = end;
     }
     return done < n ? put_piece(out, done, n - done, -1) : LC_OK;

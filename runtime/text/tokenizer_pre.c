@@ -31,7 +31,7 @@ static lc_status lower(const char *s, size_t n, lc_tok_buf *out) {
     for (size_t at = 0, len; at < n; at += len) {
         uint32_t c = lc_tok_char(s + at, &len);
         if (c == 0x130) LC_TRY(lc_tok_put(out, "i\xCC\x87", 3)); /* the one letter whose lower case is two characters */
-        else LC_TRY(lc_tok_put_char(out, (uint32_t)utf8proc_tolower((utf8proc_int32_t)c)));
+        else LC_TRY(lc_tok_put_char(out, lc_tok_lower(c)));
     }
     return LC_OK;
 }
@@ -69,7 +69,7 @@ static lc_status normalize_one(const lc_tok_norm *k, const char *s, size_t n, lc
     case LC_NORM_STRIP: strip(k, &s, &n); return lc_tok_put(out, s, n);
     case LC_NORM_STRIP_ACCENTS:
         for (size_t at = 0, len; at < n; at += len)
-            if (!lc_tok_is_mark(lc_tok_char(s + at, &len))) LC_TRY(lc_tok_put(out, s + at, len));
+            if (!lc_tok_is_accent(lc_tok_char(s + at, &len))) LC_TRY(lc_tok_put(out, s + at, len));
         return LC_OK;
     case LC_NORM_BYTES:
         for (size_t i = 0; i < n; i++) LC_TRY(lc_tok_put_char(out, lc_tok_byte_char((unsigned char)s[i])));
@@ -217,7 +217,7 @@ lc_status lc_tok_pretokenize(lc_tokenizer *t, const char *s, size_t n, bool at_s
     if (n) LC_TRY(lc_tok_put_span(in, 0, n));
     for (int32_t i = 0; i < t->n_pre; i++) {
         const lc_tok_pre *k = &t->pre[i];
-        if (k->kind == LC_PRE_BYTES && t->bytes_at_last) break; /* the model maps the words that its cache does not know */
+        if (t->bytes_at_last && i + 1 == t->n_pre) break; /* the model maps the words that its cache does not know */
         lc_tok_buf *b = &t->pre_buf[which];
         out->len = 0;
         if (k->kind == LC_PRE_PATTERN || k->kind == LC_PRE_CLASS) {

@@ -38,12 +38,22 @@ static const char *word_class(void) {
     return "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
 }
 
+/* Characters younger than PCRE2's tables. */
+static lc_status put_late(translation *x, const char *property) {
+    if (!strcmp(property, "alnum")) LC_TRY(put_late(x, "L"));
+    if (!strcmp(property, "alnum")) return put_late(x, "Nd");
+    if (!strcmp(property, "punct")) LC_TRY(put_late(x, "P"));
+    if (!strcmp(property, "punct")) return put_late(x, "S");
+    return put(x, lc_tok_late_ranges(property, strlen(property)));
+}
+
 /* [items], with what PCRE2's tables lack; `property` names the list of late characters. */
 static lc_status put_set(translation *x, bool in_class, bool negated, const char *items, const char *property) {
     if (in_class && negated) return refuse(x, "a negated escape inside [...]");
     if (!in_class) LC_TRY(put(x, negated ? "[^" : "["));
     LC_TRY(put(x, items));
-    LC_TRY(put(x, lc_tok_late_ranges(property, strlen(property))));
+    LC_TRY(put_late(x, property));
+    if (!in_class && !strcmp(property, "word")) LC_TRY(put(x, lc_tok_late_ranges("word in Latin-1", 15)));
     return in_class ? LC_OK : put(x, "]");
 }
 
@@ -103,13 +113,11 @@ static lc_status escape(translation *x, bool in_class) {
     case 'b': case 'B':
         if (in_class) return c == 'b' ? put(x, "\\x08") : refuse(x, "\\B inside [...]");
         for (int side = 0; side < 2; side++) { /* by our own word characters */
-            LC_TRY(put(x, side ? "|(?<![" : "(?:(?<=["));
-            LC_TRY(put(x, word_class()));
-            LC_TRY(put(x, lc_tok_late_ranges("word", 4)));
-            LC_TRY(put(x, (side == 0) == (c == 'b') ? "])(?![" : "])(?=["));
-            LC_TRY(put(x, word_class()));
-            LC_TRY(put(x, lc_tok_late_ranges("word", 4)));
-            LC_TRY(put(x, side ? "]))" : "])"));
+            LC_TRY(put(x, side ? "|(?<!" : "(?:(?<="));
+            LC_TRY(put_set(x, false, false, word_class(), "word"));
+            LC_TRY(put(x, (side == 0) == (c == 'b') ? ")(?!" : ")(?="));
+            LC_TRY(put_set(x, false, false, word_class(), "word"));
+            LC_TRY(put(x, side ? "))" : ")"));
         }
         return LC_OK;
     case 'g': case 'k': case 'K': case 'C': case 'Q': case 'E': case 'N': case 'O': case 'y': case 'Y': case 'c': case 'M':
@@ -123,8 +131,12 @@ static lc_status escape(translation *x, bool in_class) {
 
 /* x->at stands on the opening bracket. */
 static lc_status class_of(translation *x) {
-    static const char *const posix[] = {"alnum", "alpha", "ascii", "blank", "cntrl", "digit", "graph", "lower", "print", "punct",
-                                        "space", "upper", "xdigit", "word"};
+    /* what Oniguruma takes the names for; graph and print depend on unassigned characters and are refused */
+    static const struct { const char *name, *items, *late; } posix[] = {
+        {"alnum", "\\p{Alphabetic}\\p{Nd}", "alnum"}, {"alpha", "\\p{Alphabetic}", "L"}, {"ascii", "\\x00-\\x7F", ""},
+        {"blank", "\\p{Zs}\\t", ""}, {"cntrl", "\\p{Cc}", ""}, {"digit", "\\p{Nd}", "Nd"}, {"lower", "\\p{Lowercase}", "Ll"},
+        {"punct", "\\p{P}\\p{S}", "punct"}, {"space", SPACES, ""}, {"upper", "\\p{Uppercase}", "Lu"},
+        {"xdigit", "0-9A-Fa-f", ""}, {"word", "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}", "word"}};
     LC_TRY(put(x, "["));
     x->at++;
     if (x->at < x->n && x->s[x->at] == '^') {
@@ -141,12 +153,12 @@ static lc_status class_of(translation *x) {
         } else if (*p == '[') {
             bool known = false;
             for (size_t i = 0; i < sizeof posix / sizeof *posix && !known; i++) {
-                size_t n = strlen(posix[i]);
-                known = rest > n + 4 && p[1] == ':' && !memcmp(p + 2, posix[i], n) && p[n + 2] == ':' && p[n + 3] == ']';
+                size_t n = strlen(posix[i].name);
+                known = rest > n + 4 && p[1] == ':' && !memcmp(p + 2, posix[i].name, n) && p[n + 2] == ':' && p[n + 3] == ']';
                 if (!known) continue;
                 x->at += n + 4;
-                if (!strcmp(posix[i], "space")) LC_TRY(put(x, SPACES));
-                else LC_TRY(lc_tok_put(x->out, p, n + 4));
+                LC_TRY(put(x, posix[i].items));
+                LC_TRY(put_late(x, posix[i].late));
             }
             if (!known) return refuse(x, "[ inside [...]");
         } else if (*p == '&' && rest > 1 && p[1] == '&') {
