@@ -73,7 +73,7 @@ LC_FN real m_expm1(real x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r;
-    real s = m_from_bits((int32_t)((uint32_t)m_bits(m) << 23) + 0x3f800000);
+    real s = m_from_bits((int32_t)(((uint32_t)m_bits(m) << 23) + 0x3f800000u));
     real y = s * p + (s - 1.f);
     return x > 88.3f ? m_exp(x) : x != x ? x : y;
 }
@@ -81,7 +81,7 @@ LC_FN real m_expm1(real x) {
 /* x = 2^e m with m in [sqrt(1/2), sqrt(2)); polynomial in m - 1. */
 LC_FN real m_log(real x) {
     int tiny = x < 1.17549435e-38f;
-    int32_t i = m_bits(tiny ? x * 8388608.f : x) + (0x3f800000 - 0x3f3504f3);
+    int32_t i = (int32_t)((uint32_t)m_bits(tiny ? x * 8388608.f : x) + (0x3f800000u - 0x3f3504f3u));
     real e = (real)((i >> 23) - (tiny ? 150 : 127));
     real f = m_from_bits((i & 0x7fffff) + 0x3f3504f3) - 1.f, z = f * f;
     real p = 7.0376836292e-2f;
