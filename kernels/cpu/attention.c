@@ -146,11 +146,18 @@ int K(attention)(const lc_kargs *k) {
 
 size_t K(attention_backward_work)(const lc_kargs *k) {
     softmax_call a;
-    return softmax_open(&a, k, k->x + 1, k->x + 6, NULL) ? 0 : plain_work(&a, 1);
+    hybrid call;
+    if (softmax_open(&a, k, k->x + 1, k->x + 6, NULL)) return 0;
+    as_hybrid(&a, &call);
+    return plain_wanted(k) ? plain_work(&a, 1) : K(chunked_backward_work)(k, &call);
 }
 
 int K(attention_backward)(const lc_kargs *k) {
     softmax_call a;
+    hybrid call;
     int status = softmax_open(&a, k, k->x + 1, k->x + 6, NULL);
-    return status ? status : plain_backward(k, &a);
+    saved from = {k->x, k->x + 4, k->x + 5, NULL, NULL};
+    if (status) return status;
+    as_hybrid(&a, &call);
+    return plain_wanted(k) ? plain_backward(k, &a) : K(chunked_backward)(k, &call, &from);
 }

@@ -18,11 +18,14 @@ int K(hybrid_attention)(const lc_kargs *k) {
 
 size_t K(hybrid_attention_backward_work)(const lc_kargs *k) {
     hybrid a;
-    return hybrid_open(&a, k, k->x + 1) ? 0 : K(hybrid_plain_backward_work)(&a);
+    if (hybrid_open(&a, k, k->x + 1)) return 0;
+    return plain_wanted(k) ? K(hybrid_plain_backward_work)(&a) : K(chunked_backward_work)(k, &a);
 }
 
 int K(hybrid_attention_backward)(const lc_kargs *k) {
     hybrid a;
     int status = hybrid_open(&a, k, k->x + 1);
-    return status ? status : K(hybrid_plain_backward)(k, &a);
+    saved from = {k->x, k->x + 10, k->x + 11, k->x + 12, k->x + 13};
+    if (status) return status;
+    return plain_wanted(k) ? K(hybrid_plain_backward)(k, &a) : K(chunked_backward)(k, &a, &from);
 }

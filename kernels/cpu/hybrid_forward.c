@@ -203,13 +203,6 @@ void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span 
 }
 
 /* ---- a call without state ---------------------------------------------------------------------------------------------- */
-static void whole_span(const hybrid *a, int64_t b, span *at) {
-    int64_t start = start_of(a->start, b, a->softmax ? a->k->dim[2] : a->t);
-    *at = (span){.b = b, .k_shift = start, .q_shift = start - a->offset};
-    at->p0 = LC_MAX(a->offset - start, 0);
-    at->p1 = LC_MAX(a->t + a->offset - start, at->p0);
-}
-
 static void forward_body(void *ctx, int64_t begin, int64_t end, int thread) {
     const forward_job *job = ctx;
     const hybrid *a = job->call;

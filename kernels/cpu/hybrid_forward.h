@@ -18,6 +18,14 @@ static inline int64_t segments_of(const hybrid *a, int64_t panels) {
     return LC_MAX(LC_MIN(32 / LC_MAX(a->b * a->h, 1), panels / 2), 1);
 }
 
+/* The sequence b of a call without state. */
+static inline void whole_span(const hybrid *a, int64_t b, span *at) {
+    int64_t start = start_of(a->start, b, a->softmax ? a->k->dim[2] : a->t);
+    *at = (span){.b = b, .k_shift = start, .q_shift = start - a->offset};
+    at->p0 = LC_MAX(a->offset - start, 0);
+    at->p1 = LC_MAX(a->t + a->offset - start, at->p0);
+}
+
 /* One tile of queries: panel c of the heads that s->q and s->k point at. Panels before *absorbed are in the state already; the tile
  * takes the state as far as it may. */
 void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed,

@@ -18,7 +18,7 @@ static void carve_side(arena *at, const hybrid *a, int n, int backward, side *s)
 }
 
 void K(scratch_carve)(arena *at, const hybrid *a, int nq, int nk, int n_u, int backward, scratch *s) {
-    int64_t dp = padded(a->d), rows = LC_MAX(a->F, TILE);
+    int64_t dp = padded(a->d), rows = LC_MAX(padded(a->F), TILE);
     size_t tile = (size_t)(dp * TILE) * sizeof(real);
     carve_side(at, a, nq, backward, &s->q);
     carve_side(at, a, nk, backward, &s->k);
