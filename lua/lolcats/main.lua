@@ -80,7 +80,7 @@ local function user_frames(level)
   while #frames < 12 do
     local info = debug.getinfo(level, "Slnf")
     if not info then break end
-    local own = info.source:find("^@lua/lolcats/") or info.what == "C"
+    local own = info.source:find("^@lua/lolcats/") or info.source:find("^=lolcats") or info.what == "C"
     if not own and info.currentline and info.currentline >= 0 then
       local what = info.what == "main" and "main chunk"
         or info.name and ("%s '%s'"):format(info.namewhat ~= "" and info.namewhat or "function", info.name)
@@ -112,7 +112,9 @@ local function report(caught, name)
   if type(e) == "table" and e.exit then return e.exit end
   io.stdout:flush()
   if code == "EINTR" or (interrupted and code == nil) then
-    io.stderr:write("lolcats: interrupted\n")
+    local train = package.loaded["lolcats.train"] -- a training run leaves its state behind
+    local note = train and type(train) == "table" and train.interrupted()
+    io.stderr:write("lolcats: interrupted", note and "; " .. note or "", "\n")
     return 130
   end
   if code == "EUSAGE" then
