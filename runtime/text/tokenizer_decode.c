@@ -10,6 +10,10 @@ typedef struct strings { /* the strings stand one after another in `text` */
     lc_tok_spans part;
 } strings;
 
+static const char *part(const strings *x, size_t i) {
+    return x->text.p ? x->text.p + x->part.p[i].at : "";
+}
+
 static lc_status end_part(strings *x, size_t from) {
     return lc_tok_put_span(&x->part, from, x->text.len - from);
 }
@@ -25,7 +29,7 @@ static lc_status byte_level(const strings *in, strings *out) {
     lc_tok_buf raw = {0};
     lc_status status = LC_OK;
     for (size_t i = 0; i < in->part.len && status == LC_OK; i++) {
-        const char *s = in->text.p + in->part.p[i].at;
+        const char *s = part(in, i);
         size_t n = in->part.p[i].len, from = raw.len, at = 0;
         for (size_t len; at < n && status == LC_OK; at += len) {
             int b = lc_tok_char_byte(lc_tok_char(s + at, &len));
@@ -67,7 +71,7 @@ static lc_status byte_fallback(const strings *in, strings *out) {
     lc_tok_buf run = {0};
     lc_status status = LC_OK;
     for (size_t i = 0; i < in->part.len && status == LC_OK; i++) {
-        const char *s = in->text.p + in->part.p[i].at;
+        const char *s = part(in, i);
         size_t n = in->part.p[i].len;
         int b = byte_token(s, n);
         if (b >= 0) {
@@ -138,7 +142,7 @@ static lc_status decode_one(const lc_tok_dec *k, const strings *in, strings *out
     if (k->kind == LC_DEC_BYTE_FALLBACK) return byte_fallback(in, out);
     if (k->kind == LC_DEC_FUSE) return put_part(out, in->text.p, in->text.len);
     for (size_t i = 0; i < in->part.len; i++) {
-        const char *s = in->text.p + in->part.p[i].at;
+        const char *s = part(in, i);
         size_t n = in->part.p[i].len;
         if (k->kind == LC_DEC_REPLACE) LC_TRY(replace_all(k, s, n, out));
         else if (k->kind == LC_DEC_STRIP) LC_TRY(strip(k, s, n, out));
@@ -176,7 +180,7 @@ static lc_status run(lc_tokenizer *t, const int32_t *ids, int32_t count, bool sk
     if (t->has_decoder) return lc_tok_put_lossy(out, x[now].text.p, x[now].text.len);
     for (size_t i = 0; i < x[now].part.len; i++) {
         if (i) LC_TRY(lc_tok_put(out, " ", 1));
-        LC_TRY(lc_tok_put_lossy(out, x[now].text.p + x[now].part.p[i].at, x[now].part.p[i].len));
+        LC_TRY(lc_tok_put_lossy(out, part(&x[now], i), x[now].part.p[i].len));
     }
     return LC_OK;
 }
