@@ -1,16 +1,17 @@
--- files: reading and writing as recipes and the library see it: text, JSON, YAML, folders, and tensors in one file or in shards.
--- JSON's null is files.null; an empty array is made by files.array{}.
+-- files: reading and writing as recipes and the library see it: text, JSON, YAML, folders, and tensors in one file or
+-- in shards. JSON's null is files.null; an empty array is made by files.array{}.
 local io_core = require "lolcats.core.io"
 local bridge = require "lolcats.core.ffi"
 local files = {}
 
-for _, name in ipairs {"read", "write", "append", "kind", "exists", "is_file", "is_folder", "make_dirs", "remove", "rename", "list",
+for _, name in ipairs {"read", "write", "append", "kind", "exists", "is_file", "is_folder", "make_dirs", "remove",
+                       "rename", "list",
                        "lock", "sha256", "gunzip", "null", "array", "to_json"} do
   files[name] = io_core[name]
 end
 files.is_dir = io_core.is_folder
 
--- ---- paths ------------------------------------------------------------------------------------------------------------
+-- ---- paths --------------------------------------------------------------------------------------------------------
 function files.join(...)
   local out = ""
   for i = 1, select("#", ...) do
@@ -27,7 +28,7 @@ end
 function files.dirname(path) return path:match("^(.*[^/])/+[^/]*$") or (path:sub(1, 1) == "/" and "/" or ".") end
 function files.basename(path) return path:match("([^/]+)/*$") or path end
 
--- ---- documents --------------------------------------------------------------------------------------------------------
+-- ---- documents ----------------------------------------------------------------------------------------------------
 function files.parse_json(text, name) return io_core.parse("json", name or "text", text) end
 function files.parse_yaml(text, name) return io_core.parse("yaml", name or "text", text) end
 function files.read_json(path) return io_core.parse("json", path, io_core.read(path)) end
@@ -40,7 +41,7 @@ function files.write_json(path, value, options)
   io_core.write(path, io_core.to_json(value, {indent = indent}) .. "\n")
 end
 
--- ---- tensors ----------------------------------------------------------------------------------------------------------
+-- ---- tensors ------------------------------------------------------------------------------------------------------
 files.save_tensors = io_core.save_tensors
 
 -- A folder of shards under one index file, with the methods of a single file.
@@ -50,17 +51,21 @@ Shards.__index = Shards
 local function shard_map(folder, index_path)
   local index = files.read_json(index_path)
   local map = type(index) == "table" and index.weight_map
-  if type(map) ~= "table" then bridge.raise("EPARSE", "open_tensors", index_path .. ": the object 'weight_map' is missing") end
+  if type(map) ~= "table" then
+    bridge.raise("EPARSE", "open_tensors", index_path .. ": the object 'weight_map' is missing")
+  end
   local parts = {}
   for name, shard in pairs(map) do
     if type(name) ~= "string" or type(shard) ~= "string" or shard:find("/", 1, true) or shard == ".." then
-      bridge.raise("EPARSE", "open_tensors", ("%s: the entry '%s' does not name a file of the folder"):format(index_path, tostring(name)))
+      bridge.raise("EPARSE", "open_tensors",
+                   ("%s: the entry '%s' does not name a file of the folder"):format(index_path, tostring(name)))
     end
     parts[shard] = true
   end
   for shard in pairs(parts) do
     if not files.is_file(files.join(folder, shard)) then
-      bridge.raise("EIO", "open_tensors", ("the shard %s is missing from %s (named in %s)"):format(shard, folder, files.basename(index_path)))
+      bridge.raise("EIO", "open_tensors", ("the shard %s is missing from %s (named in %s)")
+        :format(shard, folder, files.basename(index_path)))
     end
   end
   return map, parts
@@ -72,7 +77,8 @@ local function open_shards(folder, index_path)
   for shard in pairs(parts) do self.parts[shard] = io_core.open_tensor_file(files.join(folder, shard)) end
   for name, shard in pairs(map) do
     if not self.parts[shard]:has(name) then
-      bridge.raise("EPARSE", "open_tensors", ("%s: the index places '%s' in %s, which does not hold it"):format(index_path, name, shard))
+      bridge.raise("EPARSE", "open_tensors",
+                   ("%s: the index places '%s' in %s, which does not hold it"):format(index_path, name, shard))
     end
   end
   return self
@@ -83,7 +89,8 @@ local function part_of(self, name)
   if not self.parts then bridge.fail("%s is closed", self.path) end
   if not shard then
     local near = bridge.nearest(tostring(name), self.map)
-    bridge.raise("EARG", "open_tensors", ("%s has no tensor '%s'%s"):format(self.path, tostring(name), near and ("; it has '" .. near .. "'") or ""))
+    bridge.raise("EARG", "open_tensors", ("%s has no tensor '%s'%s")
+      :format(self.path, tostring(name), near and ("; it has '" .. near .. "'") or ""))
   end
   return self.parts[shard]
 end
@@ -120,8 +127,8 @@ local function folder_file(folder)
     or ("%s: which file? there are %s"):format(folder, table.concat(found, ", ")))
 end
 
--- files.open_tensors(path): a safetensors or GGUF file, or a folder with one or with shards. Methods: names(), has(name),
--- info(name), tensor(name[, {dtype =, device =}]), read_into(name, tensor), meta([key]), close().
+-- files.open_tensors(path): a safetensors or GGUF file, or a folder with one or with shards. Methods: names(),
+-- has(name), info(name), tensor(name[, {dtype =, device =}]), read_into(name, tensor), meta([key]), close().
 function files.open_tensors(path)
   if not files.is_folder(path) then return io_core.open_tensor_file(path) end
   local index = files.join(path, "model.safetensors.index.json")

@@ -1,5 +1,5 @@
--- lolcats: the public table, `local lc = require "lolcats"`. Holds names only: ops and tensors at once, every other module when one of
--- its names is first used. A name that does not exist is an error with a suggestion.
+-- lolcats: the public table, `local lc = require "lolcats"`. Holds names only: ops and tensors at once, every other
+-- module when one of its names is first used. A name that does not exist is an error with a suggestion.
 local bridge = require "lolcats.core.ffi"
 local ops = require "lolcats.core.ops"
 local tensor = require "lolcats.core.tensor"
@@ -14,12 +14,15 @@ package.loaded["lolcats"] = lc -- modules below may require us while we load
 
 for name, f in pairs(ops.functions) do lc[name] = f end
 for _, name in ipairs(tensor.names) do lc[name] = tensor[name] end
-for _, name in ipairs {"zeros", "empty", "ones", "rand", "randn", "full", "arange", "eye", "tensor", "zeros_like", "empty_like", "ones_like",
+for _, name in ipairs {"zeros", "empty", "ones", "rand", "randn", "full", "arange", "eye", "tensor", "zeros_like",
+                       "empty_like", "ones_like",
                        "rand_like", "randn_like", "full_like", "cat", "stack", "to", "default_dtype"} do
   lc[name] = tensor[name]
 end
 for _, name in ipairs {"scope", "keep", "param", "no_grad", "enable_grad", "grad_enabled"} do lc[name] = scope[name] end
-for _, name in ipairs {"custom", "checkpoint", "backward", "rng_state", "set_rng_state", "manual_seed"} do lc[name] = autograd[name] end
+for _, name in ipairs {"custom", "checkpoint", "backward", "rng_state", "set_rng_state", "manual_seed"} do
+  lc[name] = autograd[name]
+end
 for name, v in pairs(system) do lc[name] = v end
 lc.einsum, lc.rearrange = einsum.einsum, einsum.rearrange
 lc.is_tensor, lc.fail, lc.is_error = bridge.is_tensor, bridge.fail, bridge.is_error

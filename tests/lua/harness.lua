@@ -74,7 +74,9 @@ end
 function t.errors(f, pattern, ...)
   local ok, problem = pcall(f, ...)
   if ok then fail(2, "an error matching '%s' expected, nothing was raised", pattern) end
-  if not tostring(problem):find(pattern) then fail(2, "an error matching '%s' expected, got: %s", pattern, tostring(problem)) end
+  if not tostring(problem):find(pattern) then
+    fail(2, "an error matching '%s' expected, got: %s", pattern, tostring(problem))
+  end
   return problem
 end
 
@@ -89,7 +91,8 @@ end
 
 -- Prints the count and ends the script; its status is 1 when something failed.
 function t.finish()
-  io.stdout:write(("%d passed, %d failed"):format(t.passed, t.failed), t.skipped > 0 and (", %d skipped"):format(t.skipped) or "", "\n")
+  io.stdout:write(("%d passed, %d failed"):format(t.passed, t.failed),
+                  t.skipped > 0 and (", %d skipped"):format(t.skipped) or "", "\n")
   if t.failed > 0 then os.exit(1) end
 end
 

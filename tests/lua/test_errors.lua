@@ -1,5 +1,5 @@
--- test_errors.lua: what a mistake says: code, op, operands with shapes, the user's line, and a hint; and that a mistake leaves
--- nothing behind that hurts the next call.
+-- test_errors.lua: what a mistake says: code, op, operands with shapes, the user's line, and a hint; and that a mistake
+-- leaves nothing behind that hurts the next call.
 local t = dofile(((arg and arg[0] or ""):match("^(.*/)") or "") .. "harness.lua")
 local lc = require "lolcats"
 
@@ -13,7 +13,8 @@ t.test("an error object", function()
   t.eq(e.op, "matmul")
   t.ok(lc.is_error(e))
   t.ok(e.where:find("test_errors%.lua:" .. here .. "$"), "where is " .. tostring(e.where))
-  t.ok(e.message:find("f32%[4 x 6%] cpu") and e.message:find("f32%[7 x 2%] cpu") and e.message:find("w%.weight", 1), e.message)
+  t.ok(e.message:find("f32%[4 x 6%] cpu") and e.message:find("f32%[7 x 2%] cpu") and e.message:find("w%.weight", 1),
+       e.message)
 end)
 
 t.test("the line is the user's also through library functions", function()
@@ -57,7 +58,8 @@ t.test("kinds of arguments", function()
   t.errors(function() lc.cat({}) end, "list of tensors")
   t.errors(function() x:tril(0.5) end, "diagonal must be an integer")
   t.errors(function() x:rope(x) end, "sin must be a tensor; got nothing")
-  t.errors(function() lc.hybrid_attention(x, x, x, {map = "hedgehogs"}) end, "map must be one of none, softmax_dim, exp_dim")
+  t.errors(function() lc.hybrid_attention(x, x, x, {map = "hedgehogs"}) end,
+           "map must be one of none, softmax_dim, exp_dim")
   t.errors(function() x:add("a") end, "b must be a tensor")
   t.errors(function() return x + "a" end, "a tensor and a string")
   t.errors(function() return {} * x end, "a tensor and a table")

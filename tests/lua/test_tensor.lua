@@ -1,5 +1,5 @@
--- test_tensor.lua: tensors from Lua: making, reading back, indexing, operators, options, scopes, gradients, custom functions,
--- checkpoints, printing.
+-- test_tensor.lua: tensors from Lua: making, reading back, indexing, operators, options, scopes, gradients, custom
+-- functions, checkpoints, printing.
 local t = dofile(((arg and arg[0] or ""):match("^(.*/)") or "") .. "harness.lua")
 local lc = require "lolcats"
 lc.manual_seed(1)
@@ -335,7 +335,8 @@ t.test("custom functions", function()
     lc.custom{forward = function(_, x) return x * 1 end, backward = function(_, g) return g, g end}(a):sum():backward()
   end, "2 gradients for 1")
   t.errors(function()
-    lc.custom{forward = function(_, x) return x * 1 end, backward = function() error("in backward") end}(a):sum():backward()
+    lc.custom{forward = function(_, x) return x * 1 end,
+              backward = function() error("in backward") end}(a):sum():backward()
   end, "in backward")
 end)
 

@@ -1,5 +1,5 @@
--- Backward from Lua: the pump that lets C run its nodes and runs here those that were written in Lua, custom functions, and
--- checkpoints. C never calls Lua: lc_backward_next returns the id of a node that Lua must run, and goes on after it.
+-- Backward from Lua: the pump that lets C run its nodes and runs here those that were written in Lua, custom functions,
+-- and checkpoints. C never calls Lua: lc_backward_next returns the id of a node that Lua must run, then goes on.
 local bridge = require "lolcats.core.ffi"
 local scope = require "lolcats.core.scope"
 local ops = require "lolcats.core.ops"
@@ -10,7 +10,7 @@ local M = {}
 
 local nodes, n_nodes, next_id = {}, 0, 1 -- id -> {run = function(pump), owned = aliases to drop}
 
--- ---- tensors that a node holds past their scope -----------------------------------------------------------------------
+-- ---- tensors that a node holds past their scope -------------------------------------------------------------------
 -- An alias at the root, without history and without finaliser: dropped when the node is.
 local function hold(owned, h)
   local copy = handle()
@@ -53,7 +53,7 @@ local function sweep()
 end
 scope.at_end[#scope.at_end + 1] = sweep
 
--- ---- the pump ---------------------------------------------------------------------------------------------------------
+-- ---- the pump -----------------------------------------------------------------------------------------------------
 local function fetch(pump, i)
   local g = handle()
   check(C.lc_backward_grad(pump, i - 1, g), "backward")
@@ -86,7 +86,9 @@ end
 
 -- loss:backward([gradient]): adds to the gradient of every leaf that loss depends on, and frees the graph.
 local function backward(loss, gradient)
-  if gradient ~= nil and not is_tensor(gradient) then bridge.fail("backward: the gradient must be a tensor; got %s", type(gradient)) end
+  if gradient ~= nil and not is_tensor(gradient) then
+    bridge.fail("backward: the gradient must be a tensor; got %s", type(gradient))
+  end
   local out = ffi.new("lc_backward *[1]")
   check(C.lc_backward_begin(out, loss, gradient), "backward")
   local pump = out[0]
@@ -95,7 +97,7 @@ end
 methods.backward = backward
 M.backward = backward
 
--- ---- nodes in Lua -----------------------------------------------------------------------------------------------------
+-- ---- nodes in Lua -------------------------------------------------------------------------------------------------
 local function pack(...) return {n = select("#", ...), ...} end
 
 local function handles_of(list)
@@ -125,7 +127,8 @@ local function wants_grad(list)
   return false
 end
 
--- Results that are an input itself or carry other history get an own handle, so that only the new one has the new history.
+-- Results that are an input itself or carry other history get an own handle, so that only the new one has the new
+-- history.
 local function separate(results, inputs)
   for i = 1, results.n do
     local r = results[i]
@@ -172,9 +175,9 @@ Context.__index = Context
 function Context:save(...) self.saved = pack(...) end
 function Context:unpack() return unpack(self.saved, 1, self.saved.n) end
 
--- lc.custom{forward = function(ctx, ...) return y end, backward = function(ctx, gy) return gx... end}: a function with its own
--- gradient. forward runs without recording and may leave tensors in ctx; backward returns one gradient (or nil) for each
--- tensor that forward took.
+-- lc.custom{forward = function(ctx, ...) return y end, backward = function(ctx, gy) return gx... end}: a function with
+-- its own gradient. forward runs without recording and may leave tensors in ctx; backward returns one gradient (or nil)
+-- for each tensor that forward took.
 function M.custom(spec)
   if type(spec) ~= "table" or type(spec.forward) ~= "function" or type(spec.backward) ~= "function" then
     bridge.fail("custom: a table with the functions forward and backward is needed")
@@ -213,7 +216,7 @@ function M.custom(spec)
   end
 end
 
--- ---- checkpoints ------------------------------------------------------------------------------------------------------
+-- ---- checkpoints --------------------------------------------------------------------------------------------------
 local seed_out, offset_out = ffi.new("double[1]"), ffi.new("double[1]")
 function M.rng_state()
   check(C.lc_rng_get(seed_out, offset_out), "rng_state")
@@ -251,7 +254,9 @@ local function rerun(pump, f, args, inputs, outlines, state)
   local results = pack(scope.enable_grad(f, unpack(now, 1, now.n)))
   M.set_rng_state(after)
   local outputs = tensors_in(results, true)
-  if #outputs ~= #outlines then bridge.fail("checkpoint: the function returned %d tensors, then %d", #outlines, #outputs) end
+  if #outputs ~= #outlines then
+    bridge.fail("checkpoint: the function returned %d tensors, then %d", #outlines, #outputs)
+  end
   scope.enable_grad(function()
     if #outputs == 1 then
       if C.lc_requires_grad(outputs[1]) ~= 0 then backward(outputs[1], grads[1]) end
@@ -271,8 +276,8 @@ local function rerun(pump, f, args, inputs, outlines, state)
   end
 end
 
--- lc.checkpoint(f, ...): f's results, without keeping what its backward would need: f runs a second time in the backward, with
--- the same random numbers. Parameters that f reads from outside get their gradients too.
+-- lc.checkpoint(f, ...): f's results, without keeping what its backward would need: f runs a second time in the
+-- backward, with the same random numbers. Parameters that f reads from outside get their gradients too.
 function M.checkpoint(f, ...)
   if not scope.grad_enabled() then return f(...) end
   sweep()

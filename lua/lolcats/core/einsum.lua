@@ -1,5 +1,5 @@
--- einsum and rearrange: patterns of named axes, compiled once for a pattern and the ranks it is used with, into reshapes,
--- permutations, sums, products and batched matmuls. Owns the pattern language; no kernels here.
+-- einsum and rearrange: patterns of named axes, compiled once for a pattern and the ranks it is used with, into
+-- reshapes, permutations, sums, products and batched matmuls. Owns the pattern language; no kernels here.
 --   lc.einsum("b h t d, h d f -> b h t f", x, w)     lc.einsum("bhtd,hdf->bhtf", x, w)
 --   x:rearrange("b t (h d) -> b h t d", {h = 8})
 local bridge = require "lolcats.core.ffi"
@@ -8,7 +8,7 @@ local C, methods = bridge.C, bridge.methods
 local op = ops.functions
 local M = {}
 
--- ---- patterns ---------------------------------------------------------------------------------------------------------
+-- ---- patterns -----------------------------------------------------------------------------------------------------
 local function bad(what, pattern, format, ...)
   bridge.raise("EARG", what, ("%s: %s\n  pattern: %s"):format(what, format:format(...), pattern))
 end
@@ -55,7 +55,8 @@ local function expand_dots(what, pattern, axes, rank, operand)
   local at = find(axes, "...")
   if not at then
     if rank and #axes ~= rank then
-      bad(what, pattern, "operand %d has %d dims, its pattern '%s' names %d", operand, rank, table.concat(axes, " "), #axes)
+      bad(what, pattern, "operand %d has %d dims, its pattern '%s' names %d", operand, rank, table.concat(axes, " "),
+          #axes)
     end
     return axes, 0
   end
@@ -76,7 +77,7 @@ local function refuse_repeats(what, pattern, axes, where)
   end
 end
 
--- ---- steps on one tensor ----------------------------------------------------------------------------------------------
+-- ---- steps on one tensor ------------------------------------------------------------------------------------------
 local function is_identity(order)
   for i = 1, #order do
     if order[i] ~= i then return false end
@@ -103,7 +104,7 @@ local function product(axes, sizes)
   return n
 end
 
--- ---- einsum: compiling ------------------------------------------------------------------------------------------------
+-- ---- einsum: compiling --------------------------------------------------------------------------------------------
 local function set_of(...)
   local set = {}
   for i = 1, select("#", ...) do
@@ -187,15 +188,16 @@ local function fold(x, keep, groups, sizes)
   return same and x or op.reshape(x, shape)
 end
 
--- A matmul over the shared axes. With shared batch axes, one-sided axes but the last of each side become batch dims of size 1
--- on the other side, so that nothing is copied; without, they are folded into rows and columns.
+-- A matmul over the shared axes. With shared batch axes, one-sided axes but the last of each side become batch dims of
+-- size 1 on the other side, so that nothing is copied; without, they are folded into rows and columns.
 local function plan_matmul(a, b, c, target, swapped)
   local function last_place(axes)
     local place = 0
     for _, axis in ipairs(axes) do place = math.max(place, find(target, axis) or 0) end
     return place
   end
-  if not swapped and #c.right > 0 and last_place(c.left) > last_place(c.right) then -- the result lies in the order asked for
+  -- the result lies in the order asked for
+  if not swapped and #c.right > 0 and last_place(c.left) > last_place(c.right) then
     local run, axes = plan_matmul(b, a, {batch = c.batch, sum = c.sum, left = c.right, right = c.left}, target, true)
     return function(x, y, sizes) return run(y, x, sizes) end, axes
   end
@@ -301,7 +303,8 @@ local function axis_sizes(plan, pattern, operands)
     for d, axis in ipairs(axes) do
       local n = C.lc_dim(operands[i], d - 1)
       if sizes[axis] and sizes[axis] ~= n then
-        bad("einsum", pattern, "axis '%s' is %d in operand %d and %d in operand %d", axis, sizes[axis], owner[axis], n, i)
+        bad("einsum", pattern, "axis '%s' is %d in operand %d and %d in operand %d", axis, sizes[axis], owner[axis], n,
+            i)
       end
       sizes[axis], owner[axis] = n, owner[axis] or i
     end
@@ -318,10 +321,14 @@ end
 
 -- lc.einsum(pattern, a, b, ...)
 function M.einsum(pattern, ...)
-  if type(pattern) ~= "string" then bridge.fail("einsum: the first argument is the pattern, like \"b t d, d f -> b t f\"") end
+  if type(pattern) ~= "string" then
+    bridge.fail("einsum: the first argument is the pattern, like \"b t d, d f -> b t f\"")
+  end
   local operands = {...}
   for i = 1, math.max(1, select("#", ...)) do
-    if not bridge.is_tensor(operands[i]) then bad("einsum", pattern, "operand %d must be a tensor; got %s", i, type(operands[i])) end
+    if not bridge.is_tensor(operands[i]) then
+      bad("einsum", pattern, "operand %d must be a tensor; got %s", i, type(operands[i]))
+    end
   end
   local by_rank = plans[pattern]
   if not by_rank then
@@ -343,7 +350,7 @@ function M.einsum(pattern, ...)
   return permuted(x, plan.final_order)
 end
 
--- ---- rearrange --------------------------------------------------------------------------------------------------------
+-- ---- rearrange ----------------------------------------------------------------------------------------------------
 -- "b t (h d)" -> groups {{"b"}, {"t"}, {"h", "d"}}; "1" is the empty group.
 local function groups_of(pattern, text)
   local groups, rest = {}, trim(text)
@@ -393,7 +400,9 @@ local function compile_rearrange(pattern, rank)
     if not find(flat_from, axis) then bad("rearrange", pattern, "axis '%s' is only on the right side", axis) end
   end
   for _, axis in ipairs(flat_from) do
-    if not find(flat_to, axis) then bad("rearrange", pattern, "axis '%s' is only on the left side; sum or index it away first", axis) end
+    if not find(flat_to, axis) then
+      bad("rearrange", pattern, "axis '%s' is only on the left side; sum or index it away first", axis)
+    end
   end
   if #flat_from > 6 then bad("rearrange", pattern, "more than 6 axes") end
   return {from = from, to = to, flat_from = flat_from, flat_to = flat_to, order = order_as(flat_from, flat_to)}
@@ -403,8 +412,12 @@ end
 local function solve_sizes(plan, pattern, x, given)
   local sizes = {}
   for axis, n in pairs(given) do
-    if not find(plan.flat_from, axis) then bad("rearrange", pattern, "'%s' is given a size, but is no axis of the pattern", tostring(axis)) end
-    if type(n) ~= "number" or n < 0 or n % 1 ~= 0 then bad("rearrange", pattern, "the size of '%s' must be an integer", axis) end
+    if not find(plan.flat_from, axis) then
+      bad("rearrange", pattern, "'%s' is given a size, but is no axis of the pattern", tostring(axis))
+    end
+    if type(n) ~= "number" or n < 0 or n % 1 ~= 0 then
+      bad("rearrange", pattern, "the size of '%s' must be an integer", axis)
+    end
     sizes[axis] = n
   end
   for d, group in ipairs(plan.from) do
@@ -413,7 +426,8 @@ local function solve_sizes(plan, pattern, x, given)
       if sizes[axis] then
         known = known * sizes[axis]
       elseif unknown then
-        bad("rearrange", pattern, "the sizes of '%s' and '%s' are both unknown; give one, like {%s = 8}", unknown, axis, unknown)
+        bad("rearrange", pattern, "the sizes of '%s' and '%s' are both unknown; give one, like {%s = 8}", unknown,
+            axis, unknown)
       else
         unknown = axis
       end
@@ -424,7 +438,8 @@ local function solve_sizes(plan, pattern, x, given)
       end
       sizes[unknown] = n / known
     elseif known ~= n then
-      bad("rearrange", pattern, "dim %d has %d elements; '%s' makes %d", d, n, #group > 0 and table.concat(group, " ") or "1", known)
+      local text = #group > 0 and table.concat(group, " ") or "1"
+      bad("rearrange", pattern, "dim %d has %d elements; '%s' makes %d", d, n, text, known)
     end
   end
   return sizes

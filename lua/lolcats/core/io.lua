@@ -1,11 +1,11 @@
--- Files and documents over FFI: whole files, folders, locks, digests, JSON and YAML into Lua values, JSON out, and files of
--- tensors. lolcats.files is the public face; this module holds every C call that it needs.
+-- Files and documents over FFI: whole files, folders, locks, digests, JSON and YAML into Lua values, JSON out, and
+-- files of tensors. lolcats.files is the public face; this module holds every C call that it needs.
 local bridge = require "lolcats.core.ffi"
 local tensor = require "lolcats.core.tensor"
 local ffi, C, check = bridge.ffi, bridge.C, bridge.check
 local M = {}
 
--- ---- whole files ------------------------------------------------------------------------------------------------------
+-- ---- whole files --------------------------------------------------------------------------------------------------
 local function text_argument(what, v)
   if type(v) ~= "string" then bridge.fail("%s must be a string; got %s", what, type(v)) end
   if v:find("\0", 1, true) then bridge.fail("%s holds a zero byte", what) end
@@ -47,7 +47,9 @@ function M.is_file(path) return M.kind(path) == "file" end
 function M.is_folder(path) return M.kind(path) == "folder" end
 function M.make_dirs(path) check(C.lc_make_dirs(text_argument("the path", path)), "make_dirs") end
 function M.remove(path) check(C.lc_remove(text_argument("the path", path)), "remove") end
-function M.rename(from, to) check(C.lc_rename(text_argument("the path", from), text_argument("the path", to)), "rename") end
+function M.rename(from, to)
+  check(C.lc_rename(text_argument("the path", from), text_argument("the path", to)), "rename")
+end
 
 -- The sorted names in a folder.
 function M.list(path)
@@ -86,8 +88,9 @@ function M.gunzip(text, limit)
   return take_text(data[0], length[0])
 end
 
--- ---- documents --------------------------------------------------------------------------------------------------------
-M.null = setmetatable({}, {__tostring = function() return "null" end, __newindex = function() bridge.fail("files.null is a constant") end})
+-- ---- documents ----------------------------------------------------------------------------------------------------
+M.null = setmetatable({}, {__tostring = function() return "null" end,
+                           __newindex = function() bridge.fail("files.null is a constant") end})
 local array_mark = {}
 M.array_mark = array_mark
 
@@ -134,13 +137,16 @@ function M.parse(format, name, text)
   return value
 end
 
-local ESCAPES = {['"'] = '\\"', ["\\"] = "\\\\", ["\b"] = "\\b", ["\f"] = "\\f", ["\n"] = "\\n", ["\r"] = "\\r", ["\t"] = "\\t"}
+local ESCAPES = {['"'] = '\\"', ["\\"] = "\\\\", ["\b"] = "\\b", ["\f"] = "\\f", ["\n"] = "\\n", ["\r"] = "\\r",
+                 ["\t"] = "\\t"}
 local function quote(s)
   return '"' .. s:gsub('[%c"\\\127]', function(c) return ESCAPES[c] or ("\\u%04x"):format(c:byte()) end) .. '"'
 end
 
 local function number_text(v, path)
-  if v ~= v or v == math.huge or v == -math.huge then bridge.fail("to_json: %s is %s, which JSON cannot hold", path, tostring(v)) end
+  if v ~= v or v == math.huge or v == -math.huge then
+    bridge.fail("to_json: %s is %s, which JSON cannot hold", path, tostring(v))
+  end
   if v % 1 == 0 and math.abs(v) < 2 ^ 53 then return ("%.0f"):format(v) end
   local short = ("%.15g"):format(v)
   return tonumber(short) == v and short or ("%.17g"):format(v)
@@ -151,7 +157,9 @@ local function is_array(t, path)
   local n, count = #t, 0
   for key in next, t do
     count = count + 1
-    if type(key) ~= "string" and type(key) ~= "number" then bridge.fail("to_json: %s has a %s as key", path, type(key)) end
+    if type(key) ~= "string" and type(key) ~= "number" then
+      bridge.fail("to_json: %s has a %s as key", path, type(key))
+    end
   end
   if n > 0 and count == n then return true end
   if n > 0 then bridge.fail("to_json: %s mixes positions and names", path) end
@@ -168,7 +176,9 @@ local function write_table(t, path, out, step, depth)
     for i = 1, #t do keys[i] = i end
   else
     for key in next, t do
-      if type(key) ~= "string" then bridge.fail("to_json: %s has the key %s, which is not a string", path, tostring(key)) end
+      if type(key) ~= "string" then
+        bridge.fail("to_json: %s has the key %s, which is not a string", path, tostring(key))
+      end
       keys[#keys + 1] = key
     end
     table.sort(keys)
@@ -199,7 +209,8 @@ function write_value(v, path, out, step, depth)
   elseif kind == "table" then
     write_table(v, path, out, step, depth)
   else
-    bridge.fail("to_json: %s is a %s, which JSON cannot hold", path, bridge.is_tensor(v) and "tensor (use :totable())" or kind)
+    bridge.fail("to_json: %s is a %s, which JSON cannot hold", path,
+                bridge.is_tensor(v) and "tensor (use :totable())" or kind)
   end
 end
 
@@ -210,7 +221,7 @@ function M.to_json(value, options)
   return table.concat(out)
 end
 
--- ---- one file of tensors ----------------------------------------------------------------------------------------------
+-- ---- one file of tensors ------------------------------------------------------------------------------------------
 local File = {}
 File.__index = File
 
@@ -245,7 +256,8 @@ local function index_of(self, name)
     local known = {}
     for _, n in ipairs(self:names()) do known[n] = true end
     local near = bridge.nearest(tostring(name), known)
-    bridge.raise("EARG", "open_tensors", ("%s has no tensor '%s'%s"):format(self.path, tostring(name), near and ("; it has '" .. near .. "'") or ""))
+    bridge.raise("EARG", "open_tensors", ("%s has no tensor '%s'%s")
+      :format(self.path, tostring(name), near and ("; it has '" .. near .. "'") or ""))
   end
   return i
 end
@@ -255,7 +267,8 @@ function File:info(name)
   local shape = {}
   for d = 1, C.lc_file_ndim(f, i) do shape[d] = C.lc_file_dim(f, i, d - 1) end
   local dtype = C.lc_file_dtype(f, i)
-  return {name = name, shape = shape, dtype = dtype >= 0 and tensor.dtype_name[dtype] or nil, bytes = C.lc_file_bytes(f, i),
+  return {name = name, shape = shape, dtype = dtype >= 0 and tensor.dtype_name[dtype] or nil,
+          bytes = C.lc_file_bytes(f, i),
           file_dtype = ffi.string(C.lc_file_dtype_name(f, i)), offset = C.lc_file_offset(f, i), path = self.path}
 end
 
@@ -337,7 +350,9 @@ function M.save_tensors(path, tensors, metadata)
   end
   table.sort(names)
   for key, v in pairs(metadata or {}) do
-    if type(key) ~= "string" or type(v) ~= "string" then bridge.fail("save_tensors: metadata '%s' must be a string", tostring(key)) end
+    if type(key) ~= "string" or type(v) ~= "string" then
+      bridge.fail("save_tensors: metadata '%s' must be a string", tostring(key))
+    end
   end
   local n = #names
   local c_names, cells = ffi.new("const char *[?]", math.max(1, n)), ffi.new("lc_handle[?]", math.max(1, n))
@@ -345,7 +360,8 @@ function M.save_tensors(path, tensors, metadata)
     c_names[i - 1] = name
     cells[i - 1]._slot, cells[i - 1]._gen = tensors[name]._slot, tensors[name]._gen
   end
-  check(C.lc_safetensors_save(text_argument("the path", path), n, c_names, cells, metadata and next(metadata) and M.to_json(metadata) or nil),
+  check(C.lc_safetensors_save(text_argument("the path", path), n, c_names, cells,
+                              metadata and next(metadata) and M.to_json(metadata) or nil),
         "save_tensors")
 end
 

@@ -1,12 +1,13 @@
--- The op table as Lua functions: reads every row of runtime/ops.def through lc_op_*, and writes for each a Lua function of
--- fixed shape that checks kinds, fills the one call record and calls C. No closure, varargs or table on the way of a plain call;
--- options tables, numbers in place of tensors and errors take the slow exit at the end of this file.
+-- The op table as Lua functions: reads every row of runtime/ops.def through lc_op_*, and writes for each a Lua function
+-- of fixed shape that checks kinds, fills the one call record and calls C. No closure, varargs or table on the way of a
+-- plain call; options tables, numbers in place of tensors and errors take the slow exit at the end of this file.
 local bridge = require "lolcats.core.ffi"
 local ffi, C = bridge.ffi, bridge.C
 local M = {list = {}, by_name = {}, functions = {}}
 
--- ---- reading a row ----------------------------------------------------------------------------------------------------
-local FLAGS = {"point", "binary", "compare", "view", "inplace", "nograd", "nondiff", "random", "mixed", "internal", "grad"}
+-- ---- reading a row ------------------------------------------------------------------------------------------------
+local FLAGS = {"point", "binary", "compare", "view", "inplace", "nograd", "nondiff", "random", "mixed", "internal",
+               "grad"}
 
 local function read_default(kind, text)
   if not text then return nil end
@@ -15,7 +16,8 @@ local function read_default(kind, text)
   return assert(tonumber(text), text)
 end
 
--- "x:T alpha:f=1 -> T" -> params {name, kind, optional, default, choices, x, f, i: places in the record}, visible results
+-- "x:T alpha:f=1 -> T" -> params {name, kind, optional, default, choices, x, f, i: places in the record}, visible
+-- results
 local function read_signature(op)
   local left, right = op.signature:match("^(.-)%s*%->%s*(.-)%s*$")
   op.params, op.place, op.results = {}, {}, 0
@@ -73,8 +75,9 @@ local function read_row(id)
   return op
 end
 
--- ---- writing a function -----------------------------------------------------------------------------------------------
--- Each writer adds to `check` (phase 1: may leave by `cold`, touches nothing) and `fill` (phase 2: stores into the record).
+-- ---- writing a function -------------------------------------------------------------------------------------------
+-- Each writer adds to `check` (phase 1: may leave by `cold`, touches nothing) and `fill` (phase 2: stores into the
+-- record).
 local writers = {}
 
 local function tensor_fill(w, p, v)
@@ -149,11 +152,13 @@ function writers.F(w, p, v) real_or_tensor(w, p, v, ("F[%d]"):format(p.f)) end
 function writers.N(w, p, v) real_or_tensor(w, p, v, ("I[%d]"):format(p.i)) end
 
 function writers.L(w, p, v)
-  w.check(("if type(%s) ~= 'table' or %s[1] == nil or not all_tensors(%s) then return cold(%s) end"):format(v, v, v, w.all))
+  w.check(("if type(%s) ~= 'table' or %s[1] == nil or not all_tensors(%s) then return cold(%s) end")
+    :format(v, v, v, w.all))
   w.fill(("fill_list(%s)"):format(v))
 end
 
--- A list of integers: sizes, or dims (convert): a table, a number, nothing, or (as the last parameter) the numbers one after the other.
+-- A list of integers: sizes, or dims (convert): a table, a number, nothing, or (as the last parameter) the numbers one
+-- after the other.
 local function list_writer(w, p, v, convert)
   local others = {}
   for _, q in ipairs(w.op.params) do
@@ -177,7 +182,8 @@ local function list_writer(w, p, v, convert)
       :format(v, v, v, v, bad:format(v), w.all))
   end
   local function store(u) return convert and w.dim(u) or u end
-  w.fill(("if type(%s) == 'table' then fill_whole(%d, %s, %s, %q)"):format(v, p.i, v, convert and "p1" or "nil", w.op.name))
+  w.fill(("if type(%s) == 'table' then fill_whole(%d, %s, %s, %q)")
+    :format(v, p.i, v, convert and "p1" or "nil", w.op.name))
   if w.op.spread then
     for j = #w.rest, 1, -1 do
       w.fill(("elseif %s ~= nil then I[%d] = %d"):format(w.rest[j], p.i, j))
@@ -250,10 +256,12 @@ local function write_function(op)
   return text, up
 end
 
--- ---- helpers of the written code --------------------------------------------------------------------------------------
+-- ---- helpers of the written code ----------------------------------------------------------------------------------
 local istype, handle, floor = ffi.istype, bridge.handle, math.floor
-local env = {C = C, H = handle, X = bridge.X, Y = bridge.Y, F = bridge.F, I = bridge.I, args = bridge.args, depth = bridge.depth,
-             istype = istype, type = type, floor = floor, huge = math.huge, own = bridge.own, failed = bridge.call_failed}
+local env = {C = C, H = handle, X = bridge.X, Y = bridge.Y, F = bridge.F, I = bridge.I, args = bridge.args,
+             depth = bridge.depth,
+             istype = istype, type = type, floor = floor, huge = math.huge, own = bridge.own,
+             failed = bridge.call_failed}
 
 function env.all_tensors(list)
   for i = 1, #list do
@@ -292,7 +300,9 @@ local function from_end(x, d, name)
   local n = C.lc_ndim(x)
   local room = name == "unsqueeze" and n + 1 or n
   if n >= 0 and room + d < 0 then
-    bridge.raise("EARG", name, ("%s: dim %d does not exist: there are %d (dims count from 1, or -1 from the end)"):format(name, d, room))
+    bridge.raise("EARG", name,
+                 ("%s: dim %d does not exist: there are %d (dims count from 1, or -1 from the end)")
+                   :format(name, d, room))
   end
   return room + d
 end
@@ -309,9 +319,10 @@ function env.fill_whole(at, list, x, name)
   end
 end
 
--- ---- the slow exit: options, numbers for tensors, errors --------------------------------------------------------------
+-- ---- the slow exit: options, numbers for tensors, errors ----------------------------------------------------------
 local WANTED = {T = "a tensor", I = "an integer tensor", A = "a tensor", L = "a list of tensors", f = "a number",
-                i = "an integer", b = "true or false", d = "a dim (an integer from 1, or negative from the end)", s = "a string",
+                i = "an integer", b = "true or false",
+                d = "a dim (an integer from 1, or negative from the end)", s = "a string",
                 S = "a shape (integers, at most 6)", D = "dims (integers from 1, or negative from the end)",
                 F = "a number or a tensor of one element", N = "an integer or a tensor of one element"}
 
@@ -371,7 +382,8 @@ local function take_options(op, given, options)
         local names = {}
         for i, p in ipairs(op.params) do names[i] = p.name end
         local near = bridge.nearest(tostring(key), op.place)
-        refuse(op, "no option '%s'%s; it takes %s", tostring(key), near and (" (did you mean '%s'?)"):format(near) or "",
+        refuse(op, "no option '%s'%s; it takes %s", tostring(key),
+               near and (" (did you mean '%s'?)"):format(near) or "",
                table.concat(names, ", "))
       end
       if given[k] ~= nil then refuse(op, "%s is given twice", key) end
@@ -418,7 +430,8 @@ local function lift_numbers(op, given)
   return lifted
 end
 
-local short_forms = {} -- op name -> function(tensor, number): what a number as second operand means; tensor.lua fills it
+-- op name -> function(tensor, number): what a number as second operand means; tensor.lua fills it
+local short_forms = {}
 M.short_forms = short_forms
 
 local function cold_exit(op, ...)
@@ -457,7 +470,7 @@ local function cold_exit(op, ...)
   return M.functions[op.name](unpack(given, 1, #op.params))
 end
 
--- ---- all rows ---------------------------------------------------------------------------------------------------------
+-- ---- all rows -----------------------------------------------------------------------------------------------------
 local function bind(op)
   local text, up = write_function(op)
   up.cold = function(...) return cold_exit(op, ...) end

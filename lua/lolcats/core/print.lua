@@ -1,6 +1,6 @@
--- A tensor as text: a header line, the elements in aligned columns with four decimals (one common factor when they are very large
--- or very small), at most six rows and columns from each edge, and a line of statistics when something was left out. Large tensors are cut to
--- what is shown before anything is copied.
+-- A tensor as text: a header line, the elements in aligned columns with four decimals (one common factor when they are
+-- very large or very small), at most six rows and columns from each edge, and a line of statistics when something was
+-- left out. Large tensors are cut to what is shown before anything is copied.
 local bridge = require "lolcats.core.ffi"
 local tensor = require "lolcats.core.tensor"
 local ops = require "lolcats.core.ops"
@@ -52,7 +52,12 @@ local function crop(x, lists, cut)
   return x
 end
 
--- ---- numbers ----------------------------------------------------------------------------------------------------------
+-- ---- numbers ------------------------------------------------------------------------------------------------------
+local function special(v)
+  if v ~= v then return "nan" end
+  if math.abs(v) == math.huge then return v > 0 and "inf" or "-inf" end
+end
+
 -- A function number -> text for all of the values, and the common factor (nil or a power of ten).
 local function format_for(values, is_integer)
   local largest, smallest, whole = 0, math.huge, true
@@ -66,26 +71,23 @@ local function format_for(values, is_integer)
   end
   local factor
   if whole and (is_integer or largest < 1e6) then
-    return function(v) return v ~= v and "nan" or math.abs(v) == math.huge and (v > 0 and "inf" or "-inf") or ("%.0f"):format(v) end
+    return function(v) return special(v) or ("%.0f"):format(v) end
   end
   if largest >= 1e5 or largest < 1e-2 then
     factor = 10 ^ math.floor(math.log10(largest))
   end
   return function(v)
-    if v ~= v then return "nan" end
-    if math.abs(v) == math.huge then return v > 0 and "inf" or "-inf" end
-    return ("%.4f"):format(factor and v / factor or v)
+    return special(v) or ("%.4f"):format(factor and v / factor or v)
   end, factor
 end
 
 function M.number(v)
-  if v ~= v then return "nan" end
-  if math.abs(v) == math.huge then return v > 0 and "inf" or "-inf" end
+  if special(v) then return special(v) end
   if v % 1 == 0 and math.abs(v) < 1e15 then return ("%.0f"):format(v) end
   return ("%.6g"):format(v)
 end
 
--- ---- layout -----------------------------------------------------------------------------------------------------------
+-- ---- layout -------------------------------------------------------------------------------------------------------
 local function flatten_values(t, out)
   for i = 1, #t do
     if type(t[i]) == "table" then flatten_values(t[i], out) else out[#out + 1] = t[i] end
@@ -153,7 +155,8 @@ local function statistics(x)
   if dtype == C.LC_I32 or dtype == C.LC_I64 or dtype == C.LC_U8 then return nil end
   local bad = op.count_nonfinite(x):item()
   if bad == 0 then
-    return ("min %.4g  max %.4g  mean %.4g  nan 0  inf 0"):format(op.amin(x):item(), op.amax(x):item(), op.mean(x):item())
+    return ("min %.4g  max %.4g  mean %.4g  nan 0  inf 0"):format(op.amin(x):item(), op.amax(x):item(),
+                                                                  op.mean(x):item())
   end
   local nan = op.sum(op.ne(x, x)):item()
   return ("nan %.0f  inf %.0f"):format(nan, bad - nan)

@@ -1,5 +1,5 @@
--- Who lives how long: scopes that drop what was made inside, promotion of what is returned, tensors kept for good, and the
--- switch of gradient recording. Scopes unwind on errors too.
+-- Who lives how long: scopes that drop what was made inside, promotion of what is returned, tensors kept for good, and
+-- the switch of gradient recording. Scopes unwind on errors too.
 local bridge = require "lolcats.core.ffi"
 local ffi, C, handle = bridge.ffi, bridge.C, bridge.handle
 local depth, drop = bridge.depth, C.lc_drop
@@ -62,8 +62,8 @@ local function close(level, ok, ...)
   return ...
 end
 
--- For a loop that cannot be a function (the body of a for): level = enter() ... leave(level) drops what was made since. A level
--- that has been left already is nothing to leave.
+-- For a loop that cannot be a function (the body of a for): level = enter() ... leave(level) drops what was made since.
+-- A level that has been left already is nothing to leave.
 function M.enter()
   depth[0] = C.lc_scope_push()
   return depth[0]
@@ -109,7 +109,8 @@ function M.no_grad(f, ...) return restore(C.lc_grad_mode(0), pcall(f, ...)) end
 function M.enable_grad(f, ...) return restore(C.lc_grad_mode(1), pcall(f, ...)) end
 function M.grad_enabled() return C.lc_grad_mode(-1) ~= 0 end
 
--- After an interruption that may have struck between the lines above: ends the scopes above `level`, records gradients again.
+-- After an interruption that may have struck between the lines above: ends the scopes above `level`, records gradients
+-- again.
 function M.recover(level)
   while C.lc_scope_depth() > (level or 0) do C.lc_scope_pop() end
   depth[0] = C.lc_scope_depth()

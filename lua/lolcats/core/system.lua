@@ -13,7 +13,7 @@ function M.peak_rss() return C.lc_peak_rss() end
 function M.interrupted() return C.lc_interrupt ~= 0 end
 function M.clear_interrupt() C.lc_interrupt = 0 end
 
--- ---- devices ----------------------------------------------------------------------------------------------------------
+-- ---- devices ------------------------------------------------------------------------------------------------------
 function M.devices()
   local list = {}
   for id = 0, C.lc_device_count() - 1 do
@@ -29,29 +29,32 @@ function M.plugin_why(kind) return text_of(C.lc_plugin_why(kind)) end
 function M.load_plugin(path) check(C.lc_load_plugin(path), "load_plugin") end
 function M.sync(device) check(C.lc_device_sync(tensor.device_id(device)), "sync") end
 
--- ---- CPU --------------------------------------------------------------------------------------------------------------
+-- ---- CPU ----------------------------------------------------------------------------------------------------------
 function M.threads(n) return C.lc_threads(n or 0) end
 function M.cpu_isa(force) return text_of(C.lc_cpu_isa(force)) end
 function M.cpu_gemm(force) return text_of(C.lc_cpu_gemm(force)) end
 function M.cpu_gemm_why() return text_of(C.lc_cpu_gemm_why()) end
 
--- ---- memory -----------------------------------------------------------------------------------------------------------
+-- ---- memory -------------------------------------------------------------------------------------------------------
 -- lc.memory("live" | "cached" | "peak" | "limit"[, device]): bytes; without a word, all of them in a table.
 function M.memory(what, device)
   local id = tensor.device_id(device)
   if what == nil then
-    return {live = C.lc_memory(id, "live"), cached = C.lc_memory(id, "cached"), peak = C.lc_memory(id, "peak"), limit = C.lc_memory(id, "limit")}
+    return {live = C.lc_memory(id, "live"), cached = C.lc_memory(id, "cached"), peak = C.lc_memory(id, "peak"),
+            limit = C.lc_memory(id, "limit")}
   end
   local bytes = type(what) == "string" and C.lc_memory(id, what) or -1
   if bytes < 0 then bridge.fail("memory: '%s' is not one of live, cached, peak, limit", tostring(what)) end
   return bytes
 end
 function M.reset_peak(device) check(C.lc_memory_reset_peak(tensor.device_id(device)), "reset_peak") end
-function M.memory_limit(bytes, device) check(C.lc_memory_limit(tensor.device_id(device), bytes or 0), "memory_limit") end
+function M.memory_limit(bytes, device)
+  check(C.lc_memory_limit(tensor.device_id(device), bytes or 0), "memory_limit")
+end
 -- Runs finalisers, then gives cached blocks back to the system.
 function M.trim() bridge.reclaim() end
 
--- ---- switches ---------------------------------------------------------------------------------------------------------
+-- ---- switches -----------------------------------------------------------------------------------------------------
 local function switch_value(v) return v == true and 1 or v == false and 0 or v end
 
 -- lc.set_option("plain_attention", true): returns the old value.

@@ -1,5 +1,6 @@
--- Tensors as Lua sees them: what a handle answers (fields, methods, indexing, operators), how tensors are made from sizes and Lua
--- values and read back, and the compositions that have no row of their own. Ops themselves come from core/ops.lua.
+-- Tensors as Lua sees them: what a handle answers (fields, methods, indexing, operators), how tensors are made from
+-- sizes and Lua values and read back, and the compositions that have no row of their own. Ops themselves come from
+-- core/ops.lua.
 local bridge = require "lolcats.core.ffi"
 local ops = require "lolcats.core.ops"
 local ffi, C, handle = bridge.ffi, bridge.C, bridge.handle
@@ -9,7 +10,7 @@ local op = ops.functions
 local floor = math.floor
 local M = {}
 
--- ---- dtypes and devices -----------------------------------------------------------------------------------------------
+-- ---- dtypes and devices -------------------------------------------------------------------------------------------
 local dtype_name = {}
 for id = 0, C.LC_DTYPE_COUNT - 1 do dtype_name[id] = ffi.string(C.lc_dtype_name(id)) end
 
@@ -43,7 +44,7 @@ function M.default_dtype(name)
   return old
 end
 
--- ---- fields -----------------------------------------------------------------------------------------------------------
+-- ---- fields -------------------------------------------------------------------------------------------------------
 local function ndim_of(x)
   local n = C.lc_ndim(x)
   if n < 0 then bridge.stale() end
@@ -113,7 +114,7 @@ end
 
 function methods.drop(x) C.lc_drop(ffi.gc(x, nil)) end
 
--- ---- making tensors ---------------------------------------------------------------------------------------------------
+-- ---- making tensors -----------------------------------------------------------------------------------------------
 local dims_buffer = ffi.new("int32_t[?]", 64)
 
 local function bad_shape(name, v)
@@ -150,7 +151,9 @@ local OPTIONS = {dtype = true, device = true, requires_grad = true, name = true}
 local NONE = {}
 local function read_options(name, options)
   if options == nil then return NONE end
-  if type(options) ~= "table" then bridge.fail("%s: options are a table like {dtype = \"f32\"}; got %s", name, type(options)) end
+  if type(options) ~= "table" then
+    bridge.fail("%s: options are a table like {dtype = \"f32\"}; got %s", name, type(options))
+  end
   for key in pairs(options) do
     if not OPTIONS[key] then
       bridge.fail("%s: no option '%s'; options are dtype, device, requires_grad, name", name, tostring(key))
@@ -214,7 +217,8 @@ local function new_like(name, x, options)
   local o = read_options(name, options)
   local n = ndim_of(x)
   for d = 0, n - 1 do dims_buffer[d] = C.lc_dim(x, d) end
-  return new(name, n, o.dtype and dtype_id(o.dtype) or C.lc_dtype_of(x), o.device and device_id(o.device) or C.lc_device_of(x)), o
+  return new(name, n, o.dtype and dtype_id(o.dtype) or C.lc_dtype_of(x),
+             o.device and device_id(o.device) or C.lc_device_of(x)), o
 end
 local function maker_like(name, fill)
   local function make(x, options)
@@ -242,7 +246,7 @@ function ops.scalar_like(value, like)
   return op.fill_(x, value)
 end
 
--- ---- Lua values to tensors and back -----------------------------------------------------------------------------------
+-- ---- Lua values to tensors and back -------------------------------------------------------------------------------
 -- The shape of a nested table, by its first elements.
 local function shape_of(value)
   local shape = {}
@@ -254,7 +258,8 @@ local function shape_of(value)
 end
 
 local function ragged(path, wanted, got)
-  bridge.fail("tensor: the table is not rectangular: element [%s] %s, %s expected", table.concat(path, "]["), got, wanted)
+  bridge.fail("tensor: the table is not rectangular: element [%s] %s, %s expected", table.concat(path, "]["), got,
+              wanted)
 end
 
 local function read_nested(value, shape, level, buffer, at, path)
@@ -292,7 +297,8 @@ function M.tensor(value, options)
   local o = read_options("tensor", options)
   if is_tensor(value) then
     local x = o.dtype or o.device
-      and op.to(value, o.dtype and dtype_id(o.dtype) or C.lc_dtype_of(value), o.device and device_id(o.device) or C.lc_device_of(value))
+      and op.to(value, o.dtype and dtype_id(o.dtype) or C.lc_dtype_of(value),
+                o.device and device_id(o.device) or C.lc_device_of(value))
       or op.clone(value)
     return finish(methods.detach(x), o)
   end
@@ -372,7 +378,7 @@ function methods.data(x)
   return ffi.cast(kind .. " *", p)
 end
 
--- ---- dtype, device, copies --------------------------------------------------------------------------------------------
+-- ---- dtype, device, copies ----------------------------------------------------------------------------------------
 local function convert(x, dtype, device)
   if dtype == C.lc_dtype_of(x) and device == C.lc_device_of(x) then return x end
   return op.to(x, dtype, device)
@@ -386,13 +392,17 @@ function methods.to(x, a, b)
   if is_tensor(a) then return convert(x, C.lc_dtype_of(a), C.lc_device_of(a)) end
   if type(a) == "table" then
     for key in pairs(a) do
-      if key ~= "dtype" and key ~= "device" then bridge.fail("to: no option '%s'; options are dtype, device", tostring(key)) end
+      if key ~= "dtype" and key ~= "device" then
+        bridge.fail("to: no option '%s'; options are dtype, device", tostring(key))
+      end
     end
     return convert(x, a.dtype and dtype_id(a.dtype) or dtype, a.device and device_id(a.device) or device)
   end
   for i = 1, 2 do
     local word = i == 1 and a or b
-    if i == 1 and type(word) ~= "string" then bridge.fail("to: a dtype or a device is needed, like \"bf16\" or \"cuda:0\"") end
+    if i == 1 and type(word) ~= "string" then
+      bridge.fail("to: a dtype or a device is needed, like \"bf16\" or \"cuda:0\"")
+    end
     if word ~= nil then
       local id = C.lc_dtype_id(word)
       if id >= 0 then
@@ -443,9 +453,10 @@ function methods.set_data(x, from)
   return x
 end
 
--- ---- indexing ---------------------------------------------------------------------------------------------------------
+-- ---- indexing -----------------------------------------------------------------------------------------------------
 local function wrong_position(name, i, d, n)
-  bridge.raise("EARG", name, ("%s: position %s of dim %d, which has %d; positions count from 1, or from the end with -1")
+  bridge.raise("EARG", name,
+               ("%s: position %s of dim %d, which has %d; positions count from 1, or from the end with -1")
     :format(name, tostring(i), d + 1, n))
 end
 
@@ -472,7 +483,8 @@ local function cut(x, d, first, last, step)
   end
   local from, to = first < 0 and n + first + 1 or first, last < 0 and n + last + 1 or last
   if from < 1 or from > n + 1 or to < from - 1 or to > n then
-    bridge.raise("EARG", "slice", ("slice: positions %d to %d of dim %d, which has %d; positions count from 1, both ends included")
+    bridge.raise("EARG", "slice",
+                 ("slice: positions %d to %d of dim %d, which has %d; positions count from 1, both ends included")
       :format(first, last, d + 1, n))
   end
   return raw_slice(x, d + 1, from - 1, to, step)
@@ -486,10 +498,13 @@ end
 function methods.narrow(x, d, start, length)
   local k = dim_index(x, d, "narrow")
   local n = C.lc_dim(x, k)
-  if type(start) ~= "number" or type(length) ~= "number" then bridge.fail("narrow: start and length must be integers") end
+  if type(start) ~= "number" or type(length) ~= "number" then
+    bridge.fail("narrow: start and length must be integers")
+  end
   local from = start < 0 and n + start + 1 or start
   if from < 1 or length < 0 or from + length - 1 > n then
-    bridge.raise("EARG", "narrow", ("narrow: %d positions from %d of dim %d, which has %d"):format(length, start, k + 1, n))
+    bridge.raise("EARG", "narrow", ("narrow: %d positions from %d of dim %d, which has %d"):format(length, start,
+                                                                                                   k + 1, n))
   end
   return raw_slice(x, k + 1, from - 1, from - 1 + length, 1)
 end
@@ -508,7 +523,8 @@ local function multi_index(x, spec)
       elseif type(s) == "table" then
         if s[1] ~= nil then x = cut(x, d, s[1], s[2], s[3]) end
       elseif s ~= "all" then
-        bridge.fail("index: entry %d is a %s; entries are positions, {first, last[, step]}, {} or integer tensors", k, type(s))
+        bridge.fail("index: entry %d is a %s; entries are positions, {first, last[, step]}, {} or integer tensors", k,
+                    type(s))
       end
       d = d + 1
     end
@@ -528,7 +544,8 @@ function bridge.index(x, key)
     return nil
   end
   local near = type(key) == "string" and bridge.nearest(key, methods, fields)
-  bridge.fail("tensors have no method or field '%s'%s", tostring(key), near and (" (did you mean '%s'?)"):format(near) or "")
+  bridge.fail("tensors have no method or field '%s'%s", tostring(key),
+              near and (" (did you mean '%s'?)"):format(near) or "")
 end
 
 local function assign(view, value)
@@ -554,14 +571,15 @@ function meta.__newindex(x, key, value)
   end
 end
 
--- ---- operators --------------------------------------------------------------------------------------------------------
+-- ---- operators ----------------------------------------------------------------------------------------------------
 local istype = ffi.istype
 local affine, add, sub, mul, div = op.affine, op.add, op.sub, op.mul, op.div
 
 local function operand(name, a, b)
   local bad = a
   if is_tensor(a) then bad = b end
-  bridge.fail("%s: a tensor and %s; the other side must be a tensor or a number", name, bad == nil and "nil" or "a " .. type(bad))
+  bridge.fail("%s: a tensor and %s; the other side must be a tensor or a number", name,
+              bad == nil and "nil" or "a " .. type(bad))
 end
 
 function meta.__add(a, b)
@@ -630,7 +648,7 @@ function short.minimum(x, n) return op.clamp(x, -math.huge, n) end
 function short.add_(x, n) return op.add_(x, ops.scalar_like(n, x)) end
 function short.copy_(x, n) return op.fill_(x, n) end
 
--- ---- compositions -----------------------------------------------------------------------------------------------------
+-- ---- compositions -------------------------------------------------------------------------------------------------
 function M.cat(list, d)
   if type(d) == "table" then d = d.dim end
   return op.cat(list, d or 1)
@@ -658,7 +676,9 @@ function methods.split(x, size, d)
     if at ~= n + 1 then bridge.fail("split: the sizes add up to %d, dim %d has %d", at - 1, d, n) end
     return parts
   end
-  if type(size) ~= "number" or size < 1 or floor(size) ~= size then bridge.fail("split: size must be an integer from 1, or a list") end
+  if type(size) ~= "number" or size < 1 or floor(size) ~= size then
+    bridge.fail("split: size must be an integer from 1, or a list")
+  end
   while at <= n do
     parts[#parts + 1] = methods.narrow(x, d, at, math.min(size, n - at + 1))
     at = at + size
@@ -733,7 +753,7 @@ function methods.allclose(x, y, tolerance)
   return worst <= tolerance * scale, worst / scale
 end
 
--- ---- gradients of a leaf ----------------------------------------------------------------------------------------------
+-- ---- gradients of a leaf ------------------------------------------------------------------------------------------
 function methods.requires_grad_(x, on)
   check(C.lc_require_grad(x, on == false and 0 or 1), "requires_grad_")
   return x
@@ -750,7 +770,8 @@ function methods.zero_grad(x)
 end
 
 -- Everything that is a function of a tensor is also lc.NAME.
-M.names = {"select", "slice", "narrow", "split", "chunk", "view", "flatten", "squeeze", "t", "expand_as", "norm", "var", "std",
+M.names = {"select", "slice", "narrow", "split", "chunk", "view", "flatten", "squeeze", "t", "expand_as", "norm",
+           "var", "std",
            "allclose", "detach", "set_data", "set_grad"}
 for _, name in ipairs(M.names) do M[name] = methods[name] end
 

@@ -11,7 +11,9 @@ function Tokenizer.__index(self, key)
 end
 function Tokenizer:__tostring() return ("tokenizer of %d tokens from %s"):format(self.size, self.path) end
 
-local function wrap(out, path) return setmetatable({handle = ffi.gc(out[0], C.lc_tokenizer_free), path = path}, Tokenizer) end
+local function wrap(out, path)
+  return setmetatable({handle = ffi.gc(out[0], C.lc_tokenizer_free), path = path}, Tokenizer)
+end
 
 function M.open(path)
   local out = ffi.new("lc_tokenizer *[1]")
@@ -43,8 +45,8 @@ end
 local ENCODE = {special = true, parse = true}
 local ids_out, count_out = ffi.new("int32_t *[1]"), ffi.new("int32_t[1]")
 
--- Text to a table of ids. special (default true): what the tokenizer puts around a text, such as BOS; parse (default true): the
--- text of a special token becomes its id.
+-- Text to a table of ids. special (default true): what the tokenizer puts around a text, such as BOS; parse (default
+-- true): the text of a special token becomes its id.
 function Tokenizer:encode(text, options)
   if type(text) ~= "string" then bridge.fail("encode: a string is needed; got %s", type(text)) end
   check_options("encode", options, ENCODE)
@@ -78,7 +80,8 @@ function Tokenizer:decode(ids, options)
     end
     cells[i - 1] = id
   end
-  check(C.lc_tokenizer_decode(self.handle, cells, n, is_on(options, "skip_special", false) and 1 or 0, text_out, length_out), "decode")
+  check(C.lc_tokenizer_decode(self.handle, cells, n, is_on(options, "skip_special", false) and 1 or 0, text_out,
+                              length_out), "decode")
   local text = ffi.string(text_out[0], length_out[0])
   C.lc_free(text_out[0])
   return text
@@ -100,7 +103,7 @@ end
 
 function Tokenizer:is_special(id) return C.lc_tokenizer_is_special(self.handle, id) ~= 0 end
 
--- ---- sampling ---------------------------------------------------------------------------------------------------------
+-- ---- sampling -----------------------------------------------------------------------------------------------------
 local how = ffi.new("lc_sampling")
 local recent_room, recent_cells = 64, ffi.new("int32_t[64]")
 
@@ -118,7 +121,8 @@ function M.sample(logits, options, recent, uniform)
     recent_cells = ffi.new("int32_t[?]", recent_room)
   end
   for i = 1, n do recent_cells[i - 1] = recent[i] end
-  return C.lc_sample(ffi.cast("const float *", C.lc_data(logits)), C.lc_numel(logits), how, recent_cells, n, uniform or 0)
+  return C.lc_sample(ffi.cast("const float *", C.lc_data(logits)), C.lc_numel(logits), how, recent_cells, n,
+                     uniform or 0)
 end
 
 return M
