@@ -1,0 +1,88 @@
+-- test_mock.lua: a whole transfer step, a LoRA step and a decode on the mock device, whose memory only kernels may open, against the
+-- same on the CPU; and what becomes of a plugin that is absent, stale or out of memory.
+local lc = require "lolcats"
+local t = dofile((arg and arg[0] or ""):match("^(.*/)") .. "harness.lua")
+
+local CONFIG = {architectures = {"LlamaForCausalLM"}, model_type = "llama", hidden_size = 32, intermediate_size = 48, num_hidden_layers = 2,
+                num_attention_heads = 4, num_key_value_heads = 2, vocab_size = 61, rms_norm_eps = 1e-5, rope_theta = 10000,
+                tie_word_embeddings = false, max_position_embeddings = 256, hidden_act = "silu"}
+
+if not pcall(function() return lc.zeros({1}, {device = "mock:0"}) end) then
+  t.skip("mock device", "its plugin is not beside the program")
+  t.finish()
+  return
+end
+
+local function rows(n, length)
+  local out = {}
+  for r = 1, n do
+    out[r] = {}
+    for i = 1, length do out[r][i] = (r * 31 + i * i * 7 + i) % 61 end
+  end
+  return out
+end
+
+local function run(device)
+  local out = {}
+  lc.manual_seed(5)
+  local cpu = lc.model(CONFIG, {dtype = "f32"})
+  local teacher = lc.model(CONFIG, {dtype = "f32", device = device})
+  for i, p in ipairs(teacher:params()) do
+    lc.no_grad(function() p.tensor:copy_(cpu:params()[i].tensor:detach():to(device)) end)
+  end
+  local student = lc.linearize(teacher, {map = "hedgehog", window = 8})
+  out.transfer = student:transfer(rows(1, 37))
+  for _, p in ipairs(student:map_params()) do out[p.name] = p.tensor.grad:to("cpu") end
+  student:use_linear()
+  lc.manual_seed(9)
+  student:add_lora {rank = 2, alpha = 4}
+  local loss = student:loss(rows(1, 37))
+  loss:backward()
+  out.loss = loss:to("cpu"):detach()
+  for _, p in ipairs(student:params("lora", true)) do
+    if p.name:match "lora_B" then out[p.name] = p.tensor.grad:to("cpu") end
+  end
+  lc.no_grad(function()
+    local ids, state = rows(1, 30), student:new_state(1)
+    out.prefill = lc.keep(student:logits(ids, {state = state, last = true}):to("cpu"))
+    for step = 1, 12 do
+      local y = student:logits({{(step * 5) % 61}}, {state = state, last = true})
+      out["decode " .. step] = lc.keep(y:to("cpu"))
+    end
+  end)
+  return out
+end
+
+t.test("a transfer step, a LoRA step and a decode give the CPU's numbers", function()
+  local want, got = run "cpu", run "mock:0"
+  for name, x in pairs(want) do t.close(got[name], x, 1e-5, name) end
+end)
+
+t.test("operands on two devices are refused", function()
+  t.errors(function() return lc.ones(2) + lc.ones({2}, {device = "mock:0"}) end, "different devices")
+  t.errors(function() return lc.ones({2}, {device = "mock:0"}) + lc.ones({2}, {device = "mock:1"}) end, "different devices")
+end)
+
+t.test("an op that has no kernel for a dtype there says so", function()
+  t.errors(function() return lc.ones({4}, {device = "mock:0"}):to("bf16"):exp() end, "mock:0 kernel")
+end)
+
+-- a plugin's troubles, in a program of their own
+local function other(env, code)
+  local f = io.popen(("%s '%s' -e '%s' 2>&1"):format(env, os.getenv "LOLCATS_PROGRAM" or "build/lolcats", code))
+  local text = f:read "*a"
+  f:close()
+  return text
+end
+local TRY = [[local lc = require "lolcats" print(pcall(lc.zeros, {256, 1024}, {device = "mock:0"})) print(lc.ones(3):sum():item())]]
+
+t.test("absent, stale, full: a reason each, and the CPU goes on", function()
+  local absent = other("LOLCATS_MOCK_ABSENT=1", TRY)
+  t.ok(absent:find("LOLCATS_MOCK_ABSENT is set", 1, true) and absent:find "\n3", absent)
+  local stale = other("LOLCATS_MOCK_STALE=1", TRY)
+  t.ok(stale:find("was built for another version", 1, true) and stale:find "\n3", stale)
+  local full = other("LOLCATS_MOCK_BYTES=65536", TRY)
+  t.ok(full:find("out of memory on mock:0", 1, true) and full:find "\n3", full)
+end)
+
+t.finish()
