@@ -1,12 +1,14 @@
---- Chat templates: the part of Jinja that real models' templates use, rendered as Hugging Face renders them (trim_blocks,
--- lstrip_blocks, tojson without HTML escapes). A template is parsed into a tree once and walked for each rendering.
+--- Chat templates: the part of Jinja that real models' templates use, rendered as Hugging Face renders them
+-- (trim_blocks, lstrip_blocks, tojson without HTML escapes). A template is parsed into a tree once and walked for each
+-- rendering.
 --
 --     local t = template.compile(text)
 --     local s = t:render{messages = {{role = "user", content = "Hi"}}, add_generation_prompt = true, bos_token = "<s>"}
 --
--- Values: Lua strings, numbers and booleans; a table is a list when it has [1] or is empty, else a mapping. template.null is
--- None (so are JSON libraries' null userdata); a missing variable is undefined, as in Jinja, but `tools` and `documents` are
--- None when not given, as in Hugging Face. template.object{...} marks a mapping and may give its order of keys.
+-- Values: Lua strings, numbers and booleans; a table is a list when it has [1] or is empty, else a mapping.
+-- template.null is None (so are JSON libraries' null userdata); a missing variable is undefined, as in Jinja, but `tools`
+-- and `documents` are None when not given, as in Hugging Face. template.object(t, keys) marks a mapping and may give the
+-- order of its keys; template.list(t) marks an empty list.
 
 local filters = require "lolcats.chat_template_filters"
 local values = require "lolcats.chat_template_values"
@@ -109,8 +111,8 @@ end
 
 local function count_lines(s, from, to) return select(2, s:sub(from, to):gsub("\n", "")) end
 
--- Drops what stands between the last newline and a block tag, if it is only blanks. Without a newline the text must start a
--- line: `starting` says so.
+-- Drops what stands between the last newline and a block tag, if it is only blanks. Without a newline the text must
+-- start a line: `starting` says so.
 local function strip_line(text, starting)
   local at = #text - #text:match("[^\n]*$")
   if (at > 0 or starting) and text:sub(at + 1):match("^%s*$") then return text:sub(1, at) end
@@ -395,13 +397,17 @@ end
 
 function Parser:conjunction()
   local node = self:negation()
-  while self:is("and", "name") do node = {kind = "and", line = self:next().line, left = node, right = self:negation()} end
+  while self:is("and", "name") do
+    node = {kind = "and", line = self:next().line, left = node, right = self:negation()}
+  end
   return node
 end
 
 function Parser:disjunction()
   local node = self:conjunction()
-  while self:is("or", "name") do node = {kind = "or", line = self:next().line, left = node, right = self:conjunction()} end
+  while self:is("or", "name") do
+    node = {kind = "or", line = self:next().line, left = node, right = self:conjunction()}
+  end
   return node
 end
 
@@ -430,8 +436,8 @@ function Parser:tuple()
 end
 
 -- Statements ----------------------------------------------------------------------------------------------------------
--- A reader is {parts, at}; block(ends) reads up to one of the tags named there and returns the body, that tag's name and its
--- parser.
+-- A reader is {parts, at}; block(ends) reads up to one of the tags named there and returns the body, that tag's name and
+-- its parser.
 
 local Reader = {}
 Reader.__index = Reader
@@ -556,7 +562,8 @@ end
 
 -- Hugging Face marks the assistant's words with it; it leaves no trace in the text.
 statements["generation"] = function(reader, _, line)
-  return {kind = "with", line = line, names = {}, items = {}, body = reader:block({["endgeneration"] = true}, "generation", line)}
+  local body = reader:block({["endgeneration"] = true}, "generation", line)
+  return {kind = "with", line = line, names = {}, items = {}, body = body}
 end
 
 statements["break"] = function(_, _, line) return {kind = "break", line = line} end

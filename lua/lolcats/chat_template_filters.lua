@@ -4,7 +4,8 @@ local values = require "lolcats.chat_template_values"
 
 local internal = values.internal
 local null, undefined, is_undefined = values.null, values.undefined, values.is_undefined
-local truthy, to_string, fail, iterate, tests = values.truthy, values.to_string, values.fail, values.iterate, values.tests
+local truthy, to_string, fail = values.truthy, values.to_string, values.fail
+local iterate, tests = values.iterate, values.tests
 local is_list, is_dict, type_name, argument = internal.is_list, internal.is_dict, internal.type_name, internal.argument
 local strip, split, replace_text, length_of = internal.strip, internal.split, internal.replace_text, internal.length_of
 local repr, keys_of, pairs_of = internal.repr, internal.keys_of, internal.pairs_of
@@ -104,8 +105,7 @@ local function sorted(all, reverse, key, line)
     local item, at = keyed[i], i - 1
     while at >= 1 do
       local before = keyed[at][1]
-      local moves = reverse and values.compare("<", before, item[1], line) or not reverse and values.compare(">", before, item[1], line)
-      if not moves then break end
+      if not values.compare(reverse and "<" or ">", before, item[1], line) then break end
       keyed[at + 1], at = keyed[at], at - 1
     end
     keyed[at + 1] = item
@@ -122,18 +122,21 @@ local function key_function(attribute, case_sensitive, line)
 end
 
 function filters.sort(v, args, named, line)
-  local key = key_function(argument(args, named, 3, "attribute"), argument(args, named, 2, "case_sensitive", false), line)
+  local case_sensitive = argument(args, named, 2, "case_sensitive", false)
+  local key = key_function(argument(args, named, 3, "attribute"), case_sensitive, line)
   return sorted(iterate(v, line), truthy(argument(args, named, 1, "reverse", false)), key, line)
 end
 
 function filters.dictsort(v, args, named, line)
   local place = argument(args, named, 2, "by", "key") == "value" and 2 or 1
   local fold = key_function(nil, argument(args, named, 1, "case_sensitive", false), line)
-  return sorted(pairs_of(v), truthy(argument(args, named, 3, "reverse", false)), function(pair) return fold(pair[place]) end, line)
+  local function key(pair) return fold(pair[place]) end
+  return sorted(pairs_of(v), truthy(argument(args, named, 3, "reverse", false)), key, line)
 end
 
 function filters.unique(v, args, named, line)
-  local key = key_function(argument(args, named, 2, "attribute"), argument(args, named, 1, "case_sensitive", false), line)
+  local case_sensitive = argument(args, named, 1, "case_sensitive", false)
+  local key = key_function(argument(args, named, 2, "attribute"), case_sensitive, line)
   local out, seen = {}, {}
   for _, item in ipairs(iterate(v, line)) do
     local mark = repr(key(item))
@@ -162,8 +165,9 @@ end
 local function choosing(keep, by_attribute)
   return function(v, args, _, line)
     local out, at = {}, by_attribute and 2 or 1
-    local test = args[at] and tests[args[at]] or truthy
-    if args[at] and not tests[args[at]] then fail(line, ("the test '%s' is not supported"):format(tostring(args[at]))) end
+    local name = args[at]
+    local test = name and tests[name] or truthy
+    if name and not tests[name] then fail(line, ("the test '%s' is not supported"):format(tostring(name))) end
     for _, item in ipairs(iterate(v, line)) do
       local looked = item
       if by_attribute then looked = by_path(item, args[1], line) end

@@ -1,5 +1,6 @@
---- Values of chat templates: what Jinja's operators, attributes, filters, tests and functions do to strings, numbers, lists,
--- mappings, None and undefined. Strings count in characters (UTF-8); upper and lower change ASCII letters only.
+--- Values of chat templates: what Jinja's operators, attributes, tests and functions do to strings, numbers, lists,
+-- mappings, None and undefined. Strings count in characters (UTF-8); upper and lower change ASCII letters only, and numbers
+-- do not know whether they were written as 1 or 1.0.
 
 local M = {}
 
@@ -83,7 +84,8 @@ local function length_of(s)
 end
 
 local wide_space = {}
-for c in ("\194\133 \194\160 \225\154\128 \226\128\168 \226\128\169 \226\128\175 \226\129\159 \227\128\128"):gmatch("[^ ]+") do
+for c in ("\194\133 \194\160 \225\154\128 \226\128\168 \226\128\169 \226\128\175 \226\129\159 \227\128\128")
+    :gmatch("[^ ]+") do
   wide_space[c] = true
 end
 for i = 0x80, 0x8A do wide_space["\226\128" .. string.char(i)] = true end
@@ -334,7 +336,9 @@ local function format_text(pattern, args, line)
     if v == nil then fail(line, "too few values for the format") end
     if kind == "s" then return ("%" .. flags .. "s"):format(to_string(v)) end
     if kind == "r" then return repr(v) end
-    if not kind:match("[dfeEgGxXoi]") or type(v) ~= "number" then fail(line, "the format %" .. kind .. " is not supported here") end
+    if not kind:match("[dfeEgGxXoi]") or type(v) ~= "number" then
+      fail(line, "the format %" .. kind .. " is not supported here")
+    end
     return ("%" .. flags .. kind):format(v)
   end))
 end
@@ -410,7 +414,9 @@ local string_methods = {
   rstrip = function(s, args) return strip(s, args[1], false, true) end,
   startswith = affix_test(false),
   endswith = affix_test(true),
-  split = function(s, args, named) return split(s, argument(args, named, 1, "sep"), argument(args, named, 2, "maxsplit")) end,
+  split = function(s, args, named)
+    return split(s, argument(args, named, 1, "sep"), argument(args, named, 2, "maxsplit"))
+  end,
   rsplit = function(s, args, named)
     return split_from_right(s, argument(args, named, 1, "sep"), argument(args, named, 2, "maxsplit"))
   end,
@@ -479,7 +485,9 @@ local function bind(method, object)
 end
 
 function M.attribute(v, name, line)
-  if is_undefined(v) then fail(line, ("'%s' is undefined: there is no .%s of it"):format(tostring(v.name), tostring(name))) end
+  if is_undefined(v) then
+    fail(line, ("'%s' is undefined: there is no .%s of it"):format(tostring(v.name), tostring(name)))
+  end
   local class = getmetatable(v)
   if type(v) == "string" then
     return string_methods[name] and bind(string_methods[name], v) or undefined(name)
@@ -577,7 +585,8 @@ local tests = {
   iterable = function(v) return type(v) == "string" or is_list(v) or is_dict(v) or is_undefined(v) end,
   callable = function(v) return type(v) == "function" end,
   ["in"] = comparing("in"),
-  eq = comparing("=="), equalto = comparing("=="), ["=="] = comparing("=="), ne = comparing("!="), ["!="] = comparing("!="),
+  eq = comparing("=="), equalto = comparing("=="), ["=="] = comparing("=="),
+  ne = comparing("!="), ["!="] = comparing("!="),
   lt = comparing("<"), lessthan = comparing("<"), gt = comparing(">"), greaterthan = comparing(">"),
   le = comparing("<="), ge = comparing(">="),
   odd = function(v) return v % 2 == 1 end,
@@ -591,8 +600,9 @@ M.tests = tests
 
 -- What the filters need besides.
 M.internal = {
-  is_list = is_list, is_dict = is_dict, type_name = type_name, strip = strip, split = split, replace_text = replace_text,
-  title = title, capitalize = capitalize, number_text = number_text, length_of = length_of, keys_of = keys_of, repr = repr,
+  is_list = is_list, is_dict = is_dict, type_name = type_name, strip = strip, split = split,
+  replace_text = replace_text, title = title, capitalize = capitalize, number_text = number_text,
+  length_of = length_of, keys_of = keys_of, repr = repr,
   pairs_of = pairs_of, argument = argument, format_text = format_text, json = json,
 }
 

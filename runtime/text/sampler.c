@@ -1,26 +1,26 @@
-/* sampler.c: picks the next token from logits in host memory. The order is that of Hugging Face and llama.cpp: repetition
- * penalty, temperature, top-k, top-p, min-p, then one draw. Equal logits are ordered by id, so that a seed gives the same text
- * everywhere. */
+/* sampler.c: picks the next token from logits in host memory. The order is that of Hugging Face and llama.cpp:
+ * repetition penalty, temperature, top-k, top-p, min-p, then one draw. Equal logits are ordered by id, so that a seed
+ * gives the same text everywhere. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "../core/base.h"
 
-typedef struct candidate { float logit; int32_t id; double p; } candidate;
+typedef struct candidate {
+    float logit;
+    int32_t id;
+    double p;
+} candidate;
 
 /* NaN counts as impossible: a broken logit must not win. */
-static float plain(float x) {
-    return isnan(x) ? -INFINITY : x;
-}
+static float plain(float x) { return isnan(x) ? -INFINITY : x; }
 
 static int better(const candidate *a, const candidate *b) {
     return a->logit > b->logit || (a->logit == b->logit && a->id < b->id);
 }
 
-static int by_logit(const void *a, const void *b) {
-    return better(a, b) ? -1 : better(b, a) ? 1 : 0;
-}
+static int by_logit(const void *a, const void *b) { return better(a, b) ? -1 : better(b, a) ? 1 : 0; }
 
 static int32_t greedy(const candidate *c, int32_t n) {
     int32_t best = 0;
@@ -50,9 +50,12 @@ static void select_best(candidate *c, int32_t n, int32_t keep) {
             while (better(&pivot, &c[j])) j--;
             if (i <= j) swap = c[i], c[i++] = c[j], c[j--] = swap;
         }
-        if (keep - 1 <= j) high = j;
-        else if (keep - 1 >= i) low = i;
-        else return;
+        if (keep - 1 <= j)
+            high = j;
+        else if (keep - 1 >= i)
+            low = i;
+        else
+            return;
     }
 }
 
@@ -100,7 +103,8 @@ static int32_t draw(const candidate *c, int32_t n, double uniform) {
 
 static int32_t sample(candidate *c, int32_t n, const lc_sampling *how, double uniform) {
     int32_t best = greedy(c, n);
-    if (!(how->temperature > 0) || isinf(c[best].logit)) return best; /* at infinity: nothing possible, or one thing certain */
+    if (!(how->temperature > 0) || isinf(c[best].logit))
+        return best; /* at infinity: nothing possible, or one thing certain */
     if (how->top_k > 0 && how->top_k < n) {
         select_best(c, n, how->top_k);
         n = how->top_k;
@@ -112,7 +116,8 @@ static int32_t sample(candidate *c, int32_t n, const lc_sampling *how, double un
     return draw(c, n, uniform);
 }
 
-int32_t lc_sample(const float *logits, int32_t n, const lc_sampling *how, const int32_t *recent, int32_t n_recent, double uniform) {
+int32_t lc_sample(const float *logits, int32_t n, const lc_sampling *how, const int32_t *recent, int32_t n_recent,
+                  double uniform) {
     if (!logits || n <= 0 || !how) return lc_fail(LC_EARG, "sample: no logits"), -1;
     candidate *c = lc_alloc((size_t)n, sizeof *c);
     if (!c) return -1;

@@ -1,15 +1,16 @@
-/* tokenizer.c: the public tokenizer functions of lolcats.h, the template of special tokens around a text, and what is needed to
- * build and free a tokenizer. The stages of the work are listed in tokenizer.h. */
+/* tokenizer.c: the public tokenizer functions of lolcats.h, the template of special tokens around a text, and what is
+ * needed to build and free a tokenizer. The stages of the work are listed in tokenizer.h. */
 #include "tokenizer.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- buffers --------------------------------------------------------------------------------------------------------- */
+/* ---- buffers ----------------------------------------------------------------------------------------------------- */
 
 lc_status lc_tok_grow(void **p, size_t *room, size_t len, size_t more, size_t size) {
     if (*room >= len && *room - len >= more) return LC_OK;
-    if (more > ((size_t)1 << 40) || len > ((size_t)1 << 40)) return lc_fail(LC_ENOMEM, "tokenizer: no room for %zu elements", more);
+    if (more > ((size_t)1 << 40) || len > ((size_t)1 << 40))
+        return lc_fail(LC_ENOMEM, "tokenizer: no room for %zu elements", more);
     size_t want = len + more + (len + more) / 2 + 16;
     void *grown = lc_resize(*p, want, size);
     if (!grown) return LC_ENOMEM;
@@ -36,7 +37,7 @@ lc_status lc_tok_put_span(lc_tok_spans *b, size_t at, size_t len) {
     return LC_OK;
 }
 
-/* ---- building -------------------------------------------------------------------------------------------------------- */
+/* ---- building ---------------------------------------------------------------------------------------------------- */
 
 const char lc_tok_gpt2_regex[] = "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+";
 
@@ -115,11 +116,13 @@ void lc_tokenizer_free(lc_tokenizer *t) {
     for (int32_t i = 0; i < t->n_pre; i++) lc_tok_pattern_drop(&t->pre[i].pattern);
     for (int32_t i = 0; i < t->n_dec; i++) lc_tok_pattern_drop(&t->dec[i].pattern), free(t->dec[i].text);
     for (int32_t i = 0; i < t->n_post; i++) free(t->post[i]);
-    void *const all[] = {t->name, t->text.p, t->token, t->slot, t->merge, t->prefix, t->suffix, t->joinable, t->added, t->raw.p,
-                         t->normal.p, t->added_of, t->norm, t->pre, t->dec, t->post, t->lossy.p, t->norm_buf[0].p,
-                         t->norm_buf[1].p, t->pre_buf[0].p, t->pre_buf[1].p, t->word.p, t->affixed.p, t->pieces.p,
-                         t->normal_pieces.p, t->spans[0].p, t->spans[1].p, t->ids.p, t->post_ids.p, t->cached, t->cache_text.p,
-                         t->cache_ids.p, t->symbol, t->heap};
+    void *const all[] = {t->name,         t->text.p,      t->token,         t->slot,          t->merge,
+                         t->prefix,       t->suffix,      t->joinable,      t->added,         t->raw.p,
+                         t->normal.p,     t->added_of,    t->norm,          t->pre,           t->dec,
+                         t->post,         t->lossy.p,     t->norm_buf[0].p, t->norm_buf[1].p, t->pre_buf[0].p,
+                         t->pre_buf[1].p, t->word.p,      t->affixed.p,     t->pieces.p,      t->normal_pieces.p,
+                         t->spans[0].p,   t->spans[1].p,  t->ids.p,         t->post_ids.p,    t->cached,
+                         t->cache_text.p, t->cache_ids.p, t->symbol,        t->heap};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(t);
 }
@@ -134,7 +137,7 @@ int lc_tokenizer_open(lc_tokenizer **out, const char *path) {
     return status;
 }
 
-/* ---- encoding -------------------------------------------------------------------------------------------------------- */
+/* ---- encoding ---------------------------------------------------------------------------------------------------- */
 
 static lc_status encode_plain(lc_tokenizer *t, const char *s, size_t n, bool at_start) {
     const char *text;
@@ -187,8 +190,8 @@ static lc_status apply_templates(lc_tokenizer *t) {
     return LC_OK;
 }
 
-int lc_tokenizer_encode(lc_tokenizer *t, const char *text, double length, int add_special, int parse_special, int32_t **ids,
-                        int32_t *count) {
+int lc_tokenizer_encode(lc_tokenizer *t, const char *text, double length, int add_special, int parse_special,
+                        int32_t **ids, int32_t *count) {
     *ids = NULL, *count = 0;
     if (!t || !(length >= 0) || (!text && length > 0)) return lc_fail(LC_EARG, "encode: no tokenizer or no text");
     if (length > 1 << 29) return lc_fail(LC_EARG, "encode: a text of %.0f bytes; at most 512 MiB at once", length);
@@ -203,7 +206,8 @@ int lc_tokenizer_encode(lc_tokenizer *t, const char *text, double length, int ad
     return LC_OK;
 }
 
-int lc_tokenizer_decode(lc_tokenizer *t, const int32_t *ids, int32_t count, int skip_special, char **text, int32_t *length) {
+int lc_tokenizer_decode(lc_tokenizer *t, const int32_t *ids, int32_t count, int skip_special, char **text,
+                        int32_t *length) {
     lc_tok_buf out = {0};
     *text = NULL, *length = 0;
     if (!t || count < 0 || (!ids && count)) return lc_fail(LC_EARG, "decode: no tokenizer or no ids");
@@ -215,16 +219,15 @@ int lc_tokenizer_decode(lc_tokenizer *t, const int32_t *ids, int32_t count, int 
     return LC_OK;
 }
 
-/* ---- questions ------------------------------------------------------------------------------------------------------- */
+/* ---- questions --------------------------------------------------------------------------------------------------- */
 
-int lc_tokenizer_size(const lc_tokenizer *t) {
-    return t ? t->size : 0;
-}
+int lc_tokenizer_size(const lc_tokenizer *t) { return t ? t->size : 0; }
 
 int32_t lc_tokenizer_id(const lc_tokenizer *t, const char *token) {
     size_t n = strlen(token);
     for (int32_t i = 0; i < t->n_added; i++)
-        if (t->added[i].content.len == n && !memcmp(t->text.p + t->added[i].content.at, token, n)) return t->added[i].id;
+        if (t->added[i].content.len == n && !memcmp(t->text.p + t->added[i].content.at, token, n))
+            return t->added[i].id;
     return lc_tok_vocab_find(t, token, n);
 }
 

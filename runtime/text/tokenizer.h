@@ -1,23 +1,41 @@
-/* tokenizer.h: what the files of the tokenizer share; internal to runtime/text. A text goes through these stages, which are
- * those of Hugging Face's pipeline, because tokenizer.json describes that pipeline and ids must be equal to its:
+/* tokenizer.h: what the files of the tokenizer share; internal to runtime/text. A text goes through these stages, which
+ * are those of Hugging Face's pipeline, because tokenizer.json describes that pipeline and ids must be equal to its:
  *
- *   added tokens cut out (tokenizer_added.c) -> normalizers, added tokens again on the normalized text -> pre-tokenizers, which
- *   leave words (tokenizer_pre.c) -> BPE of each word (tokenizer_bpe.c) -> post-processor's template (tokenizer.c)
+ *   added tokens cut out (tokenizer_added.c) -> normalizers, added tokens again on the normalized text ->
+ * pre-tokenizers, which leave words (tokenizer_pre.c) -> BPE of each word (tokenizer_bpe.c) -> post-processor's
+ * template (tokenizer.c)
  *
- * and back through the decoders (tokenizer_decode.c). tokenizer_load.c builds one from tokenizer.json, tokenizer_gguf.c from a
- * GGUF's metadata. A tokenizer holds scratch buffers: one thread at a time. */
+ * and back through the decoders (tokenizer_decode.c). tokenizer_load.c builds one from tokenizer.json, tokenizer_gguf.c
+ * from a GGUF's metadata. A tokenizer holds scratch buffers: one thread at a time. */
 #ifndef LC_TOKENIZER_H
 #define LC_TOKENIZER_H
 
 #include "../core/base.h"
 
 /* ---- growing buffers ---- */
-typedef struct lc_tok_buf { char *p; size_t len, room; } lc_tok_buf;
-typedef struct lc_tok_ids { int32_t *p; size_t len, room; } lc_tok_ids;
-typedef struct lc_tok_span { size_t at, len; } lc_tok_span; /* a word, in whatever text it was cut from */
-typedef struct lc_tok_spans { lc_tok_span *p; size_t len, room; } lc_tok_spans;
-typedef struct lc_tok_piece { size_t at, len; int32_t id; } lc_tok_piece; /* id -1: text, else an added token */
-typedef struct lc_tok_pieces { lc_tok_piece *p; size_t len, room; } lc_tok_pieces;
+typedef struct lc_tok_buf {
+    char *p;
+    size_t len, room;
+} lc_tok_buf;
+typedef struct lc_tok_ids {
+    int32_t *p;
+    size_t len, room;
+} lc_tok_ids;
+typedef struct lc_tok_span {
+    size_t at, len;
+} lc_tok_span; /* a word, in whatever text it was cut from */
+typedef struct lc_tok_spans {
+    lc_tok_span *p;
+    size_t len, room;
+} lc_tok_spans;
+typedef struct lc_tok_piece {
+    size_t at, len;
+    int32_t id;
+} lc_tok_piece; /* id -1: text, else an added token */
+typedef struct lc_tok_pieces {
+    lc_tok_piece *p;
+    size_t len, room;
+} lc_tok_pieces;
 
 /* Makes room for `more` elements after `len`. */
 lc_status lc_tok_grow(void **p, size_t *room, size_t len, size_t more, size_t size);
@@ -36,7 +54,8 @@ static inline uint32_t lc_tok_char(const char *s, size_t *len) { /* of text know
     if (u[0] < 0x80) return *len = 1, u[0];
     if (u[0] < 0xE0) return *len = 2, (uint32_t)(u[0] & 31) << 6 | (u[1] & 63);
     if (u[0] < 0xF0) return *len = 3, (uint32_t)(u[0] & 15) << 12 | (uint32_t)(u[1] & 63) << 6 | (u[2] & 63);
-    return *len = 4, (uint32_t)(u[0] & 7) << 18 | (uint32_t)(u[1] & 63) << 12 | (uint32_t)(u[2] & 63) << 6 | (u[3] & 63);
+    return *len = 4,
+           (uint32_t)(u[0] & 7) << 18 | (uint32_t)(u[1] & 63) << 12 | (uint32_t)(u[2] & 63) << 6 | (u[3] & 63);
 }
 bool lc_tok_utf8_valid(const char *s, size_t n);
 lc_status lc_tok_put_lossy(lc_tok_buf *b, const char *s, size_t n); /* invalid bytes become U+FFFD */
@@ -59,15 +78,27 @@ typedef struct lc_tok_pattern {
 lc_status lc_tok_pattern_literal(lc_tok_pattern *p, const char *s, size_t n);
 lc_status lc_tok_pattern_regex(lc_tok_pattern *p, const char *regex, size_t n);
 void lc_tok_pattern_drop(lc_tok_pattern *p);
-typedef struct lc_tok_search { size_t from, start, end; bool any; } lc_tok_search; /* start zeroed */
+typedef struct lc_tok_search {
+    size_t from, start, end;
+    bool any;
+} lc_tok_search; /* start zeroed */
 /* The next match in s; LC_OK with *found. Empty matches right behind a match are passed over. */
 lc_status lc_tok_search_next(const lc_tok_pattern *p, const char *s, size_t n, lc_tok_search *at, bool *found);
-lc_status lc_tok_regex_translate(const char *regex, size_t n, lc_tok_buf *out); /* Oniguruma (Ruby) to PCRE2; for tests */
+lc_status lc_tok_regex_translate(const char *regex, size_t n,
+                                 lc_tok_buf *out); /* Oniguruma (Ruby) to PCRE2; for tests */
 
 /* ---- components ---- */
 typedef enum {
-    LC_NORM_NFC, LC_NORM_NFD, LC_NORM_NFKC, LC_NORM_NFKD, LC_NORM_LOWER, LC_NORM_PREPEND, LC_NORM_REPLACE, LC_NORM_STRIP,
-    LC_NORM_STRIP_ACCENTS, LC_NORM_BYTES
+    LC_NORM_NFC,
+    LC_NORM_NFD,
+    LC_NORM_NFKC,
+    LC_NORM_NFKD,
+    LC_NORM_LOWER,
+    LC_NORM_PREPEND,
+    LC_NORM_REPLACE,
+    LC_NORM_STRIP,
+    LC_NORM_STRIP_ACCENTS,
+    LC_NORM_BYTES
 } lc_tok_norm_kind;
 typedef struct lc_tok_norm {
     lc_tok_norm_kind kind;
@@ -77,7 +108,13 @@ typedef struct lc_tok_norm {
     bool left, right;
 } lc_tok_norm;
 
-typedef enum { LC_SPLIT_REMOVED, LC_SPLIT_ISOLATED, LC_SPLIT_PREVIOUS, LC_SPLIT_NEXT, LC_SPLIT_CONTIGUOUS } lc_tok_behavior;
+typedef enum {
+    LC_SPLIT_REMOVED,
+    LC_SPLIT_ISOLATED,
+    LC_SPLIT_PREVIOUS,
+    LC_SPLIT_NEXT,
+    LC_SPLIT_CONTIGUOUS
+} lc_tok_behavior;
 typedef enum { LC_PRE_PATTERN, LC_PRE_CLASS, LC_PRE_PREFIX_SPACE, LC_PRE_METASPACE, LC_PRE_BYTES } lc_tok_pre_kind;
 typedef enum { LC_PREPEND_ALWAYS, LC_PREPEND_FIRST, LC_PREPEND_NEVER } lc_tok_prepend;
 typedef struct lc_tok_pre {
@@ -91,7 +128,13 @@ typedef struct lc_tok_pre {
 } lc_tok_pre;
 
 typedef enum {
-    LC_DEC_BYTE_LEVEL, LC_DEC_REPLACE, LC_DEC_BYTE_FALLBACK, LC_DEC_FUSE, LC_DEC_STRIP, LC_DEC_METASPACE, LC_DEC_BPE
+    LC_DEC_BYTE_LEVEL,
+    LC_DEC_REPLACE,
+    LC_DEC_BYTE_FALLBACK,
+    LC_DEC_FUSE,
+    LC_DEC_STRIP,
+    LC_DEC_METASPACE,
+    LC_DEC_BPE
 } lc_tok_dec_kind;
 typedef struct lc_tok_dec {
     lc_tok_dec_kind kind;
@@ -104,29 +147,39 @@ typedef struct lc_tok_dec {
 } lc_tok_dec;
 
 /* ---- vocabulary and added tokens ---- */
-typedef struct lc_tok_str { uint32_t at, len; } lc_tok_str; /* in lc_tokenizer.text; at UINT32_MAX: absent */
-typedef struct lc_tok_merge { uint32_t a, b, rank, made; } lc_tok_merge; /* a UINT32_MAX: an empty slot */
+typedef struct lc_tok_str {
+    uint32_t at, len;
+} lc_tok_str; /* in lc_tokenizer.text; at UINT32_MAX: absent */
+typedef struct lc_tok_merge {
+    uint32_t a, b, rank, made;
+} lc_tok_merge; /* a UINT32_MAX: an empty slot */
 typedef struct lc_tok_added {
     lc_tok_str content, normal; /* normal: what is searched for and decoded to */
     int32_t id;
     bool special, single_word, lstrip, rstrip, normalized;
 } lc_tok_added;
 typedef struct lc_tok_trie {
-    struct lc_tok_trie_node { int32_t child, next, token; unsigned char byte; } *p;
+    struct lc_tok_trie_node {
+        int32_t child, next, token;
+        unsigned char byte;
+    } * p;
     size_t len, room;
     int32_t root[256];
 } lc_tok_trie;
 
 enum { LC_TOK_CACHE_SLOTS = 1 << 15, LC_TOK_CACHE_WORD = 48, LC_TOK_LOW_CHARS = 0x800, LC_TOK_CUT_BITS = 1 << 16 };
-typedef struct lc_tok_cached { uint32_t hash, text, ids; uint16_t len, count; } lc_tok_cached;
+typedef struct lc_tok_cached {
+    uint32_t hash, text, ids;
+    uint16_t len, count;
+} lc_tok_cached;
 
 struct lc_tokenizer {
-    char *name;      /* for messages */
-    lc_tok_buf text; /* the bytes of all tokens */
-    lc_tok_str *token; /* [size] by id: the model's own */
+    char *name;                /* for messages */
+    lc_tok_buf text;           /* the bytes of all tokens */
+    lc_tok_str *token;         /* [size] by id: the model's own */
     int32_t size, model_count; /* size: ids end here, added tokens included; model_count: tokens of the model */
     int32_t token_room;
-    uint32_t *slot;  /* hash table over the model's tokens: id + 1 */
+    uint32_t *slot; /* hash table over the model's tokens: id + 1 */
     uint32_t slot_mask;
     lc_tok_merge *merge; /* hash table */
     uint32_t merge_mask, merge_count;
@@ -159,9 +212,14 @@ struct lc_tokenizer {
     lc_tok_cached *cached;
     lc_tok_buf cache_text;
     lc_tok_ids cache_ids;
-    struct lc_tok_symbol { int32_t id, prev, next; } *symbol;
+    struct lc_tok_symbol {
+        int32_t id, prev, next;
+    } * symbol;
     size_t symbol_room;
-    struct lc_tok_pending { uint64_t key; int32_t made; } *heap; /* key: rank << 32 | position */
+    struct lc_tok_pending {
+        uint64_t key;
+        int32_t made;
+    } * heap; /* key: rank << 32 | position */
     size_t heap_len, heap_room;
 };
 
@@ -186,7 +244,8 @@ extern const char lc_tok_gpt2_regex[];
 /* ---- running ---- */
 lc_status lc_tok_normalize(lc_tokenizer *t, const char *s, size_t n, const char **out, size_t *out_len);
 /* Cuts s into words, which are spans of *text (either s or a scratch buffer). */
-lc_status lc_tok_pretokenize(lc_tokenizer *t, const char *s, size_t n, bool at_start, const char **text, lc_tok_spans **words);
+lc_status lc_tok_pretokenize(lc_tokenizer *t, const char *s, size_t n, bool at_start, const char **text,
+                             lc_tok_spans **words);
 lc_status lc_tok_bpe(lc_tokenizer *t, const char *word, size_t n); /* appends to t->ids */
 lc_status lc_tok_tables(lc_tokenizer *t);                          /* of the BPE; by lc_tok_finish */
 lc_status lc_tok_added_index(lc_tokenizer *t);

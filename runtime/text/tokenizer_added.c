@@ -1,6 +1,6 @@
-/* tokenizer_added.c: added tokens: texts that become one id whatever the model says, special ones among them. They are found by
- * a byte trie, at each place the longest; those marked `normalized` are searched for, normalized themselves, in the normalized
- * text. */
+/* tokenizer_added.c: added tokens: texts that become one id whatever the model says, special ones among them. They are
+ * found by a byte trie, at each place the longest; those marked `normalized` are searched for, normalized themselves,
+ * in the normalized text. */
 #include "tokenizer.h"
 
 #include <stdlib.h>
@@ -140,7 +140,8 @@ lc_status lc_tok_cut_added(lc_tokenizer *t, const lc_tok_trie *trie, const char 
         if (t->added[which].special && !parse_special) continue;
         if (a->single_word && !stands_alone(s, n, start, end)) continue;
         size_t size, before;
-        while (a->lstrip && start > done && lc_tok_is(LC_TOK_SPACE, lc_tok_char(s + (before = char_before(s, start)), &size)))
+        while (a->lstrip && start > done &&
+               lc_tok_is(LC_TOK_SPACE, lc_tok_char(s + (before = char_before(s, start)), &size)))
             start = before;
         if (a->lstrip && start < done) start = done;
         while (a->rstrip && end < n && lc_tok_is(LC_TOK_SPACE, lc_tok_char(s + end, &size))) end += size;

@@ -1,9 +1,10 @@
-/* tokenizer_bpe.c: the model of a tokenizer: vocabulary and merges as flat hash tables, byte pair encoding of one word, and the
- * cache of words. Merging follows the reference to the letter, stale queue entries included: candidates wait in a heap ordered
- * by rank, then position, and one is still good when the pair now standing there makes the same token. O(n log n) in the word.
+/* tokenizer_bpe.c: the model of a tokenizer: vocabulary and merges as flat hash tables, byte pair encoding of one word,
+ * and the cache of words. Merging follows the reference to the letter, stale queue entries included: candidates wait in
+ * a heap ordered by rank, then position, and one is still good when the pair now standing there makes the same token.
+ * O(n log n) in the word.
  *
- * Without a pre-tokenizer a whole text is one word. It is cut first where no merge can ever join the two characters that meet,
- * which changes nothing in the result and makes the pieces short enough for the cache. */
+ * Without a pre-tokenizer a whole text is one word. It is cut first where no merge can ever join the two characters
+ * that meet, which changes nothing in the result and makes the pieces short enough for the cache. */
 #include "tokenizer.h"
 
 #include <stdlib.h>
@@ -32,7 +33,7 @@ static uint32_t power_of_two(size_t n) {
     return p;
 }
 
-/* ---- vocabulary ------------------------------------------------------------------------------------------------------ */
+/* ---- vocabulary -------------------------------------------------------------------------------------------------- */
 
 lc_status lc_tok_vocab_start(lc_tokenizer *t, int32_t count, int32_t max_id) {
     /* ids are indices: a file whose ids are far apart would ask for memory that it does not deserve */
@@ -78,7 +79,7 @@ int32_t lc_tok_vocab_find(const lc_tokenizer *t, const char *s, size_t n) {
     return t->slot ? (int32_t)*vocab_slot(t, s, n) - 1 : -1;
 }
 
-/* ---- merges ---------------------------------------------------------------------------------------------------------- */
+/* ---- merges ------------------------------------------------------------------------------------------------------ */
 
 static lc_tok_merge *merge_slot(const lc_tokenizer *t, uint32_t a, uint32_t b) {
     uint64_t h = ((uint64_t)a << 32 | b) * 0x9E3779B97F4A7C15u;
@@ -110,7 +111,8 @@ static uint32_t pair_bit(uint32_t left, uint32_t right) {
     return ((left * 0x9E3779B1u) ^ (right * 0x85EBCA77u)) >> 16 & (LC_TOK_CUT_BITS - 1);
 }
 
-/* Marks the characters that meet inside each merge. Two pairs may share a bit: then a place that could be cut is not. */
+/* Marks the characters that meet inside each merge. Two pairs may share a bit: then a place that could be cut is not.
+ */
 static lc_status mark_joinable(lc_tokenizer *t) {
     t->joinable = lc_alloc(LC_TOK_CUT_BITS / 8, 1);
     if (!t->joinable) return LC_ENOMEM;
@@ -148,7 +150,7 @@ lc_status lc_tok_tables(lc_tokenizer *t) {
     return LC_OK;
 }
 
-/* ---- one word -------------------------------------------------------------------------------------------------------- */
+/* ---- one word ---------------------------------------------------------------------------------------------------- */
 
 static int32_t char_id(const lc_tokenizer *t, const char *s, size_t n, uint32_t cp) {
     return cp < LC_TOK_LOW_CHARS ? t->low_char[cp] : lc_tok_vocab_find(t, s, n);
@@ -168,8 +170,8 @@ static int32_t affixed_char_id(lc_tokenizer *t, const char *s, size_t n, bool fi
     return lc_tok_vocab_find(t, tmp->p, tmp->len);
 }
 
-/* The word as one symbol a character, byte or unknown token. A held-back unknown token stands behind the bytes of characters
- * that follow it, as in the reference. */
+/* The word as one symbol a character, byte or unknown token. A held-back unknown token stands behind the bytes of
+ * characters that follow it, as in the reference. */
 static lc_status first_symbols(lc_tokenizer *t, const char *s, size_t n, int32_t *count) {
     LC_TRY(lc_tok_grow((void **)&t->symbol, &t->symbol_room, 0, n + 8, sizeof *t->symbol));
     bool affix = t->prefix || t->suffix, unk = false;
@@ -189,7 +191,9 @@ static lc_status first_symbols(lc_tokenizer *t, const char *s, size_t n, int32_t
             size_t m = affix ? tmp->len : len, i = 0;
             while (i < m && t->byte_id[b[i]] >= 0) i++;
             if (i == m) {
-                if (affix) LC_TRY(lc_tok_grow((void **)&t->symbol, &t->symbol_room, (size_t)*count, m + n + 8, sizeof *t->symbol));
+                if (affix)
+                    LC_TRY(lc_tok_grow((void **)&t->symbol, &t->symbol_room, (size_t)*count, m + n + 8,
+                                       sizeof *t->symbol));
                 for (i = 0; i < m; i++) add_symbol(t, count, t->byte_id[b[i]]);
                 continue;
             }
@@ -237,8 +241,7 @@ static lc_status merge_symbols(lc_tokenizer *t, int32_t count) {
     for (int32_t i = 0; i + 1 < count; i++) {
         const lc_tok_merge *m = merge_at(t, i, i + 1);
         if (m)
-            t->heap[t->heap_len++] =
-                (struct lc_tok_pending){(uint64_t)m->rank << 32 | (uint32_t)i, (int32_t)m->made};
+            t->heap[t->heap_len++] = (struct lc_tok_pending){(uint64_t)m->rank << 32 | (uint32_t)i, (int32_t)m->made};
     }
     for (size_t i = t->heap_len / 2; i-- > 0;) heap_down(t->heap, t->heap_len, i, t->heap[i]);
     while (t->heap_len) {
@@ -274,13 +277,13 @@ static lc_status bpe_piece(lc_tokenizer *t, const char *s, size_t n) {
     return LC_OK;
 }
 
-/* ---- cache and cuts -------------------------------------------------------------------------------------------------- */
+/* ---- cache and cuts ---------------------------------------------------------------------------------------------- */
 
 static bool cache_get(lc_tokenizer *t, const char *s, size_t n, uint32_t hash, lc_status *status) {
     const lc_tok_cached *c = &t->cached[hash % LC_TOK_CACHE_SLOTS];
     if (c->hash != hash || c->len != n || memcmp(t->cache_text.p + c->text, s, n)) return false;
-    *status = LC_TOK_ROOM(&t->ids, c->count);
-    if (*status != LC_OK) return true;
+    *status = c->count ? LC_TOK_ROOM(&t->ids, c->count) : LC_OK;
+    if (*status != LC_OK || !c->count) return true;
     memcpy(t->ids.p + t->ids.len, t->cache_ids.p + c->ids, c->count * sizeof *t->ids.p);
     t->ids.len += c->count;
     return true;
@@ -312,8 +315,8 @@ static lc_status cached_piece(lc_tokenizer *t, const char *s, size_t n) {
     return cache_put(t, s, n, hash, from);
 }
 
-/* Cuts a long word where nothing can join. Characters that are no tokens of their own become bytes or unknown tokens, which
- * have other neighbours: no cut beside them. */
+/* Cuts a long word where nothing can join. Characters that are no tokens of their own become bytes or unknown tokens,
+ * which have other neighbours: no cut beside them. */
 static lc_status bpe_cut(lc_tokenizer *t, const char *s, size_t n, bool cached) {
     size_t start = 0, len;
     uint32_t cp = lc_tok_char(s, &len), before;

@@ -1,5 +1,5 @@
-/* tokenizer_decode.c: from ids back to text. Each decoder turns a list of strings into another, as in the reference; the
- * result is their concatenation, with U+FFFD for what is no UTF-8. */
+/* tokenizer_decode.c: from ids back to text. Each decoder turns a list of strings into another, as in the reference;
+ * the result is their concatenation, with U+FFFD for what is no UTF-8. */
 #include "tokenizer.h"
 
 #include <stdlib.h>
@@ -10,13 +10,9 @@ typedef struct strings { /* the strings stand one after another in `text` */
     lc_tok_spans part;
 } strings;
 
-static const char *part(const strings *x, size_t i) {
-    return x->text.p ? x->text.p + x->part.p[i].at : "";
-}
+static const char *part(const strings *x, size_t i) { return x->text.p ? x->text.p + x->part.p[i].at : ""; }
 
-static lc_status end_part(strings *x, size_t from) {
-    return lc_tok_put_span(&x->part, from, x->text.len - from);
-}
+static lc_status end_part(strings *x, size_t from) { return lc_tok_put_span(&x->part, from, x->text.len - from); }
 
 static lc_status put_part(strings *x, const char *s, size_t n) {
     size_t from = x->text.len;
@@ -49,7 +45,10 @@ static lc_status byte_level(const strings *in, strings *out) {
 }
 
 static int hex_digit(char c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
 }
 
 static int byte_token(const char *s, size_t n) { /* of "<0x41>"; else -1 */
@@ -60,7 +59,8 @@ static int byte_token(const char *s, size_t n) { /* of "<0x41>"; else -1 */
 
 static lc_status flush_bytes(lc_tok_buf *run, strings *out) {
     if (!run->len) return LC_OK;
-    if (lc_tok_utf8_valid(run->p, run->len)) LC_TRY(put_part(out, run->p, run->len));
+    if (lc_tok_utf8_valid(run->p, run->len))
+        LC_TRY(put_part(out, run->p, run->len));
     else
         for (size_t i = 0; i < run->len; i++) LC_TRY(put_part(out, "\xEF\xBF\xBD", 3));
     run->len = 0;
@@ -123,8 +123,10 @@ static lc_status strip(const lc_tok_dec *k, const char *s, size_t n, strings *ou
 static lc_status metaspace(const lc_tok_dec *k, const char *s, size_t n, bool first, strings *out) {
     size_t from = out->text.len;
     for (size_t at = 0, len; at < n; at += len) {
-        if (lc_tok_char(s + at, &len) != k->the_char) LC_TRY(lc_tok_put(&out->text, s + at, len));
-        else if (!first || k->prepend == LC_PREPEND_NEVER) LC_TRY(lc_tok_put(&out->text, " ", 1));
+        if (lc_tok_char(s + at, &len) != k->the_char)
+            LC_TRY(lc_tok_put(&out->text, s + at, len));
+        else if (!first || k->prepend == LC_PREPEND_NEVER)
+            LC_TRY(lc_tok_put(&out->text, " ", 1));
     }
     return end_part(out, from);
 }
@@ -144,15 +146,20 @@ static lc_status decode_one(const lc_tok_dec *k, const strings *in, strings *out
     for (size_t i = 0; i < in->part.len; i++) {
         const char *s = part(in, i);
         size_t n = in->part.p[i].len;
-        if (k->kind == LC_DEC_REPLACE) LC_TRY(replace_all(k, s, n, out));
-        else if (k->kind == LC_DEC_STRIP) LC_TRY(strip(k, s, n, out));
-        else if (k->kind == LC_DEC_METASPACE) LC_TRY(metaspace(k, s, n, i == 0, out));
-        else LC_TRY(bpe_suffix(k, s, n, i + 1 == in->part.len, out));
+        if (k->kind == LC_DEC_REPLACE)
+            LC_TRY(replace_all(k, s, n, out));
+        else if (k->kind == LC_DEC_STRIP)
+            LC_TRY(strip(k, s, n, out));
+        else if (k->kind == LC_DEC_METASPACE)
+            LC_TRY(metaspace(k, s, n, i == 0, out));
+        else
+            LC_TRY(bpe_suffix(k, s, n, i + 1 == in->part.len, out));
     }
     return LC_OK;
 }
 
-/* A token's text as the reference decodes it, which for a normalized added token is its normalized text; is that special? */
+/* A token's text as the reference decodes it, which for a normalized added token is its normalized text; is that
+ * special? */
 static const lc_tok_str *token_text(const lc_tokenizer *t, int32_t id, bool *special) {
     *special = false;
     if (id < 0 || id >= t->size) return NULL;
@@ -160,12 +167,14 @@ static const lc_tok_str *token_text(const lc_tokenizer *t, int32_t id, bool *spe
     const lc_tok_str *s = at >= 0 ? &t->added[at].normal : &t->token[id];
     if (s->at == UINT32_MAX) return NULL;
     for (int32_t i = 0; at >= 0 && i < t->n_added && !*special; i++)
-        *special = t->added[i].special && t->added[i].content.len == s->len &&
-                   (t->added[i].content.at == s->at || !memcmp(t->text.p + t->added[i].content.at, t->text.p + s->at, s->len));
+        *special =
+            t->added[i].special && t->added[i].content.len == s->len &&
+            (t->added[i].content.at == s->at || !memcmp(t->text.p + t->added[i].content.at, t->text.p + s->at, s->len));
     return s;
 }
 
-static lc_status run(lc_tokenizer *t, const int32_t *ids, int32_t count, bool skip_special, strings x[2], lc_tok_buf *out) {
+static lc_status run(lc_tokenizer *t, const int32_t *ids, int32_t count, bool skip_special, strings x[2],
+                     lc_tok_buf *out) {
     bool special;
     for (int32_t i = 0; i < count; i++) {
         const lc_tok_str *s = token_text(t, ids[i], &special);
@@ -175,7 +184,8 @@ static lc_status run(lc_tokenizer *t, const int32_t *ids, int32_t count, bool sk
     for (int32_t i = 0; i < t->n_dec; i++, now = !now) {
         x[!now].text.len = x[!now].part.len = 0;
         LC_TRY(decode_one(&t->dec[i], &x[now], &x[!now]));
-        if (x[!now].text.len > (size_t)1 << 30) return lc_fail(LC_EPARSE, "%s: its decoders make over 1 GiB of text", t->name);
+        if (x[!now].text.len > (size_t)1 << 30)
+            return lc_fail(LC_EPARSE, "%s: its decoders make over 1 GiB of text", t->name);
     }
     if (t->has_decoder) return lc_tok_put_lossy(out, x[now].text.p, x[now].text.len);
     for (size_t i = 0; i < x[now].part.len; i++) {

@@ -1,31 +1,36 @@
-/* tokenizer_gguf.c: builds a tokenizer from a GGUF's tokenizer.ggml.* metadata. Two models are known: "gpt2", byte-level BPE
- * whose pre-tokenizer is named by tokenizer.ggml.pre, and "llama", SentencePiece BPE, whose pieces carry scores instead of a
- * list of merges: every split of a piece into two pieces is a merge, and its rank is the piece's place by score. */
+/* tokenizer_gguf.c: builds a tokenizer from a GGUF's tokenizer.ggml.* metadata. Two models are known: "gpt2",
+ * byte-level BPE whose pre-tokenizer is named by tokenizer.ggml.pre, and "llama", SentencePiece BPE, whose pieces carry
+ * scores instead of a list of merges: every split of a piece into two pieces is a merge, and its rank is the piece's
+ * place by score. */
 #include "tokenizer.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #define LETTERS_AND_DIGITS "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}"
-#define REST "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-#define UPPER "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
-#define LOWER "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
-#define OTHER "[^\\r\\n\\p{L}\\p{N}]?"
+#define REST               "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+#define UPPER              "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LOWER              "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+#define OTHER              "[^\\r\\n\\p{L}\\p{N}]?"
 
 static const char llama3[] = LETTERS_AND_DIGITS "{1,3}" REST;
 static const char qwen2[] = LETTERS_AND_DIGITS REST;
 static const char tekken[] = OTHER UPPER "*" LOWER "+|" OTHER UPPER "+" LOWER "*|\\p{N}"
-                             "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
+                                         "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
 /* Names of tokenizer.ggml.pre. A NULL regex is GPT-2's, with digits cut one by one where `digits` says so. */
-static const struct pre { const char *name, *regex; bool digits, ignore_merges, bos; } known[] = {
-    {"smollm", NULL, true, false, false}, {"starcoder", NULL, true, false, false}, {"refact", NULL, true, false, false},
-    {"command-r", NULL, true, false, false}, {"codeshell", NULL, true, false, false}, {"exaone", NULL, true, false, false},
-    {"gpt-2", NULL, false, false, false}, {"phi-2", NULL, false, false, false}, {"mpt", NULL, false, false, false},
-    {"olmo", NULL, false, false, false}, {"jais", NULL, false, false, false},
-    {"llama-bpe", llama3, false, true, true}, {"llama3", llama3, false, true, true}, {"llama-v3", llama3, false, true, true},
-    {"qwen2", qwen2, false, false, false}, {"deepseek-r1-qwen", qwen2, false, false, false},
-    {"stablelm2", qwen2, false, false, false}, {"tekken", tekken, false, true, true}};
+static const struct pre {
+    const char *name, *regex;
+    bool digits, ignore_merges, bos;
+} known[] = {{"smollm", NULL, true, false, false},      {"starcoder", NULL, true, false, false},
+             {"refact", NULL, true, false, false},      {"command-r", NULL, true, false, false},
+             {"codeshell", NULL, true, false, false},   {"exaone", NULL, true, false, false},
+             {"gpt-2", NULL, false, false, false},      {"phi-2", NULL, false, false, false},
+             {"mpt", NULL, false, false, false},        {"olmo", NULL, false, false, false},
+             {"jais", NULL, false, false, false},       {"llama-bpe", llama3, false, true, true},
+             {"llama3", llama3, false, true, true},     {"llama-v3", llama3, false, true, true},
+             {"qwen2", qwen2, false, false, false},     {"deepseek-r1-qwen", qwen2, false, false, false},
+             {"stablelm2", qwen2, false, false, false}, {"tekken", tekken, false, true, true}};
 
 enum { TYPE_NORMAL = 1, TYPE_UNKNOWN, TYPE_CONTROL, TYPE_USER, TYPE_UNUSED, TYPE_BYTE };
 
@@ -37,7 +42,7 @@ typedef struct loader {
     lc_tok_buf clean;
 } loader;
 
-/* ---- metadata -------------------------------------------------------------------------------------------------------- */
+/* ---- metadata ---------------------------------------------------------------------------------------------------- */
 
 static int list(const loader *x, const char *key, int32_t *count) {
     int at = lc_file_meta_find(x->f, key);
@@ -81,7 +86,7 @@ static int type_of(const loader *x, int32_t id) {
     return x->types < 0 ? TYPE_NORMAL : (int)lc_file_meta_number(x->f, x->types, id);
 }
 
-/* ---- the model ------------------------------------------------------------------------------------------------------- */
+/* ---- the model --------------------------------------------------------------------------------------------------- */
 
 static lc_status vocabulary(loader *x) {
     int32_t n = 0;
@@ -128,14 +133,19 @@ static lc_status listed_merges(loader *x) {
         int32_t a = lc_tok_vocab_find(x->t, s, left), b = lc_tok_vocab_find(x->t, space + 1, right),
                 made = lc_tok_vocab_find(x->t, joined.p, joined.len);
         if (a < 0 || b < 0 || made < 0)
-            status = lc_fail(LC_EPARSE, "tokenizer.ggml.merges, entry %d: '%.*s' has parts that are no tokens", (int)i, (int)n, s);
-        else status = lc_tok_merge_add(x->t, a, b, (uint32_t)i, made);
+            status = lc_fail(LC_EPARSE, "tokenizer.ggml.merges, entry %d: '%.*s' has parts that are no tokens", (int)i,
+                             (int)n, s);
+        else
+            status = lc_tok_merge_add(x->t, a, b, (uint32_t)i, made);
     }
     free(joined.p);
     return status;
 }
 
-typedef struct scored { double score; int32_t id; } scored;
+typedef struct scored {
+    double score;
+    int32_t id;
+} scored;
 
 static int by_score(const void *a, const void *b) {
     const scored *x = a, *y = b;
@@ -184,7 +194,7 @@ static lc_status scored_merges(loader *x) {
     return status;
 }
 
-/* ---- special tokens and templates ------------------------------------------------------------------------------------ */
+/* ---- special tokens and templates -------------------------------------------------------------------------------- */
 
 static lc_status added_tokens(loader *x) {
     for (int32_t i = 0; i < x->count; i++) {
@@ -203,7 +213,8 @@ static lc_status added_tokens(loader *x) {
 }
 
 static lc_status add_template(loader *x, bool bos_by_default) {
-    int32_t items[4], n = 0, bos = id_of(x, "tokenizer.ggml.bos_token_id"), eos = id_of(x, "tokenizer.ggml.eos_token_id");
+    int32_t items[4], n = 0, bos = id_of(x, "tokenizer.ggml.bos_token_id"),
+                      eos = id_of(x, "tokenizer.ggml.eos_token_id");
     bool add_bos = number(x, "tokenizer.ggml.add_bos_token", bos_by_default) != 0 && bos >= 0;
     bool add_eos = number(x, "tokenizer.ggml.add_eos_token", 0) != 0 && eos >= 0;
     if (add_bos) items[n++] = bos;
@@ -213,7 +224,7 @@ static lc_status add_template(loader *x, bool bos_by_default) {
     return add_bos || add_eos ? lc_tok_add_post(x->t, items) : LC_OK;
 }
 
-/* ---- the two kinds --------------------------------------------------------------------------------------------------- */
+/* ---- the two kinds ----------------------------------------------------------------------------------------------- */
 
 static lc_status byte_level(loader *x) {
     int32_t n;
@@ -222,7 +233,9 @@ static lc_status byte_level(loader *x) {
     const struct pre *pre = NULL;
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strlen(known[i].name) == (size_t)n && !memcmp(known[i].name, name, (size_t)n)) pre = &known[i];
-    if (!pre) return lc_fail(LC_EPARSE, "pre-tokenizer '%.*s' (tokenizer.ggml.pre) is not supported", (int)(n > 60 ? 60 : n), name);
+    if (!pre)
+        return lc_fail(LC_EPARSE, "pre-tokenizer '%.*s' (tokenizer.ggml.pre) is not supported", (int)(n > 60 ? 60 : n),
+                       name);
     LC_TRY(listed_merges(x));
     x->t->ignore_merges = pre->ignore_merges;
     lc_tok_pre *digits;
@@ -281,7 +294,8 @@ static lc_status load(loader *x) {
     const char *model = string_of(x, "tokenizer.ggml.model", &n);
     if (!model) return lc_fail(LC_EPARSE, "tokenizer.ggml.model is missing: the file holds no tokenizer");
     bool gpt2 = n == 4 && !memcmp(model, "gpt2", 4), llama = n == 5 && !memcmp(model, "llama", 5);
-    if (!gpt2 && !llama) return lc_fail(LC_EPARSE, "tokenizer model '%.*s' is not supported", (int)(n > 60 ? 60 : n), model);
+    if (!gpt2 && !llama)
+        return lc_fail(LC_EPARSE, "tokenizer model '%.*s' is not supported", (int)(n > 60 ? 60 : n), model);
     LC_TRY(vocabulary(x));
     LC_TRY(gpt2 ? byte_level(x) : sentencepiece(x));
     LC_TRY(added_tokens(x));

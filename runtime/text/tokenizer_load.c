@@ -1,5 +1,6 @@
-/* tokenizer_load.c: builds a tokenizer from Hugging Face's tokenizer.json. Every component is either run exactly or refused by
- * its name; `truncation` and `padding` are passed over, because they say how a batch is laid out and not what a text's ids are. */
+/* tokenizer_load.c: builds a tokenizer from Hugging Face's tokenizer.json. Every component is either run exactly or
+ * refused by its name; `truncation` and `padding` are passed over, because they say how a batch is laid out and not
+ * what a text's ids are. */
 #include "tokenizer.h"
 
 #include <stdlib.h>
@@ -12,15 +13,13 @@ typedef struct loader {
     const struct lc_doc *d;
 } loader;
 
-/* ---- reading the document -------------------------------------------------------------------------------------------- */
+/* ---- reading the document ---------------------------------------------------------------------------------------- */
 
 static int32_t get(const loader *x, int32_t object, const char *key) {
     return object < 0 || x->d->node[object].kind != LC_DOC_OBJECT ? -1 : lc_doc_get(x->d, object, key);
 }
 
-static bool is_null(const loader *x, int32_t node) {
-    return node < 0 || x->d->node[node].kind == LC_DOC_NULL;
-}
+static bool is_null(const loader *x, int32_t node) { return node < 0 || x->d->node[node].kind == LC_DOC_NULL; }
 
 static bool flag(const loader *x, int32_t object, const char *key, bool otherwise) {
     int32_t node = get(x, object, key);
@@ -33,7 +32,8 @@ static const char *text_of(const loader *x, int32_t node, size_t *n) {
     return x->d->text + x->d->node[node].str;
 }
 
-static lc_status need_text(const loader *x, int32_t object, const char *key, const char *of, const char **s, size_t *n) {
+static lc_status need_text(const loader *x, int32_t object, const char *key, const char *of, const char **s,
+                           size_t *n) {
     *s = text_of(x, get(x, object, key), n);
     return *s ? LC_OK : lc_fail(LC_EPARSE, "%s has no text \"%s\"", of, key);
 }
@@ -55,7 +55,8 @@ static lc_status need_char(const loader *x, int32_t object, const char *key, con
 static lc_status need_id(const loader *x, int32_t node, const char *of, int32_t *id) {
     if (node >= 0) {
         const lc_doc_node *v = &x->d->node[node];
-        if (v->kind == LC_DOC_NUMBER && v->is_integer && v->number >= 0 && v->number < INT32_MAX) return *id = (int32_t)v->number, LC_OK;
+        if (v->kind == LC_DOC_NUMBER && v->is_integer && v->number >= 0 && v->number < INT32_MAX)
+            return *id = (int32_t)v->number, LC_OK;
     }
     return lc_fail(LC_EPARSE, "%s: a token id that is no number from 0 to 2^31", of);
 }
@@ -86,17 +87,21 @@ static lc_status unsupported(const loader *x, const char *what, int32_t type) {
     return lc_fail(LC_EPARSE, "%s '%.*s' is not supported", what, (int)(n > 60 ? 60 : n), s);
 }
 
-/* ---- normalizers ----------------------------------------------------------------------------------------------------- */
+/* ---- normalizers ------------------------------------------------------------------------------------------------- */
 
 static lc_status normalizer(loader *x, int32_t node) {
-    static const struct { const char *name; lc_tok_norm_kind kind; } plain[] = {
-        {"NFC", LC_NORM_NFC}, {"NFD", LC_NORM_NFD}, {"NFKC", LC_NORM_NFKC}, {"NFKD", LC_NORM_NFKD},
-        {"Lowercase", LC_NORM_LOWER}, {"StripAccents", LC_NORM_STRIP_ACCENTS}, {"ByteLevel", LC_NORM_BYTES}};
+    static const struct {
+        const char *name;
+        lc_tok_norm_kind kind;
+    } plain[] = {{"NFC", LC_NORM_NFC},        {"NFD", LC_NORM_NFD},         {"NFKC", LC_NORM_NFKC},
+                 {"NFKD", LC_NORM_NFKD},      {"Lowercase", LC_NORM_LOWER}, {"StripAccents", LC_NORM_STRIP_ACCENTS},
+                 {"ByteLevel", LC_NORM_BYTES}};
     if (is_null(x, node)) return LC_OK;
     int32_t type = get(x, node, "type");
     if (is(x, type, "Sequence")) {
         int32_t list = get(x, node, "normalizers");
-        for (int32_t i = list < 0 ? -1 : x->d->node[list].first; i >= 0; i = x->d->node[i].next) LC_TRY(normalizer(x, i));
+        for (int32_t i = list < 0 ? -1 : x->d->node[list].first; i >= 0; i = x->d->node[i].next)
+            LC_TRY(normalizer(x, i));
         return LC_OK;
     }
     lc_tok_norm *k;
@@ -124,7 +129,7 @@ static lc_status normalizer(loader *x, int32_t node) {
     return unsupported(x, "normalizer", type);
 }
 
-/* ---- pre-tokenizers -------------------------------------------------------------------------------------------------- */
+/* ---- pre-tokenizers ---------------------------------------------------------------------------------------------- */
 
 static lc_status behavior_of(const loader *x, int32_t node, lc_tok_behavior otherwise, lc_tok_behavior *out) {
     static const char *const name[] = {"Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"};
@@ -148,10 +153,14 @@ static lc_status prepend_of(const loader *x, int32_t node, lc_tok_prepend *out) 
     bool space = flag(x, node, "add_prefix_space", true);
     *out = space ? LC_PREPEND_ALWAYS : LC_PREPEND_NEVER;
     if (is_null(x, scheme)) return LC_OK;
-    if (is(x, scheme, "always")) *out = LC_PREPEND_ALWAYS;
-    else if (is(x, scheme, "first")) *out = LC_PREPEND_FIRST;
-    else if (is(x, scheme, "never")) *out = LC_PREPEND_NEVER;
-    else return unsupported(x, "prepend scheme", scheme);
+    if (is(x, scheme, "always"))
+        *out = LC_PREPEND_ALWAYS;
+    else if (is(x, scheme, "first"))
+        *out = LC_PREPEND_FIRST;
+    else if (is(x, scheme, "never"))
+        *out = LC_PREPEND_NEVER;
+    else
+        return unsupported(x, "prepend scheme", scheme);
     if (!space && *out != LC_PREPEND_NEVER)
         return lc_fail(LC_EPARSE, "Metaspace: add_prefix_space is false but prepend_scheme is not \"never\"");
     return LC_OK;
@@ -185,7 +194,8 @@ static lc_status pre_tokenizer(loader *x, int32_t node) {
     uint32_t c;
     if (is(x, type, "Sequence")) {
         int32_t list = get(x, node, "pretokenizers");
-        for (int32_t i = list < 0 ? -1 : x->d->node[list].first; i >= 0; i = x->d->node[i].next) LC_TRY(pre_tokenizer(x, i));
+        for (int32_t i = list < 0 ? -1 : x->d->node[list].first; i >= 0; i = x->d->node[i].next)
+            LC_TRY(pre_tokenizer(x, i));
         return LC_OK;
     }
     if (is(x, type, "Split")) return split(x, node);
@@ -193,8 +203,10 @@ static lc_status pre_tokenizer(loader *x, int32_t node) {
     if (is(x, type, "ByteLevel"))
         return lc_tok_add_byte_level(x->t, flag(x, node, "add_prefix_space", true), flag(x, node, "use_regex", true));
     if (is(x, type, "Digits"))
-        return by_class(x, LC_TOK_NUMERIC, flag(x, node, "individual_digits", false) ? LC_SPLIT_ISOLATED : LC_SPLIT_CONTIGUOUS, 0);
-    if (is(x, type, "Whitespace")) return lc_tok_add_split(x->t, "[" RUST_WORD "]+|[^\\s" RUST_WORD "]+", LC_SPLIT_REMOVED, true);
+        return by_class(x, LC_TOK_NUMERIC,
+                        flag(x, node, "individual_digits", false) ? LC_SPLIT_ISOLATED : LC_SPLIT_CONTIGUOUS, 0);
+    if (is(x, type, "Whitespace"))
+        return lc_tok_add_split(x->t, "[" RUST_WORD "]+|[^\\s" RUST_WORD "]+", LC_SPLIT_REMOVED, true);
     if (is(x, type, "WhitespaceSplit")) return by_class(x, LC_TOK_SPACE, LC_SPLIT_REMOVED, 0);
     if (is(x, type, "Punctuation")) {
         LC_TRY(behavior_of(x, node, LC_SPLIT_ISOLATED, &behavior));
@@ -211,7 +223,7 @@ static lc_status pre_tokenizer(loader *x, int32_t node) {
     return unsupported(x, "pre-tokenizer", type);
 }
 
-/* ---- decoders -------------------------------------------------------------------------------------------------------- */
+/* ---- decoders ---------------------------------------------------------------------------------------------------- */
 
 static lc_status count_of(const loader *x, int32_t node, const char *key, int32_t *out) {
     int32_t at = get(x, node, key);
@@ -260,13 +272,14 @@ static lc_status decoder(loader *x, int32_t node) {
     return unsupported(x, "decoder", type);
 }
 
-/* ---- post-processors ------------------------------------------------------------------------------------------------- */
+/* ---- post-processors --------------------------------------------------------------------------------------------- */
 
 /* The ids that a template's special token stands for. */
 static lc_status template_token(loader *x, int32_t tokens, const char *name, size_t n, lc_tok_ids *items) {
     for (int32_t i = tokens < 0 ? -1 : x->d->node[tokens].first; i >= 0; i = x->d->node[i].next) {
         const lc_doc_node *v = &x->d->node[i];
-        bool same = x->d->node[tokens].kind == LC_DOC_OBJECT && v->key_len == n && !memcmp(x->d->text + v->key, name, n);
+        bool same =
+            x->d->node[tokens].kind == LC_DOC_OBJECT && v->key_len == n && !memcmp(x->d->text + v->key, name, n);
         if (!same && x->d->node[tokens].kind == LC_DOC_ARRAY) { /* the older form: a list of tokens */
             size_t len;
             const char *id = text_of(x, get(x, i, "id"), &len);
@@ -285,7 +298,8 @@ static lc_status template_token(loader *x, int32_t tokens, const char *name, siz
 }
 
 static lc_status template_sequence(const char *name, size_t n, lc_tok_ids *items) {
-    if (n && name[0] == 'B') return lc_fail(LC_EPARSE, "post-processor TemplateProcessing: a second sequence in \"single\"");
+    if (n && name[0] == 'B')
+        return lc_fail(LC_EPARSE, "post-processor TemplateProcessing: a second sequence in \"single\"");
     return lc_tok_put_id(items, -1);
 }
 
@@ -297,8 +311,10 @@ static lc_status template_words(loader *x, int32_t tokens, const char *s, size_t
         size_t len = end - at;
         for (size_t i = at + 1; i + 1 < end; i++)
             if (s[i] == ':' && s[i + 1] >= '0' && s[i + 1] <= '9') len = i - at; /* a type id */
-        if (len && s[at] == '$') LC_TRY(template_sequence(s + at + 1, len - 1, items));
-        else if (len) LC_TRY(template_token(x, tokens, s + at, len, items));
+        if (len && s[at] == '$')
+            LC_TRY(template_sequence(s + at + 1, len - 1, items));
+        else if (len)
+            LC_TRY(template_token(x, tokens, s + at, len, items));
         at = end + 1;
     }
     return LC_OK;
@@ -314,7 +330,9 @@ static lc_status template_items(loader *x, int32_t node, lc_tok_ids *items) {
     for (int32_t i = x->d->node[single].first; i >= 0; i = x->d->node[i].next) {
         int32_t special = get(x, i, "SpecialToken"), sequence = get(x, i, "Sequence");
         s = text_of(x, get(x, special >= 0 ? special : sequence, "id"), &n);
-        if (!s) return lc_fail(LC_EPARSE, "post-processor TemplateProcessing: an item that is neither SpecialToken nor Sequence");
+        if (!s)
+            return lc_fail(LC_EPARSE,
+                           "post-processor TemplateProcessing: an item that is neither SpecialToken nor Sequence");
         LC_TRY(special >= 0 ? template_token(x, tokens, s, n, items) : template_sequence(s, n, items));
     }
     return LC_OK;
@@ -346,7 +364,8 @@ static lc_status post_processor(loader *x, int32_t node) {
     int32_t type = get(x, node, "type");
     if (is(x, type, "Sequence")) {
         int32_t list = get(x, node, "processors");
-        for (int32_t i = list < 0 ? -1 : x->d->node[list].first; i >= 0; i = x->d->node[i].next) LC_TRY(post_processor(x, i));
+        for (int32_t i = list < 0 ? -1 : x->d->node[list].first; i >= 0; i = x->d->node[i].next)
+            LC_TRY(post_processor(x, i));
         return LC_OK;
     }
     if (is(x, type, "ByteLevel")) return LC_OK; /* moves offsets only */
@@ -358,11 +377,12 @@ static lc_status post_processor(loader *x, int32_t node) {
     return status;
 }
 
-/* ---- the model ------------------------------------------------------------------------------------------------------- */
+/* ---- the model --------------------------------------------------------------------------------------------------- */
 
 static lc_status vocabulary(loader *x, int32_t model) {
     int32_t vocab = get(x, model, "vocab"), id, max = -1;
-    if (vocab < 0 || x->d->node[vocab].kind != LC_DOC_OBJECT) return lc_fail(LC_EPARSE, "the model has no object \"vocab\"");
+    if (vocab < 0 || x->d->node[vocab].kind != LC_DOC_OBJECT)
+        return lc_fail(LC_EPARSE, "the model has no object \"vocab\"");
     for (int32_t i = x->d->node[vocab].first; i >= 0; i = x->d->node[i].next) {
         LC_TRY(need_id(x, i, "model.vocab", &id));
         if (id > max) max = id;
@@ -407,8 +427,13 @@ static lc_status one_merge(loader *x, int32_t node, uint32_t rank, lc_tok_buf *j
     id[1] = lc_tok_vocab_find(t, half[1], len[1]);
     id[2] = lc_tok_vocab_find(t, joined->p ? joined->p : "", joined->len);
     if (id[0] < 0 || id[1] < 0 || id[2] < 0)
-        return lc_fail(LC_EPARSE, "'%.*s' is not in the vocabulary", (int)(id[0] < 0 ? len[0] : id[1] < 0 ? len[1] : joined->len),
-                       id[0] < 0 ? half[0] : id[1] < 0 ? half[1] : joined->p);
+        return lc_fail(LC_EPARSE, "'%.*s' is not in the vocabulary",
+                       (int)(id[0] < 0   ? len[0]
+                             : id[1] < 0 ? len[1]
+                                         : joined->len),
+                       id[0] < 0   ? half[0]
+                       : id[1] < 0 ? half[1]
+                                   : joined->p);
     return lc_tok_merge_add(t, id[0], id[1], rank, id[2]);
 }
 
@@ -416,7 +441,8 @@ static lc_status merges(loader *x, int32_t model) {
     int32_t list = get(x, model, "merges");
     uint32_t rank = 0;
     lc_tok_buf joined = {0};
-    if (list < 0 || x->d->node[list].kind != LC_DOC_ARRAY) return lc_fail(LC_EPARSE, "the model has no list \"merges\"");
+    if (list < 0 || x->d->node[list].kind != LC_DOC_ARRAY)
+        return lc_fail(LC_EPARSE, "the model has no list \"merges\"");
     LC_TRY(lc_tok_merges_start(x->t, (size_t)x->d->node[list].count));
     lc_status status = LC_OK;
     for (int32_t i = x->d->node[list].first; i >= 0 && status == LC_OK; i = x->d->node[i].next) {
@@ -461,8 +487,10 @@ static lc_status added_tokens(loader *x, int32_t list) {
         const char *s;
         size_t n;
         LC_TRY(need_text(x, i, "content", "an added token", &s, &n));
-        lc_tok_added a = {.special = flag(x, i, "special", false), .single_word = flag(x, i, "single_word", false),
-                          .lstrip = flag(x, i, "lstrip", false), .rstrip = flag(x, i, "rstrip", false)};
+        lc_tok_added a = {.special = flag(x, i, "special", false),
+                          .single_word = flag(x, i, "single_word", false),
+                          .lstrip = flag(x, i, "lstrip", false),
+                          .rstrip = flag(x, i, "rstrip", false)};
         a.normalized = flag(x, i, "normalized", !a.special);
         LC_TRY(lc_tok_add_token(x->t, s, n, &a));
     }

@@ -1,12 +1,13 @@
-/* tokenizer_pre.c: normalizers and pre-tokenizers: what happens to a text before the model sees its words. A pre-tokenizer
- * turns a list of words (spans of one text) into another; those that change characters write a new text. */
+/* tokenizer_pre.c: normalizers and pre-tokenizers: what happens to a text before the model sees its words. A
+ * pre-tokenizer turns a list of words (spans of one text) into another; those that change characters write a new text.
+ */
 #include "tokenizer.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <utf8proc.h>
 
-/* ---- normalizers ----------------------------------------------------------------------------------------------------- */
+/* ---- normalizers ------------------------------------------------------------------------------------------------- */
 
 static bool is_ascii(const char *s, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -20,7 +21,8 @@ static lc_status unicode_form(lc_tok_norm_kind kind, const char *s, size_t n, lc
     options |= kind == LC_NORM_NFC || kind == LC_NORM_NFKC ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
     if (kind == LC_NORM_NFKC || kind == LC_NORM_NFKD) options |= UTF8PROC_COMPAT;
     utf8proc_uint8_t *made = NULL;
-    utf8proc_ssize_t len = utf8proc_map((const utf8proc_uint8_t *)s, (utf8proc_ssize_t)n, &made, (utf8proc_option_t)options);
+    utf8proc_ssize_t len =
+        utf8proc_map((const utf8proc_uint8_t *)s, (utf8proc_ssize_t)n, &made, (utf8proc_option_t)options);
     if (len < 0) return lc_fail(LC_ENOMEM, "Unicode normalization: %s", utf8proc_errmsg(len));
     lc_status status = lc_tok_put(out, (const char *)made, (size_t)len);
     free(made);
@@ -30,13 +32,16 @@ static lc_status unicode_form(lc_tok_norm_kind kind, const char *s, size_t n, lc
 static lc_status lower(const char *s, size_t n, lc_tok_buf *out) {
     for (size_t at = 0, len; at < n; at += len) {
         uint32_t c = lc_tok_char(s + at, &len);
-        if (c == 0x130) LC_TRY(lc_tok_put(out, "i\xCC\x87", 3)); /* the one letter whose lower case is two characters */
-        else LC_TRY(lc_tok_put_char(out, lc_tok_lower(c)));
+        if (c == 0x130)
+            LC_TRY(lc_tok_put(out, "i\xCC\x87", 3)); /* the one letter whose lower case is two characters */
+        else
+            LC_TRY(lc_tok_put_char(out, lc_tok_lower(c)));
     }
     return LC_OK;
 }
 
-static lc_status replace(const lc_tok_pattern *p, const char *with, size_t with_len, const char *s, size_t n, lc_tok_buf *out) {
+static lc_status replace(const lc_tok_pattern *p, const char *with, size_t with_len, const char *s, size_t n,
+                         lc_tok_buf *out) {
     lc_tok_search x = {0};
     size_t done = 0;
     for (bool found;; done = x.end) {
@@ -60,7 +65,10 @@ static void strip(const lc_tok_norm *k, const char **s, size_t *n) {
 
 static lc_status normalize_one(const lc_tok_norm *k, const char *s, size_t n, lc_tok_buf *out) {
     switch (k->kind) {
-    case LC_NORM_NFC: case LC_NORM_NFD: case LC_NORM_NFKC: case LC_NORM_NFKD: return unicode_form(k->kind, s, n, out);
+    case LC_NORM_NFC:
+    case LC_NORM_NFD:
+    case LC_NORM_NFKC:
+    case LC_NORM_NFKD: return unicode_form(k->kind, s, n, out);
     case LC_NORM_LOWER: return lower(s, n, out);
     case LC_NORM_PREPEND:
         if (n) LC_TRY(lc_tok_put(out, k->text, k->text_len));
@@ -84,14 +92,15 @@ lc_status lc_tok_normalize(lc_tokenizer *t, const char *s, size_t n, const char 
         lc_tok_buf *b = &t->norm_buf[i & 1];
         b->len = 0;
         LC_TRY(normalize_one(&t->norm[i], s, n, b));
-        if (b->len > limit) return lc_fail(LC_EPARSE, "%s: its normalizers blow a text up from %zu to %zu bytes", t->name, n, b->len);
+        if (b->len > limit)
+            return lc_fail(LC_EPARSE, "%s: its normalizers blow a text up from %zu to %zu bytes", t->name, n, b->len);
         s = b->p ? b->p : "", n = b->len;
     }
     *out = s, *out_len = n;
     return LC_OK;
 }
 
-/* ---- splitting ------------------------------------------------------------------------------------------------------- */
+/* ---- splitting --------------------------------------------------------------------------------------------------- */
 
 /* Takes matches and what lies between them, in order, and keeps what the behaviour says. */
 typedef struct splitter {
@@ -149,7 +158,8 @@ static lc_status split_class(splitter *x, const lc_tok_pre *k, const char *text,
 static lc_status split_words(const lc_tok_pre *k, const char *text, const lc_tok_spans *in, lc_tok_spans *out) {
     for (size_t i = 0; i < in->len; i++) {
         splitter x = {out, out->len, k->behavior, k->invert, false};
-        LC_TRY(k->kind == LC_PRE_PATTERN ? split_pattern(&x, &k->pattern, text, in->p[i]) : split_class(&x, k, text, in->p[i]));
+        LC_TRY(k->kind == LC_PRE_PATTERN ? split_pattern(&x, &k->pattern, text, in->p[i])
+                                         : split_class(&x, k, text, in->p[i]));
         size_t keep = x.base; /* empty words go, but only now: they took part in joining */
         for (size_t j = x.base; j < out->len; j++)
             if (out->p[j].len) out->p[keep++] = out->p[j];
@@ -158,7 +168,7 @@ static lc_status split_words(const lc_tok_pre *k, const char *text, const lc_tok
     return LC_OK;
 }
 
-/* ---- pre-tokenizers that change characters --------------------------------------------------------------------------- */
+/* ---- pre-tokenizers that change characters ----------------------------------------------------------------------- */
 
 static lc_status prefix_space(const char *text, const lc_tok_spans *in, lc_tok_buf *b, lc_tok_spans *out) {
     for (size_t i = 0; i < in->len; i++) {
@@ -188,7 +198,8 @@ static lc_status metaspace(const lc_tok_pre *k, const char *text, const lc_tok_s
         const char *s = text + in->p[i].at;
         size_t n = in->p[i].len, from = b->len, len;
         uint32_t first = n ? lc_tok_char(s, &len) : 0;
-        bool prepend = k->prepend == LC_PREPEND_ALWAYS || (k->prepend == LC_PREPEND_FIRST && at_start && i == 0 && in->p[i].at == 0);
+        bool prepend = k->prepend == LC_PREPEND_ALWAYS ||
+                       (k->prepend == LC_PREPEND_FIRST && at_start && i == 0 && in->p[i].at == 0);
         if (prepend && first != ' ' && first != k->the_char) LC_TRY(lc_tok_put_char(b, k->the_char));
         for (size_t j = 0, run; j < n; j += run) {
             const char *space = memchr(s + j, ' ', n - j);
@@ -210,7 +221,8 @@ static lc_status metaspace(const lc_tok_pre *k, const char *text, const lc_tok_s
     return LC_OK;
 }
 
-lc_status lc_tok_pretokenize(lc_tokenizer *t, const char *s, size_t n, bool at_start, const char **text, lc_tok_spans **words) {
+lc_status lc_tok_pretokenize(lc_tokenizer *t, const char *s, size_t n, bool at_start, const char **text,
+                             lc_tok_spans **words) {
     lc_tok_spans *in = &t->spans[0], *out = &t->spans[1];
     int which = 0;
     in->len = 0;
@@ -224,9 +236,12 @@ lc_status lc_tok_pretokenize(lc_tokenizer *t, const char *s, size_t n, bool at_s
             LC_TRY(split_words(k, s, in, out));
         } else {
             b->len = 0;
-            if (k->kind == LC_PRE_PREFIX_SPACE) LC_TRY(prefix_space(s, in, b, out));
-            else if (k->kind == LC_PRE_BYTES) LC_TRY(bytes(s, in, b, out));
-            else LC_TRY(metaspace(k, s, in, at_start, b, out));
+            if (k->kind == LC_PRE_PREFIX_SPACE)
+                LC_TRY(prefix_space(s, in, b, out));
+            else if (k->kind == LC_PRE_BYTES)
+                LC_TRY(bytes(s, in, b, out));
+            else
+                LC_TRY(metaspace(k, s, in, at_start, b, out));
             s = b->p ? b->p : "";
             which = !which;
         }

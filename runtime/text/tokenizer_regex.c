@@ -1,8 +1,8 @@
-/* tokenizer_regex.c: patterns. tokenizer.json holds regular expressions in Oniguruma's Ruby syntax; they are translated into
- * PCRE2's, so that what matches is the same: white space, word characters and letters by Unicode's current lists, possessive
- * and counted quantifiers, (?m), \h. What cannot be carried over exactly (class intersections, nested classes, subroutine calls)
- * is refused. */
-#define _GNU_SOURCE /* memmem */
+/* tokenizer_regex.c: patterns. tokenizer.json holds regular expressions in Oniguruma's Ruby syntax; they are translated
+ * into PCRE2's, so that what matches is the same: white space, word characters and letters by Unicode's current lists,
+ * possessive and counted quantifiers, (?m), \h. What cannot be carried over exactly (class intersections, nested
+ * classes, subroutine calls) is refused. */
+#define _GNU_SOURCE           /* memmem */
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include "tokenizer.h"
 
@@ -14,29 +14,25 @@
 
 #define SPACES "\\t-\\r \\x{85}\\x{A0}\\x{1680}\\x{2000}-\\x{200A}\\x{2028}\\x{2029}\\x{202F}\\x{205F}\\x{3000}"
 
-/* ---- translation ----------------------------------------------------------------------------------------------------- */
+/* ---- translation ------------------------------------------------------------------------------------------------- */
 
 typedef struct translation {
     const char *s;
     size_t n, at;
     lc_tok_buf *out;
-    size_t atom;                     /* where the last quantifiable thing starts in the output */
+    size_t atom;      /* where the last quantifiable thing starts in the output */
     size_t group[64]; /* where each open group started */
     int depth;
 } translation;
 
-static lc_status put(translation *x, const char *s) {
-    return lc_tok_put(x->out, s, strlen(s));
-}
+static lc_status put(translation *x, const char *s) { return lc_tok_put(x->out, s, strlen(s)); }
 
 static lc_status refuse(const translation *x, const char *what) {
-    return lc_fail(LC_EPARSE, "regular expression: %s is not supported (at byte %zu of '%.*s')", what, x->at, (int)(x->n > 200 ? 200 : x->n),
-                   x->s);
+    return lc_fail(LC_EPARSE, "regular expression: %s is not supported (at byte %zu of '%.*s')", what, x->at,
+                   (int)(x->n > 200 ? 200 : x->n), x->s);
 }
 
-static const char *word_class(void) {
-    return "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}";
-}
+static const char *word_class(void) { return "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}"; }
 
 /* Characters younger than PCRE2's tables. */
 static lc_status put_late(translation *x, const char *property) {
@@ -73,7 +69,8 @@ static lc_status property(translation *x, bool in_class, bool negated) {
     for (size_t i = 0; i < n; i++)
         if (!isalnum((unsigned char)name[i]) && name[i] != '_' && name[i] != '&') return refuse(x, "this \\p{...}");
     x->at = (size_t)(end - x->s) + 1;
-    static const char *const plain[] = {"Any", "Alphabetic", "Lowercase", "Uppercase", "White_Space", "Emoji", "Ideographic"};
+    static const char *const plain[] = {"Any",         "Alphabetic", "Lowercase",  "Uppercase",
+                                        "White_Space", "Emoji",      "Ideographic"};
     bool script = n > 2;
     for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) script = script && strcmp(name, plain[i]);
     /* names longer than a category are scripts; PCRE2 would else take the script's extensions too */
@@ -93,10 +90,14 @@ static lc_status escape(translation *x, bool in_class) {
     switch (c) {
     case 's': return put_set(x, in_class, false, SPACES, "");
     case 'S': return in_class ? put(x, "\\P{White_Space}") : put_set(x, false, true, SPACES, "");
-    case 'w': case 'W': return put_set(x, in_class, c == 'W', word_class(), "word");
-    case 'd': case 'D': return put_set(x, in_class, c == 'D', "\\p{Nd}", "Nd");
-    case 'h': case 'H': return put_set(x, in_class, c == 'H', "0-9a-fA-F", "");
-    case 'p': case 'P': return property(x, in_class, c == 'P');
+    case 'w':
+    case 'W': return put_set(x, in_class, c == 'W', word_class(), "word");
+    case 'd':
+    case 'D': return put_set(x, in_class, c == 'D', "\\p{Nd}", "Nd");
+    case 'h':
+    case 'H': return put_set(x, in_class, c == 'H', "0-9a-fA-F", "");
+    case 'p':
+    case 'P': return property(x, in_class, c == 'P');
     case 'v': return put(x, "\\x0B");
     case 'x':
         LC_TRY(put(x, "\\x"));
@@ -106,11 +107,13 @@ static lc_status escape(translation *x, bool in_class) {
         return LC_OK;
     case 'u':
         for (size_t i = 0; i < 4; i++)
-            if (x->at + i >= x->n || !isxdigit((unsigned char)x->s[x->at + i])) return refuse(x, "\\u without four digits");
+            if (x->at + i >= x->n || !isxdigit((unsigned char)x->s[x->at + i]))
+                return refuse(x, "\\u without four digits");
         snprintf(tmp, sizeof tmp, "\\x{%.4s}", x->s + x->at);
         x->at += 4;
         return put(x, tmp);
-    case 'b': case 'B':
+    case 'b':
+    case 'B':
         if (in_class) return c == 'b' ? put(x, "\\x08") : refuse(x, "\\B inside [...]");
         for (int side = 0; side < 2; side++) { /* by our own word characters */
             LC_TRY(put(x, side ? "|(?<!" : "(?:(?<="));
@@ -120,23 +123,39 @@ static lc_status escape(translation *x, bool in_class) {
             LC_TRY(put(x, side ? "))" : ")"));
         }
         return LC_OK;
-    case 'g': case 'k': case 'K': case 'C': case 'Q': case 'E': case 'N': case 'O': case 'y': case 'Y': case 'c': case 'M':
-        snprintf(tmp, sizeof tmp, "\\%c", c);
-        return refuse(x, tmp);
-    default: /* PCRE2 refuses letters that it does not know */
-        LC_TRY(put(x, "\\"));
-        return lc_tok_put(x->out, &c, 1);
+    case 'g':
+    case 'k':
+    case 'K':
+    case 'C':
+    case 'Q':
+    case 'E':
+    case 'N':
+    case 'O':
+    case 'y':
+    case 'Y':
+    case 'c':
+    case 'M': snprintf(tmp, sizeof tmp, "\\%c", c); return refuse(x, tmp);
+    default: /* PCRE2 refuses letters that it does not know */ LC_TRY(put(x, "\\")); return lc_tok_put(x->out, &c, 1);
     }
 }
 
 /* x->at stands on the opening bracket. */
 static lc_status class_of(translation *x) {
     /* what Oniguruma takes the names for; graph and print depend on unassigned characters and are refused */
-    static const struct { const char *name, *items, *late; } posix[] = {
-        {"alnum", "\\p{Alphabetic}\\p{Nd}", "alnum"}, {"alpha", "\\p{Alphabetic}", "L"}, {"ascii", "\\x00-\\x7F", ""},
-        {"blank", "\\p{Zs}\\t", ""}, {"cntrl", "\\p{Cc}", ""}, {"digit", "\\p{Nd}", "Nd"}, {"lower", "\\p{Lowercase}", "Ll"},
-        {"punct", "\\p{P}\\p{S}", "punct"}, {"space", SPACES, ""}, {"upper", "\\p{Uppercase}", "Lu"},
-        {"xdigit", "0-9A-Fa-f", ""}, {"word", "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}", "word"}};
+    static const struct {
+        const char *name, *items, *late;
+    } posix[] = {{"alnum", "\\p{Alphabetic}\\p{Nd}", "alnum"},
+                 {"alpha", "\\p{Alphabetic}", "L"},
+                 {"ascii", "\\x00-\\x7F", ""},
+                 {"blank", "\\p{Zs}\\t", ""},
+                 {"cntrl", "\\p{Cc}", ""},
+                 {"digit", "\\p{Nd}", "Nd"},
+                 {"lower", "\\p{Lowercase}", "Ll"},
+                 {"punct", "\\p{P}\\p{S}", "punct"},
+                 {"space", SPACES, ""},
+                 {"upper", "\\p{Uppercase}", "Lu"},
+                 {"xdigit", "0-9A-Fa-f", ""},
+                 {"word", "\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}", "word"}};
     LC_TRY(put(x, "["));
     x->at++;
     if (x->at < x->n && x->s[x->at] == '^') {
@@ -154,7 +173,8 @@ static lc_status class_of(translation *x) {
             bool known = false;
             for (size_t i = 0; i < sizeof posix / sizeof *posix && !known; i++) {
                 size_t n = strlen(posix[i].name);
-                known = rest > n + 4 && p[1] == ':' && !memcmp(p + 2, posix[i].name, n) && p[n + 2] == ':' && p[n + 3] == ']';
+                known = rest > n + 4 && p[1] == ':' && !memcmp(p + 2, posix[i].name, n) && p[n + 2] == ':' &&
+                        p[n + 3] == ']';
                 if (!known) continue;
                 x->at += n + 4;
                 LC_TRY(put(x, posix[i].items));
@@ -204,8 +224,10 @@ static lc_status open_group(translation *x) {
 static lc_status braces(translation *x, bool *done) {
     size_t i = x->at + 1, comma = 0, digits = 0;
     for (; i < x->n && (isdigit((unsigned char)x->s[i]) || (x->s[i] == ',' && !comma)); i++)
-        if (x->s[i] == ',') comma = i;
-        else digits++;
+        if (x->s[i] == ',')
+            comma = i;
+        else
+            digits++;
     *done = i < x->n && x->s[i] == '}' && digits;
     if (!*done) return LC_OK;
     char next = i + 1 < x->n ? x->s[i + 1] : 0;
@@ -227,9 +249,12 @@ static lc_status translate_one(translation *x) {
     char c = x->s[x->at];
     size_t here = x->out->len;
     bool done = false;
-    if (c == '\\') LC_TRY(escape(x, false));
-    else if (c == '[') LC_TRY(class_of(x));
-    else if (c == '(') return open_group(x);
+    if (c == '\\')
+        LC_TRY(escape(x, false));
+    else if (c == '[')
+        LC_TRY(class_of(x));
+    else if (c == '(')
+        return open_group(x);
     else if (c == ')') {
         x->at++;
         if (x->depth) here = x->group[--x->depth];
@@ -260,7 +285,7 @@ lc_status lc_tok_regex_translate(const char *regex, size_t n, lc_tok_buf *out) {
     return LC_OK;
 }
 
-/* ---- patterns -------------------------------------------------------------------------------------------------------- */
+/* ---- patterns ---------------------------------------------------------------------------------------------------- */
 
 lc_status lc_tok_pattern_literal(lc_tok_pattern *p, const char *s, size_t n) {
     if (!n) return lc_fail(LC_EPARSE, "an empty string is no pattern");
@@ -277,8 +302,9 @@ static lc_status compile(lc_tok_pattern *p, const char *regex, size_t n, const l
     pcre2_set_newline(context, PCRE2_NEWLINE_LF);
     int error = 0;
     PCRE2_SIZE where = 0;
-    pcre2_code *code = pcre2_compile((PCRE2_SPTR)(text->p ? text->p : ""), text->len, PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE |
-                                     PCRE2_NEVER_BACKSLASH_C, &error, &where, context);
+    pcre2_code *code =
+        pcre2_compile((PCRE2_SPTR)(text->p ? text->p : ""), text->len,
+                      PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &error, &where, context);
     pcre2_compile_context_free(context);
     if (!code) {
         PCRE2_UCHAR why[160];
@@ -314,7 +340,8 @@ static lc_status find_regex(const lc_tok_pattern *p, const char *s, size_t n, si
     if (r == PCRE2_ERROR_JIT_STACKLIMIT)
         r = pcre2_match(p->code, (PCRE2_SPTR)s, n, from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, p->data, NULL);
     *found = r >= 0;
-    if (r < 0) return r == PCRE2_ERROR_NOMATCH ? LC_OK : lc_fail(LC_EPARSE, "regular expression gave up (PCRE2 error %d)", r);
+    if (r < 0)
+        return r == PCRE2_ERROR_NOMATCH ? LC_OK : lc_fail(LC_EPARSE, "regular expression gave up (PCRE2 error %d)", r);
     const PCRE2_SIZE *o = pcre2_get_ovector_pointer(p->data);
     *start = o[0], *end = o[1];
     if (*end < *start) *end = *start; /* \K inside a lookahead */

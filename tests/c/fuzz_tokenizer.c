@@ -1,6 +1,6 @@
-/* fuzz_tokenizer.c: a tokenizer may be any bytes, and so may the text and the ids it is given: an error or an answer, no crash
- * and no hang. The first byte says what the rest is: 'j' a tokenizer.json, a NUL and a text; 'g' a GGUF; 'r' a regular
- * expression, a NUL and a text; anything else a text for one of the tokenizers below. */
+/* fuzz_tokenizer.c: a tokenizer may be any bytes, and so may the text and the ids it is given: an error or an answer,
+ * no crash and no hang. The first byte says what the rest is: 'j' a tokenizer.json, a NUL and a text; 'g' a GGUF; 'r' a
+ * regular expression, a NUL and a text; anything else a text for one of the tokenizers below. */
 #define _GNU_SOURCE /* strnlen */
 #include <stdlib.h>
 #include <string.h>
@@ -10,19 +10,29 @@
 
 static const char *const fixed[] = {
     "{\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": true}, \"decoder\": {\"type\": \"ByteLevel\"},"
-    "\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b\": 1, \"ab\": 2, \"\\u0120\": 3, \"\\u0120a\": 4, \"aa\": 5, \"1\": 6},"
+    "\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b\": 1, \"ab\": 2, \"\\u0120\": 3, \"\\u0120a\": 4, "
+    "\"aa\": 5, \"1\": 6},"
     "\"merges\": [\"a b\", \"\\u0120 a\", \"a a\"]}}",
-    "{\"normalizer\": {\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFC\"}, {\"type\": \"Prepend\", \"prepend\": \"_\"},"
-    "{\"type\": \"Replace\", \"pattern\": {\"String\": \" \"}, \"content\": \"_\"}]}, \"decoder\": {\"type\": \"Sequence\","
-    "\"decoders\": [{\"type\": \"ByteFallback\"}, {\"type\": \"Fuse\"}, {\"type\": \"Strip\", \"content\": \" \", \"start\": 1, \"stop\": 1}]},"
-    "\"added_tokens\": [{\"content\": \"<s>\", \"special\": true, \"lstrip\": true, \"rstrip\": true}, {\"content\": \"ab a\","
-    "\"single_word\": true}], \"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b\": 1, \"ab\": 2, \"_\": 3, \"_a\": 4, \"<u>\": 5,"
-    "\"<0xC3>\": 6, \"<0xA9>\": 7, \"<0xFF>\": 8}, \"merges\": [\"a b\", \"_ a\"], \"byte_fallback\": true, \"unk_token\": \"<u>\","
+    "{\"normalizer\": {\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFC\"}, {\"type\": \"Prepend\", "
+    "\"prepend\": \"_\"},"
+    "{\"type\": \"Replace\", \"pattern\": {\"String\": \" \"}, \"content\": \"_\"}]}, \"decoder\": {\"type\": "
+    "\"Sequence\","
+    "\"decoders\": [{\"type\": \"ByteFallback\"}, {\"type\": \"Fuse\"}, {\"type\": \"Strip\", \"content\": \" \", "
+    "\"start\": 1, \"stop\": 1}]},"
+    "\"added_tokens\": [{\"content\": \"<s>\", \"special\": true, \"lstrip\": true, \"rstrip\": true}, {\"content\": "
+    "\"ab a\","
+    "\"single_word\": true}], \"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b\": 1, \"ab\": 2, \"_\": 3, "
+    "\"_a\": 4, \"<u>\": 5,"
+    "\"<0xC3>\": 6, \"<0xA9>\": 7, \"<0xFF>\": 8}, \"merges\": [\"a b\", \"_ a\"], \"byte_fallback\": true, "
+    "\"unk_token\": \"<u>\","
     "\"fuse_unk\": true}}",
-    "{\"pre_tokenizer\": {\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Metaspace\", \"replacement\": \"_\"},"
-    "{\"type\": \"Punctuation\", \"behavior\": \"MergedWithPrevious\"}, {\"type\": \"Digits\"}, {\"type\": \"Whitespace\"}]},"
+    "{\"pre_tokenizer\": {\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"Metaspace\", \"replacement\": "
+    "\"_\"},"
+    "{\"type\": \"Punctuation\", \"behavior\": \"MergedWithPrevious\"}, {\"type\": \"Digits\"}, {\"type\": "
+    "\"Whitespace\"}]},"
     "\"decoder\": {\"type\": \"Metaspace\", \"replacement\": \"_\"}, \"normalizer\": {\"type\": \"NFKD\"},"
-    "\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b#\": 1, \"#ab#\": 2, \"#b#\": 3, \"##ab#\": 4, \"a#b#\": 5}, \"merges\": [],"
+    "\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b#\": 1, \"#ab#\": 2, \"#b#\": 3, \"##ab#\": 4, \"a#b#\": "
+    "5}, \"merges\": [],"
     "\"continuing_subword_prefix\": \"#\", \"end_of_word_suffix\": \"#\", \"unk_token\": \"a\"}}"};
 
 static void use(lc_tokenizer *t, const char *text, size_t n) {

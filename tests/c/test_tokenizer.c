@@ -14,9 +14,10 @@
 
 #include "../../runtime/text/tokenizer.h"
 
-/* ---- helpers --------------------------------------------------------------------------------------------------------- */
+/* ---- helpers ----------------------------------------------------------------------------------------------------- */
 
-#define MODEL(vocab, merges, more) "\"model\": {\"type\": \"BPE\", \"vocab\": {" vocab "}, \"merges\": [" merges "]" more "}"
+#define MODEL(vocab, merges, more)                                                                                     \
+    "\"model\": {\"type\": \"BPE\", \"vocab\": {" vocab "}, \"merges\": [" merges "]" more "}"
 
 static lc_tokenizer *load(const char *json) {
     lc_tokenizer *t = NULL;
@@ -29,7 +30,8 @@ static lc_tokenizer *load(const char *json) {
 static const char *ids_of(lc_tokenizer *t, const char *text, size_t n, int add_special, int parse_special) {
     static char out[4096];
     int32_t *ids, count;
-    if (lc_tokenizer_encode(t, text, (double)n, add_special, parse_special, &ids, &count) != LC_OK) return lc_error_message();
+    if (lc_tokenizer_encode(t, text, (double)n, add_special, parse_special, &ids, &count) != LC_OK)
+        return lc_error_message();
     size_t at = 0;
     out[0] = 0;
     for (int32_t i = 0; i < count && at + 16 < sizeof out; i++)
@@ -50,7 +52,7 @@ static void expect_text(lc_tokenizer *t, const int32_t *ids, int32_t count, int 
     assert_int_equal(length, strlen(text));
     lc_free(out);
 }
-#define TEXT(t, skip, text, ...) \
+#define TEXT(t, skip, text, ...)                                                                                       \
     expect_text(t, (const int32_t[]){__VA_ARGS__}, sizeof((int32_t[]){__VA_ARGS__}) / sizeof(int32_t), skip, text)
 
 static void expect_refusal(const char *json, const char *says) {
@@ -60,13 +62,14 @@ static void expect_refusal(const char *json, const char *says) {
     if (!strstr(lc_error_message(), says)) fail_msg("expected '%s' in: %s", says, lc_error_message());
 }
 
-/* ---- byte-level ------------------------------------------------------------------------------------------------------ */
+/* ---- byte-level -------------------------------------------------------------------------------------------------- */
 
-#define BYTE_LEVEL                                                                                                       \
-    "\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": true},"                      \
+#define BYTE_LEVEL                                                                                                     \
+    "\"pre_tokenizer\": {\"type\": \"ByteLevel\", \"add_prefix_space\": false, \"use_regex\": true},"                  \
     "\"decoder\": {\"type\": \"ByteLevel\"},"
-#define BYTE_VOCAB                                                                                                       \
-    "\"h\": 0, \"e\": 1, \"l\": 2, \"o\": 3, \"\\u0120\": 4, \"w\": 5, \"he\": 6, \"ll\": 7, \"hell\": 8, \"hello\": 9,"    \
+#define BYTE_VOCAB                                                                                                     \
+    "\"h\": 0, \"e\": 1, \"l\": 2, \"o\": 3, \"\\u0120\": 4, \"w\": 5, \"he\": 6, \"ll\": 7, \"hell\": 8, \"hello\": " \
+    "9,"                                                                                                               \
     "\"\\u0120w\": 10, \"\\u00c3\": 11, \"\\u00a9\": 12, \"\\u00c3\\u00a9\": 13, \"\\u010a\": 14"
 #define BYTE_MERGES "\"h e\", \"l l\", \"he ll\", [\"hell\", \"o\"], \"\\u0120 w\", \"\\u00c3 \\u00a9\""
 
@@ -85,7 +88,10 @@ static void byte_level(void **state) {
     TEXT(t, 0, "hello wo", 9, 10, 3);
     TEXT(t, 0, "\xC3\xA9", 13);
     TEXT(t, 0, "\xC3\xA9", 11, 12); /* halves of a character meet again */
-    TEXT(t, 0, "h\xEF\xBF\xBD" "e", 0, 11, 1);
+    TEXT(t, 0,
+         "h\xEF\xBF\xBD"
+         "e",
+         0, 11, 1);
     TEXT(t, 0, "he", 0, 99, -1, 1); /* unknown ids are passed over */
     int32_t n;
     assert_string_equal(lc_tokenizer_token(t, 10, &n), "\xC4\xA0w");
@@ -99,8 +105,9 @@ static void byte_level(void **state) {
 static void merge_order(void **state) {
     (void)state;
     /* ranks decide, then the leftmost; with ignore_merges a word that is a token is taken whole, reachable or not */
-    const char *json = "{%s" MODEL("\"a\": 0, \"b\": 1, \"ab\": 2, \"ba\": 3, \"aa\": 4, \"abab\": 5, \"bb\": 6, \"aabb\": 7",
-                                   "\"b a\", \"a a\", \"a b\", \"ab ab\"", "%s") "}";
+    const char *json =
+        "{%s" MODEL("\"a\": 0, \"b\": 1, \"ab\": 2, \"ba\": 3, \"aa\": 4, \"abab\": 5, \"bb\": 6, \"aabb\": 7",
+                    "\"b a\", \"a a\", \"a b\", \"ab ab\"", "%s") "}";
     char text[1024];
     snprintf(text, sizeof text, json, "", "");
     lc_tokenizer *t = load(text);
@@ -118,35 +125,51 @@ static void merge_order(void **state) {
 static void invalid_utf8(void **state) {
     (void)state;
     lc_tokenizer *t = load("{" MODEL("\"a\": 0, \"\\ufffd\": 1, \"\\u00e9\": 2", "", "") "}");
-    assert_string_equal(ids_of(t, "a\xFF" "a", 3, 0, 1), "0 1 0");
-    assert_string_equal(ids_of(t, "\xE2\x82" "a", 3, 0, 1), "1 0");         /* a cut character is one U+FFFD */
-    assert_string_equal(ids_of(t, "\xF0\x80\x80" "a", 4, 0, 1), "1 1 1 0"); /* an impossible start is one for each byte */
-    assert_string_equal(ids_of(t, "\xED\xA0\x80", 3, 0, 1), "1 1 1");       /* so is a surrogate */
+    assert_string_equal(ids_of(t,
+                               "a\xFF"
+                               "a",
+                               3, 0, 1),
+                        "0 1 0");
+    assert_string_equal(ids_of(t,
+                               "\xE2\x82"
+                               "a",
+                               3, 0, 1),
+                        "1 0"); /* a cut character is one U+FFFD */
+    assert_string_equal(ids_of(t,
+                               "\xF0\x80\x80"
+                               "a",
+                               4, 0, 1),
+                        "1 1 1 0");                                   /* an impossible start is one for each byte */
+    assert_string_equal(ids_of(t, "\xED\xA0\x80", 3, 0, 1), "1 1 1"); /* so is a surrogate */
     assert_string_equal(ids_of(t, "\xC3\xA9\xC3", 3, 0, 1), "2 1");
     assert_string_equal(ids_of(t, "a\0a", 3, 0, 1), "0 0");
     lc_tokenizer_free(t);
 }
 
-/* ---- SentencePiece style --------------------------------------------------------------------------------------------- */
+/* ---- SentencePiece style ----------------------------------------------------------------------------------------- */
 
-#define SPM                                                                                                              \
-    "\"normalizer\": {\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"Prepend\", \"prepend\": \"\\u2581\"},"          \
-    "{\"type\": \"Replace\", \"pattern\": {\"String\": \" \"}, \"content\": \"\\u2581\"}]},"                               \
-    "\"decoder\": {\"type\": \"Sequence\", \"decoders\": [{\"type\": \"Replace\", \"pattern\": {\"String\": \"\\u2581\"},"    \
-    "\"content\": \" \"}, {\"type\": \"ByteFallback\"}, {\"type\": \"Fuse\"}, {\"type\": \"Strip\", \"content\": \" \","      \
+#define SPM                                                                                                            \
+    "\"normalizer\": {\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"Prepend\", \"prepend\": \"\\u2581\"},"    \
+    "{\"type\": \"Replace\", \"pattern\": {\"String\": \" \"}, \"content\": \"\\u2581\"}]},"                           \
+    "\"decoder\": {\"type\": \"Sequence\", \"decoders\": [{\"type\": \"Replace\", \"pattern\": {\"String\": "          \
+    "\"\\u2581\"},"                                                                                                    \
+    "\"content\": \" \"}, {\"type\": \"ByteFallback\"}, {\"type\": \"Fuse\"}, {\"type\": \"Strip\", \"content\": \" "  \
+    "\","                                                                                                              \
     "\"start\": 1, \"stop\": 0}]},"
-#define SPM_VOCAB                                                                                                        \
-    "\"<unk>\": 0, \"<s>\": 1, \"</s>\": 2, \"<0xC3>\": 3, \"<0xA9>\": 4, \"\\u2581\": 5, \"a\": 6, \"b\": 7, \"ab\": 8,"    \
+#define SPM_VOCAB                                                                                                      \
+    "\"<unk>\": 0, \"<s>\": 1, \"</s>\": 2, \"<0xC3>\": 3, \"<0xA9>\": 4, \"\\u2581\": 5, \"a\": 6, \"b\": 7, "        \
+    "\"ab\": 8,"                                                                                                       \
     "\"\\u2581ab\": 9, \"\\u2581\\u2581\": 10"
-#define SPM_ADDED                                                                                                        \
-    "\"added_tokens\": [{\"id\": 0, \"content\": \"<unk>\", \"special\": true, \"normalized\": false},"                     \
-    "{\"id\": 1, \"content\": \"<s>\", \"special\": true, \"normalized\": false},"                                         \
+#define SPM_ADDED                                                                                                      \
+    "\"added_tokens\": [{\"id\": 0, \"content\": \"<unk>\", \"special\": true, \"normalized\": false},"                \
+    "{\"id\": 1, \"content\": \"<s>\", \"special\": true, \"normalized\": false},"                                     \
     "{\"id\": 2, \"content\": \"</s>\", \"special\": true, \"normalized\": false}],"
-#define SPM_TEMPLATE                                                                                                     \
-    "\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"<s>\"}},"            \
+#define SPM_TEMPLATE                                                                                                   \
+    "\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"<s>\"}},"       \
     "{\"Sequence\": {\"id\": \"A\"}}], \"special_tokens\": {\"<s>\": {\"ids\": [1]}}},"
-#define SPM_MODEL(more)                                                                                                  \
-    MODEL(SPM_VOCAB, "\"a b\", \"\\u2581 ab\", \"\\u2581 \\u2581\"", ", \"unk_token\": \"<unk>\", \"byte_fallback\": true" more)
+#define SPM_MODEL(more)                                                                                                \
+    MODEL(SPM_VOCAB, "\"a b\", \"\\u2581 ab\", \"\\u2581 \\u2581\"",                                                   \
+          ", \"unk_token\": \"<unk>\", \"byte_fallback\": true" more)
 
 static void sentencepiece(void **state) {
     (void)state;
@@ -167,7 +190,10 @@ static void sentencepiece(void **state) {
     TEXT(t, 0, "<s> ab</s>", 1, 9, 2);
     TEXT(t, 1, "ab", 1, 9, 2);
     TEXT(t, 0, "a\xC3\xA9", 6, 3, 4);
-    TEXT(t, 0, "a\xEF\xBF\xBD\xEF\xBF\xBD" "b", 6, 3, 3, 7);
+    TEXT(t, 0,
+         "a\xEF\xBF\xBD\xEF\xBF\xBD"
+         "b",
+         6, 3, 3, 7);
     lc_tokenizer_free(t);
     t = load("{" SPM SPM_MODEL("") "}");
     expect(t, "xyz", "5 0 0 0");
@@ -176,10 +202,11 @@ static void sentencepiece(void **state) {
 
 static void metaspace(void **state) {
     (void)state;
-    const char *json = "{\"pre_tokenizer\": {\"type\": \"Metaspace\", \"replacement\": \"\\u2581\", \"prepend_scheme\": \"%s\"},"
-                       "\"decoder\": {\"type\": \"Metaspace\", \"replacement\": \"\\u2581\", \"prepend_scheme\": \"%s\"},"
-                       "\"added_tokens\": [{\"id\": 9, \"content\": \"<x>\", \"special\": true}],"
-                       MODEL("\"\\u2581\": 0, \"a\": 1, \"b\": 2, \"\\u2581a\": 3", "\"\\u2581 a\"", "") "}";
+    const char *json =
+        "{\"pre_tokenizer\": {\"type\": \"Metaspace\", \"replacement\": \"\\u2581\", \"prepend_scheme\": \"%s\"},"
+        "\"decoder\": {\"type\": \"Metaspace\", \"replacement\": \"\\u2581\", \"prepend_scheme\": \"%s\"},"
+        "\"added_tokens\": [{\"id\": 9, \"content\": \"<x>\", \"special\": true}]," MODEL(
+            "\"\\u2581\": 0, \"a\": 1, \"b\": 2, \"\\u2581a\": 3", "\"\\u2581 a\"", "") "}";
     static const char *const want[3][2] = {{"always", "3 3 4 3"}, {"first", "3 3 4 1"}, {"never", "1 3 4 1"}};
     for (int i = 0; i < 3; i++) {
         char text[1024];
@@ -191,15 +218,15 @@ static void metaspace(void **state) {
     }
 }
 
-/* ---- added tokens ---------------------------------------------------------------------------------------------------- */
+/* ---- added tokens ------------------------------------------------------------------------------------------------ */
 
 static void added_tokens(void **state) {
     (void)state;
     lc_tokenizer *t = load(
         "{\"added_tokens\": [{\"content\": \"<l>\", \"lstrip\": true}, {\"content\": \"<r>\", \"rstrip\": true},"
         "{\"content\": \"word\", \"single_word\": true}, {\"content\": \"<s>\", \"special\": true},"
-        "{\"content\": \"<s>a\", \"normalized\": false}],"
-        MODEL("\"a\": 0, \" \": 1, \"w\": 2, \"o\": 3, \"r\": 4, \"d\": 5, \"<\": 6, \"s\": 7, \">\": 8", "", "") "}");
+        "{\"content\": \"<s>a\", \"normalized\": false}]," MODEL(
+            "\"a\": 0, \" \": 1, \"w\": 2, \"o\": 3, \"r\": 4, \"d\": 5, \"<\": 6, \"s\": 7, \">\": 8", "", "") "}");
     assert_int_equal(lc_tokenizer_size(t), 14); /* ids 9 to 13 are new */
     expect(t, "a <l> a", "0 9 1 0");
     expect(t, "a <r> a", "0 1 10 0");
@@ -219,15 +246,14 @@ static void normalized_tokens(void **state) {
     (void)state;
     lc_tokenizer *t = load("{\"normalizer\": {\"type\": \"Lowercase\"},"
                            "\"added_tokens\": [{\"content\": \"Aa\", \"normalized\": true, \"special\": true},"
-                           "{\"content\": \"BB\", \"normalized\": false}],"
-                           MODEL("\"a\": 0, \"b\": 1", "", "") "}");
+                           "{\"content\": \"BB\", \"normalized\": false}]," MODEL("\"a\": 0, \"b\": 1", "", "") "}");
     expect(t, "AA", "2");
     expect(t, "aaBBbb", "2 3 1 1");
     TEXT(t, 1, "aa BB", 2, 3); /* what it decodes to is no special token's text */
     lc_tokenizer_free(t);
 }
 
-/* ---- pre-tokenizers -------------------------------------------------------------------------------------------------- */
+/* ---- pre-tokenizers ---------------------------------------------------------------------------------------------- */
 
 /* The words of a text, with bars between. */
 static const char *words(lc_tokenizer *t, const char *s) {
@@ -249,32 +275,51 @@ static void pre_tokenizers(void **state) {
         {"{\"type\": \"Punctuation\"}", "a, b!!", "a|,| b|!|!"},
         {"{\"type\": \"Punctuation\", \"behavior\": \"Contiguous\"}", "a, b!!", "a|,| b|!!"},
         {"{\"type\": \"Whitespace\"}", " a_1, b\xCC\xB0!? ", "a_1|,|b\xCC\xB0|!?"},
-        {"{\"type\": \"WhitespaceSplit\"}", " a,\xE3\x80\x80" "b\n", "a,|b"},
+        {"{\"type\": \"WhitespaceSplit\"}",
+         " a,\xE3\x80\x80"
+         "b\n",
+         "a,|b"},
         {"{\"type\": \"BertPreTokenizer\"}", "a b,c", "a|b|,|c"},
         {"{\"type\": \"CharDelimiterSplit\", \"delimiter\": \"-\"}", "a-b--c", "a|b|c"},
         {"{\"type\": \"Split\", \"pattern\": {\"String\": \"ab\"}, \"behavior\": \"Removed\"}", "xabyab", "x|y"},
-        {"{\"type\": \"Split\", \"pattern\": {\"String\": \"-\"}, \"behavior\": \"MergedWithPrevious\"}", "a-b--c", "a-|b-|-|c"},
-        {"{\"type\": \"Split\", \"pattern\": {\"String\": \"-\"}, \"behavior\": \"MergedWithNext\"}", "a-b--c", "a|-b|-|-c"},
-        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\d\"}, \"behavior\": \"Removed\", \"invert\": true}", "a1b22", "1|2|2"},
-        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\p{N}{1,3}\"}, \"behavior\": \"Isolated\"}", "1234567", "123|456|7"},
+        {"{\"type\": \"Split\", \"pattern\": {\"String\": \"-\"}, \"behavior\": \"MergedWithPrevious\"}", "a-b--c",
+         "a-|b-|-|c"},
+        {"{\"type\": \"Split\", \"pattern\": {\"String\": \"-\"}, \"behavior\": \"MergedWithNext\"}", "a-b--c",
+         "a|-b|-|-c"},
+        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\d\"}, \"behavior\": \"Removed\", \"invert\": true}",
+         "a1b22", "1|2|2"},
+        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\p{N}{1,3}\"}, \"behavior\": \"Isolated\"}", "1234567",
+         "123|456|7"},
         /* Ruby's {n,m}+ repeats, \h is a hexadecimal digit, \s knows no Mongolian vowel separator */
-        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\d{1,2}+\"}, \"behavior\": \"Isolated\"}", "a12345", "a|12345"},
-        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\h+\"}, \"behavior\": \"Isolated\"}", "xyfacez", "xy|face|z"},
-        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\s\"}, \"behavior\": \"Removed\"}", "a\xE1\xA0\x8E" "b c", "a\xE1\xA0\x8E" "b|c"},
+        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\d{1,2}+\"}, \"behavior\": \"Isolated\"}", "a12345",
+         "a|12345"},
+        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\h+\"}, \"behavior\": \"Isolated\"}", "xyfacez",
+         "xy|face|z"},
+        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\s\"}, \"behavior\": \"Removed\"}",
+         "a\xE1\xA0\x8E"
+         "b c",
+         "a\xE1\xA0\x8E"
+         "b|c"},
         {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"a*\"}, \"behavior\": \"Isolated\"}", "baac", "b|aa|c"},
         {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"(?i:'S)\"}, \"behavior\": \"Isolated\"}", "it's", "it|'s"},
-        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\bx\\\\B\"}, \"behavior\": \"Isolated\"}", "x xy", "x |x|y"},
+        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\bx\\\\B\"}, \"behavior\": \"Isolated\"}", "x xy",
+         "x |x|y"},
         /* a letter of Unicode 16 */
-        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\p{L}+\"}, \"behavior\": \"Isolated\"}", "1\xF0\x96\xB5\x80" "1", "1|\xF0\x96\xB5\x80|1"},
+        {"{\"type\": \"Split\", \"pattern\": {\"Regex\": \"\\\\p{L}+\"}, \"behavior\": \"Isolated\"}",
+         "1\xF0\x96\xB5\x80"
+         "1",
+         "1|\xF0\x96\xB5\x80|1"},
         {"{\"type\": \"ByteLevel\", \"add_prefix_space\": true}", "I'll go  on", " I|'ll| go| | on"},
-        {"{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"WhitespaceSplit\"}, {\"type\": \"Punctuation\"}]}", "a,b c", "a|,|b|c"}};
+        {"{\"type\": \"Sequence\", \"pretokenizers\": [{\"type\": \"WhitespaceSplit\"}, {\"type\": \"Punctuation\"}]}",
+         "a,b c", "a|,|b|c"}};
     (void)state;
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         char json[1024];
         snprintf(json, sizeof json, "{\"pre_tokenizer\": %s, %s}", cases[i][0], MODEL("\"a\": 0", "", ""));
         lc_tokenizer *t = load(json);
         const char *got = words(t, cases[i][1]);
-        if (strcmp(got, cases[i][2])) fail_msg("%s on '%s': expected '%s', got '%s'", cases[i][0], cases[i][1], cases[i][2], got);
+        if (strcmp(got, cases[i][2]))
+            fail_msg("%s on '%s': expected '%s', got '%s'", cases[i][0], cases[i][1], cases[i][2], got);
         lc_tokenizer_free(t);
     }
 }
@@ -284,9 +329,13 @@ static void normalizers(void **state) {
         {"{\"type\": \"NFC\"}", "e\xCC\x81", "\xC3\xA9"},
         {"{\"type\": \"NFD\"}", "\xC3\xA9", "e\xCC\x81"},
         {"{\"type\": \"NFKC\"}", "\xEF\xAC\x81", "fi"},
-        {"{\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFD\"}, {\"type\": \"StripAccents\"}]}", "\xC3\xA9", "e"},
+        {"{\"type\": \"Sequence\", \"normalizers\": [{\"type\": \"NFD\"}, {\"type\": \"StripAccents\"}]}", "\xC3\xA9",
+         "e"},
         {"{\"type\": \"Lowercase\"}", "A\xC3\x89\xC4\xB0", "a\xC3\xA9i\xCC\x87"},
-        {"{\"type\": \"Strip\", \"strip_left\": true, \"strip_right\": false}", " \xC2\xA0" "a ", "a "},
+        {"{\"type\": \"Strip\", \"strip_left\": true, \"strip_right\": false}",
+         " \xC2\xA0"
+         "a ",
+         "a "},
         {"{\"type\": \"Strip\", \"strip_left\": false, \"strip_right\": true}", " a \xE3\x80\x80", " a"},
         {"{\"type\": \"Replace\", \"pattern\": {\"Regex\": \"\\\\s+\"}, \"content\": \"_\"}", "a \n b", "a_b"},
         {"{\"type\": \"Prepend\", \"prepend\": \"x\"}", "a", "xa"},
@@ -305,7 +354,7 @@ static void normalizers(void **state) {
     }
 }
 
-/* ---- size ------------------------------------------------------------------------------------------------------------ */
+/* ---- size -------------------------------------------------------------------------------------------------------- */
 
 static double seconds(lc_tokenizer *t, const char *text, size_t n) {
     int32_t *ids, count;
@@ -361,7 +410,7 @@ static void cuts_change_nothing(void **state) {
     lc_tokenizer_free(fast), lc_tokenizer_free(plain);
 }
 
-/* ---- refusals -------------------------------------------------------------------------------------------------------- */
+/* ---- refusals ---------------------------------------------------------------------------------------------------- */
 
 static void refusals(void **state) {
     (void)state;
@@ -374,23 +423,33 @@ static void refusals(void **state) {
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": -1}, \"merges\": []}}", "token id");
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0.5}, \"merges\": []}}", "token id");
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 2000000000}, \"merges\": []}}", "2000000000");
-    expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b\": 0}, \"merges\": []}}", "two tokens have id 0");
+    expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0, \"b\": 0}, \"merges\": []}}",
+                   "two tokens have id 0");
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": [\"a b\"]}}", "entry 0");
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": [\"a\"]}}", "two texts");
-    expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": [], \"dropout\": 0.1}}", "dropout");
+    expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": [], \"dropout\": 0.1}}",
+                   "dropout");
     expect_refusal("{\"normalizer\": {\"type\": \"Precompiled\"}, " OK_MODEL "}", "normalizer 'Precompiled'");
-    expect_refusal("{\"pre_tokenizer\": {\"type\": \"UnicodeScripts\"}, " OK_MODEL "}", "pre-tokenizer 'UnicodeScripts'");
+    expect_refusal("{\"pre_tokenizer\": {\"type\": \"UnicodeScripts\"}, " OK_MODEL "}",
+                   "pre-tokenizer 'UnicodeScripts'");
     expect_refusal("{\"decoder\": {\"type\": \"CTC\"}, " OK_MODEL "}", "decoder 'CTC'");
     expect_refusal("{\"post_processor\": {\"type\": \"Magic\"}, " OK_MODEL "}", "post-processor 'Magic'");
-    expect_refusal("{\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"<s>\"}}],"
-                   "\"special_tokens\": {}}, " OK_MODEL "}", "'<s>' is not among");
-    expect_refusal("{\"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"a(b\"}, \"behavior\": \"Isolated\"}, "
-                   OK_MODEL "}", "regular expression 'a(b'");
-    expect_refusal("{\"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"[a&&b]\"}, \"behavior\": \"Isolated\"}, "
-                   OK_MODEL "}", "&&");
-    expect_refusal("{\"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"a\"}, \"behavior\": \"Odd\"}, "
-                   OK_MODEL "}", "'Odd'");
-    expect_refusal("{\"pre_tokenizer\": {\"type\": \"Metaspace\", \"replacement\": \"ab\"}, " OK_MODEL "}", "one character");
+    expect_refusal(
+        "{\"post_processor\": {\"type\": \"TemplateProcessing\", \"single\": [{\"SpecialToken\": {\"id\": \"<s>\"}}],"
+        "\"special_tokens\": {}}, " OK_MODEL "}",
+        "'<s>' is not among");
+    expect_refusal("{\"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"a(b\"}, \"behavior\": "
+                   "\"Isolated\"}, " OK_MODEL "}",
+                   "regular expression 'a(b'");
+    expect_refusal("{\"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"[a&&b]\"}, \"behavior\": "
+                   "\"Isolated\"}, " OK_MODEL "}",
+                   "&&");
+    expect_refusal(
+        "{\"pre_tokenizer\": {\"type\": \"Split\", \"pattern\": {\"Regex\": \"a\"}, \"behavior\": \"Odd\"}, " OK_MODEL
+        "}",
+        "'Odd'");
+    expect_refusal("{\"pre_tokenizer\": {\"type\": \"Metaspace\", \"replacement\": \"ab\"}, " OK_MODEL "}",
+                   "one character");
     lc_tokenizer *t = load("{" MODEL("\"a\": 0", "", ", \"unk_token\": \"<gone>\"") "}");
     expect(t, "a", "0");
     assert_non_null(strstr(ids_of(t, "b", 1, 0, 1), "unknown token"));
@@ -405,9 +464,13 @@ static void refusals(void **state) {
     lc_tokenizer_free(t);
 }
 
-/* ---- GGUF ------------------------------------------------------------------------------------------------------------ */
+/* ---- GGUF -------------------------------------------------------------------------------------------------------- */
 
-typedef struct gguf { unsigned char data[8192]; size_t n; uint64_t count; } gguf;
+typedef struct gguf {
+    unsigned char data[8192];
+    size_t n;
+    uint64_t count;
+} gguf;
 
 static void put(gguf *g, const void *p, size_t n) {
     memcpy(g->data + g->n, p, n);
@@ -441,7 +504,8 @@ static lc_tokenizer *load_gguf(gguf *g, const char *refused) {
     lc_tokenizer *t;
     int status = lc_tokenizer_from_gguf(&t, f);
     lc_file_close(f);
-    if (refused && (status == LC_OK || !strstr(lc_error_message(), refused))) fail_msg("expected '%s': %s", refused, lc_error_message());
+    if (refused && (status == LC_OK || !strstr(lc_error_message(), refused)))
+        fail_msg("expected '%s': %s", refused, lc_error_message());
     if (!refused && status != LC_OK) fail_msg("%s", lc_error_message());
     return t;
 }
@@ -473,15 +537,27 @@ static void gguf_byte_level(void **state) {
 
 static void gguf_scores(void **state) {
     (void)state;
-    static const char *const tokens[] = {"<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", "\xE2\x96\x81", "a", "b", "ab", "bb",
-                                         "\xE2\x96\x81" "a"};
+    static const char *const tokens[] = {"<unk>",
+                                         "<s>",
+                                         "</s>",
+                                         "<0xC3>",
+                                         "<0xA9>",
+                                         "\xE2\x96\x81",
+                                         "a",
+                                         "b",
+                                         "ab",
+                                         "bb",
+                                         "\xE2\x96\x81"
+                                         "a"};
     static const float scores[] = {0, 0, 0, 0, 0, -10, -11, -12, -3, -2, -4};
     static const int types[] = {2, 3, 3, 6, 6, 1, 1, 1, 1, 1, 1};
     gguf g = {.n = 24};
     put_key(&g, "tokenizer.ggml.model", 8), put_string(&g, "llama");
     put_strings(&g, "tokenizer.ggml.tokens", tokens, 11);
-    put_key(&g, "tokenizer.ggml.scores", 9), put_number(&g, 6, 4), put_number(&g, 11, 8), put(&g, scores, sizeof scores);
-    put_key(&g, "tokenizer.ggml.token_type", 9), put_number(&g, 5, 4), put_number(&g, 11, 8), put(&g, types, sizeof types);
+    put_key(&g, "tokenizer.ggml.scores", 9), put_number(&g, 6, 4), put_number(&g, 11, 8),
+        put(&g, scores, sizeof scores);
+    put_key(&g, "tokenizer.ggml.token_type", 9), put_number(&g, 5, 4), put_number(&g, 11, 8),
+        put(&g, types, sizeof types);
     put_key(&g, "tokenizer.ggml.bos_token_id", 4), put_number(&g, 1, 4);
     put_key(&g, "tokenizer.ggml.unknown_token_id", 4), put_number(&g, 0, 4);
     lc_tokenizer *t = load_gguf(&g, NULL);
@@ -497,7 +573,7 @@ static void gguf_scores(void **state) {
     load_gguf(&none, "tokenizer.ggml.model is missing");
 }
 
-/* ---- sampler --------------------------------------------------------------------------------------------------------- */
+/* ---- sampler ----------------------------------------------------------------------------------------------------- */
 
 static void sampler(void **state) {
     (void)state;
@@ -547,11 +623,11 @@ static void sampler_large(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(byte_level), cmocka_unit_test(merge_order), cmocka_unit_test(invalid_utf8),
-        cmocka_unit_test(sentencepiece), cmocka_unit_test(metaspace), cmocka_unit_test(added_tokens),
-        cmocka_unit_test(normalized_tokens), cmocka_unit_test(pre_tokenizers), cmocka_unit_test(normalizers),
-        cmocka_unit_test(long_words), cmocka_unit_test(cuts_change_nothing), cmocka_unit_test(refusals),
-        cmocka_unit_test(gguf_byte_level), cmocka_unit_test(gguf_scores), cmocka_unit_test(sampler),
+        cmocka_unit_test(byte_level),        cmocka_unit_test(merge_order),         cmocka_unit_test(invalid_utf8),
+        cmocka_unit_test(sentencepiece),     cmocka_unit_test(metaspace),           cmocka_unit_test(added_tokens),
+        cmocka_unit_test(normalized_tokens), cmocka_unit_test(pre_tokenizers),      cmocka_unit_test(normalizers),
+        cmocka_unit_test(long_words),        cmocka_unit_test(cuts_change_nothing), cmocka_unit_test(refusals),
+        cmocka_unit_test(gguf_byte_level),   cmocka_unit_test(gguf_scores),         cmocka_unit_test(sampler),
         cmocka_unit_test(sampler_large)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
