@@ -1,5 +1,6 @@
-/* gemm_onednn.c: compiled once for all instruction sets. Owns the choice of the GEMM provider, oneDNN's entry points (opened at run
- * time, when first forced; the few prototypes stand here, so no header is needed to build), and each thread's scratch memory. */
+/* gemm_onednn.c: compiled once for all instruction sets. Owns the choice of the GEMM provider, oneDNN's entry points
+ * (opened at run time, when first forced; the few prototypes stand here, so no header is needed to build), and each
+ * thread's scratch memory. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <pthread.h>
@@ -12,11 +13,11 @@
 
 void *lc_cpu_scratch(size_t bytes);
 size_t lc_cpu_panel_bytes(void);
-int lc_onednn_sgemm(int trans_a, int trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b,
-                    int64_t ldb, float beta, float *c, int64_t ldc);
+int lc_onednn_sgemm(int trans_a, int trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
+                    const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
 int lc_onednn_active(void);
 
-/* ---- scratch ------------------------------------------------------------------------------------------------------------- */
+/* ---- scratch --------------------------------------------------------------------------------------------------- */
 
 static pthread_key_t scratch_key;
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
@@ -48,10 +49,10 @@ size_t lc_cpu_panel_bytes(void) {
     return b;
 }
 
-/* ---- provider ------------------------------------------------------------------------------------------------------------ */
+/* ---- provider -------------------------------------------------------------------------------------------------- */
 
-typedef int (*dnn_sgemm_fn)(char ta, char tb, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b,
-                            int64_t ldb, float beta, float *c, int64_t ldc);
+typedef int (*dnn_sgemm_fn)(char ta, char tb, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
+                            const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
 
 static dnn_sgemm_fn dnn_sgemm;
 static void (*omp_threads)(int);
@@ -90,8 +91,8 @@ const char *lc_cpu_gemm_provider(const char *force, const char **why) {
 
 int lc_onednn_active(void) { return dnn_active; }
 
-int lc_onednn_sgemm(int trans_a, int trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda, const float *b,
-                    int64_t ldb, float beta, float *c, int64_t ldc) {
+int lc_onednn_sgemm(int trans_a, int trans_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a, int64_t lda,
+                    const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
     static _Thread_local int told;
     if (!told && omp_threads) omp_threads(1);
     told = 1;

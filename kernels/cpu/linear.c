@@ -1,5 +1,6 @@
-/* linear.c: the ops `linear` and `matmul` on top of gemm.h, and their plain twins (option plain_linear): one dot product at a time,
- * summed in double. Here strides, batches and dtypes are sorted out, so that the product itself sees two matrices. */
+/* linear.c: the ops `linear` and `matmul` on top of gemm.h, and their plain twins (option plain_linear): one dot
+ * product at a time, summed in double. Here strides, batches and dtypes are sorted out, so that the product itself sees
+ * two matrices. */
 #include "gemm.h"
 
 static inline const char *element(const lc_view *v, int64_t at) { return gemm_at(v->data, v->dtype, at); }
@@ -9,15 +10,17 @@ static int rows_uniform(const lc_view *v, int64_t *ld) {
     int64_t step = 0, count = 1;
     for (int i = v->ndim - 2; i >= 0; i--) {
         if (v->dim[i] == 1) continue;
-        if (count == 1) step = v->stride[i];
-        else if (v->stride[i] != step * count) return 0;
+        if (count == 1)
+            step = v->stride[i];
+        else if (v->stride[i] != step * count)
+            return 0;
         count *= v->dim[i];
     }
     *ld = count > 1 ? step : v->ndim ? v->dim[v->ndim - 1] : 0;
     return 1;
 }
 
-/* ---- linear -------------------------------------------------------------------------------------------------------------- */
+/* ---- linear ---------------------------------------------------------------------------------------------------- */
 
 /* What lies in the workspace, in reals: x widened or made regular [rows, k]; b [n]; y before rounding [chunk, n]. */
 typedef struct linear_plan {
@@ -58,7 +61,8 @@ static void widen_x(void *ctx, int64_t begin, int64_t end, int thread) {
     const linear_job *j = ctx;
     const lc_view *x = &j->q->x[0];
     (void)thread;
-    for (int64_t r = begin; r < end; r++) row_to_real(x->dtype, element(x, view_row_offset(x, r)), j->x + r * j->p->k, j->p->k);
+    for (int64_t r = begin; r < end; r++)
+        row_to_real(x->dtype, element(x, view_row_offset(x, r)), j->x + r * j->p->k, j->p->k);
 }
 
 /* y [chunk, n] starts as `add`, where that cannot be read in place. */
@@ -116,8 +120,19 @@ int K(linear)(const lc_kargs *q) {
         return LC_K_OK;
     }
     real *work = q->work, *bias = b->data;
-    gemm_call g = {.n = p.n, .k = p.k, .b = w->data, .b_dtype = w->dtype, .b_rs = 1, .b_cs = p.n > 1 ? w->stride[0] : p.k,
-                   .a = x->data, .a_dtype = x->dtype, .a_rs = p.ldx, .a_cs = 1, .alpha = (real)q->f[0], .beta = 1, .ldc = p.ldy};
+    gemm_call g = {.n = p.n,
+                   .k = p.k,
+                   .b = w->data,
+                   .b_dtype = w->dtype,
+                   .b_rs = 1,
+                   .b_cs = p.n > 1 ? w->stride[0] : p.k,
+                   .a = x->data,
+                   .a_dtype = x->dtype,
+                   .a_rs = p.ldx,
+                   .a_cs = 1,
+                   .alpha = (real)q->f[0],
+                   .beta = 1,
+                   .ldc = p.ldy};
     if (!p.x_direct) {
         j.x = work;
         q->host->parallel(p.rows, 16, widen_x, &j);
@@ -147,7 +162,7 @@ int K(linear)(const lc_kargs *q) {
     return LC_K_OK;
 }
 
-/* ---- matmul -------------------------------------------------------------------------------------------------------------- */
+/* ---- matmul ---------------------------------------------------------------------------------------------------- */
 
 typedef struct matmul_job {
     const lc_kargs *q;
@@ -169,14 +184,16 @@ static int64_t batch_offset(const lc_view *v, int nb, int64_t at) {
 static void plain_product(const matmul_job *w, int64_t at) {
     const lc_view *a = &w->q->x[0], *b = &w->q->x[1], *add = &w->q->x[2], *y = &w->q->y[0];
     const int nb = w->nb;
-    const real *pa = (const real *)a->data + batch_offset(a, nb, at), *pb = (const real *)b->data + batch_offset(b, nb, at);
+    const real *pa = (const real *)a->data + batch_offset(a, nb, at),
+               *pb = (const real *)b->data + batch_offset(b, nb, at);
     const real *pd = add->data ? (const real *)add->data + batch_offset(add, nb, at) : NULL;
     real *py = (real *)y->data + batch_offset(y, nb, at);
     for (int64_t i = 0; i < w->m; i++)
         for (int64_t j = 0; j < w->n; j++) {
             double s = 0;
             for (int64_t k = 0; k < w->k; k++)
-                s += (double)pa[i * a->stride[nb] + k * a->stride[nb + 1]] * (double)pb[k * b->stride[nb] + j * b->stride[nb + 1]];
+                s += (double)pa[i * a->stride[nb] + k * a->stride[nb + 1]] *
+                     (double)pb[k * b->stride[nb] + j * b->stride[nb + 1]];
             s *= w->q->f[0];
             if (pd) s += (double)pd[i * add->stride[nb] + j * add->stride[nb + 1]];
             py[i * y->stride[nb] + j * y->stride[nb + 1]] = (real)s;
@@ -188,8 +205,18 @@ static int product(const matmul_job *w, int64_t at) {
     const lc_view *a = &w->q->x[0], *b = &w->q->x[1], *add = &w->q->x[2], *y = &w->q->y[0];
     const int nb = w->nb;
     const int64_t yr = y->stride[nb], yc = y->stride[nb + 1];
-    gemm_call g = {.m = w->m, .n = w->n, .k = w->k, .a_dtype = LC_K_REAL, .b_dtype = LC_K_REAL, .alpha = (real)w->q->f[0], .beta = 1,
-                   .a_rs = a->stride[nb], .a_cs = a->stride[nb + 1], .b_rs = b->stride[nb], .b_cs = b->stride[nb + 1], .ldc = yr};
+    gemm_call g = {.m = w->m,
+                   .n = w->n,
+                   .k = w->k,
+                   .a_dtype = LC_K_REAL,
+                   .b_dtype = LC_K_REAL,
+                   .alpha = (real)w->q->f[0],
+                   .beta = 1,
+                   .a_rs = a->stride[nb],
+                   .a_cs = a->stride[nb + 1],
+                   .b_rs = b->stride[nb],
+                   .b_cs = b->stride[nb + 1],
+                   .ldc = yr};
     g.a = (const real *)a->data + batch_offset(a, nb, at);
     g.b = (const real *)b->data + batch_offset(b, nb, at);
     g.c = (real *)y->data + batch_offset(y, nb, at);
@@ -219,8 +246,10 @@ static void products(void *ctx, int64_t begin, int64_t end, int thread) {
     matmul_job *w = ctx;
     (void)thread;
     for (int64_t at = begin; at < end; at++) {
-        if (w->q->host->option(LC_OPTION_PLAIN_LINEAR)) plain_product(w, at);
-        else if (product(w, at)) w->failed = 1;
+        if (w->q->host->option(LC_OPTION_PLAIN_LINEAR))
+            plain_product(w, at);
+        else if (product(w, at))
+            w->failed = 1;
     }
 }
 
@@ -251,7 +280,8 @@ int K(matmul)(const lc_kargs *k) {
     if (nd < 2 || q.x[0].ndim != nd || q.x[1].ndim != nd || (q.x[2].data && q.x[2].ndim != nd)) return LC_K_UNSUPPORTED;
     if (q.x[0].dtype != LC_K_REAL || q.x[1].dtype != LC_K_REAL || q.y[0].dtype != LC_K_REAL) return LC_K_UNSUPPORTED;
     if (view_numel(&q.y[0]) == 0) return LC_K_OK;
-    matmul_job w = {.q = &q, .m = q.y[0].dim[nd - 2], .n = q.y[0].dim[nd - 1], .k = q.x[0].dim[nd - 1], .nb = nd - 2, .batch = 1};
+    matmul_job w = {
+        .q = &q, .m = q.y[0].dim[nd - 2], .n = q.y[0].dim[nd - 1], .k = q.x[0].dim[nd - 1], .nb = nd - 2, .batch = 1};
     for (int i = 0; i < w.nb; i++) w.batch *= q.y[0].dim[i];
     fold_batches(&q, &w);
     double flops = (double)w.m * (double)w.n * (double)w.k;

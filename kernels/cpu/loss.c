@@ -1,7 +1,7 @@
-/* loss.c: mean squared error, cross-entropy, and cross-entropy straight from hidden states and the output matrix, which never holds
- * all logits: rows go in chunks, the vocabulary in tiles, and row maximum, sum and gradient are carried from tile to tile as in
- * online softmax. Rows whose label is `ignore` are left out before anything is computed. The mean over no rows is 0. Option
- * plain_loss selects the twins: double arithmetic, one row at a time. */
+/* loss.c: mean squared error, cross-entropy, and cross-entropy straight from hidden states and the output matrix, which
+ * never holds all logits: rows go in chunks, the vocabulary in tiles, and row maximum, sum and gradient are carried
+ * from tile to tile as in online softmax. Rows whose label is `ignore` are left out before anything is computed. The
+ * mean over no rows is 0. Option plain_loss selects the twins: double arithmetic, one row at a time. */
 #include "gemm.h"
 
 enum { MSE_BLOCK = 1 << 14 };
@@ -30,7 +30,7 @@ static inline void put_scalar(const lc_view *y, double value) {
     if (y->data) row_from_real(y->dtype, &r, y->data, 1);
 }
 
-/* ---- mean squared error --------------------------------------------------------------------------------------------------- */
+/* ---- mean squared error ---------------------------------------------------------------------------------------- */
 
 /* Rows in blocks of a fixed size, each block's sum in double: the result does not depend on the threads. */
 static int64_t mse_rows(int64_t n) { return LC_MAX(MSE_BLOCK / LC_MAX(n, 1), 1); }
@@ -49,7 +49,8 @@ static void mse_blocks(void *ctx, int64_t begin, int64_t end, int thread) {
     for (int64_t block = begin; block < end; block++) {
         double sum[8] = {0}, rest = 0;
         for (int64_t r = block * per; r < LC_MIN((block + 1) * per, rows); r++) {
-            const real *pa = (const real *)a->data + view_row_offset(a, r), *pb = (const real *)b->data + view_row_offset(b, r);
+            const real *pa = (const real *)a->data + view_row_offset(a, r),
+                       *pb = (const real *)b->data + view_row_offset(b, r);
             int64_t i = 0;
             for (; i + 8 <= n; i += 8)
                 for (int l = 0; l < 8; l++) {
@@ -98,7 +99,7 @@ int K(mse_loss_backward)(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* ---- rows of logits ------------------------------------------------------------------------------------------------------- */
+/* ---- rows of logits -------------------------------------------------------------------------------------------- */
 
 static real row_max(const real *x, int64_t n) {
     int64_t i = 0;
@@ -111,7 +112,8 @@ static real row_max(const real *x, int64_t n) {
 }
 
 /* Sum of scale * exp(x - shift); with `out`, the terms are left there. Pieces meet in double. */
-static inline __attribute__((always_inline)) double exp_terms(const real *x, int64_t n, real shift, real scale, real *out) {
+static inline __attribute__((always_inline)) double exp_terms(const real *x, int64_t n, real shift, real scale,
+                                                              real *out) {
     enum { PIECE = 1024 };
     double total = 0;
     for (int64_t at = 0; at < n; at += PIECE) {
@@ -132,7 +134,7 @@ static inline __attribute__((always_inline)) double exp_terms(const real *x, int
     return total;
 }
 
-/* ---- cross-entropy -------------------------------------------------------------------------------------------------------- */
+/* ---- cross-entropy --------------------------------------------------------------------------------------------- */
 
 /* work: each row's loss, double [n]. */
 size_t K(cross_entropy_work)(const lc_kargs *k) { return (size_t)view_numel(&k->x[1]) * sizeof(double); }
@@ -184,7 +186,8 @@ static void ce_gradient(void *ctx, int64_t begin, int64_t end, int thread) {
     const int64_t v = k->x[1].dim[k->x[1].ndim - 1];
     (void)thread;
     for (int64_t r = begin; r < end; r++) {
-        const real *x = (const real *)k->x[1].data + view_row_offset(&k->x[1], r), lse = ((const real *)k->x[3].data)[r];
+        const real *x = (const real *)k->x[1].data + view_row_offset(&k->x[1], r),
+                   lse = ((const real *)k->x[3].data)[r];
         real *y = (real *)k->y[0].data + view_row_offset(&k->y[0], r);
         int64_t label = label_at(&k->x[2], r);
         if (label == k->i[0]) {
@@ -205,11 +208,11 @@ int K(cross_entropy_backward)(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* ---- linear cross-entropy ------------------------------------------------------------------------------------------------- */
+/* ---- linear cross-entropy -------------------------------------------------------------------------------------- */
 
-/* One chunk of rows: x [rows, d] (gathered), logits of one tile [rows, tile], gradient before the division by the sum [rows, d],
- * the tile of w as reals [tile, d] (when w is of another dtype and the gradient is wanted); per row the running maximum, sum and
- * label's logit. index [n]: which rows of the input count. */
+/* One chunk of rows: x [rows, d] (gathered), logits of one tile [rows, tile], gradient before the division by the sum
+ * [rows, d], the tile of w as reals [tile, d] (when w is of another dtype and the gradient is wanted); per row the
+ * running maximum, sum and label's logit. index [n]: which rows of the input count. */
 typedef struct lce {
     const lc_kargs *k;
     int64_t n, d, v, rows, tile, count;
@@ -260,7 +263,8 @@ static void lce_gather(void *ctx, int64_t begin, int64_t end, int thread) {
     const lc_view *x = &p->k->x[0];
     (void)thread;
     for (int64_t r = begin; r < end; r++)
-        row_to_real(x->dtype, gemm_at(x->data, x->dtype, view_row_offset(x, p->index[p->r0 + r])), p->x + r * p->d, p->d);
+        row_to_real(x->dtype, gemm_at(x->data, x->dtype, view_row_offset(x, p->index[p->r0 + r])), p->x + r * p->d,
+                    p->d);
 }
 
 static void lce_widen(void *ctx, int64_t begin, int64_t end, int thread) {
@@ -319,9 +323,20 @@ static int lce_chunk(lce *p, double *total) {
     p->px = p->x, p->pacc = p->acc;
     for (p->v0 = 0; p->v0 < p->v; p->v0 += p->tile) {
         p->vn = LC_MIN(p->tile, p->v - p->v0);
-        gemm_call g = {.m = p->m, .n = p->vn, .k = p->d, .a = p->px, .a_dtype = LC_K_REAL, .a_rs = p->d, .a_cs = 1, .b_rs = 1,
-                       .b = gemm_at(w->data, w->dtype, p->v0 * w->stride[0]), .b_dtype = w->dtype, .b_cs = w->stride[0],
-                       .alpha = 1, .c = p->logits, .ldc = p->vn};
+        gemm_call g = {.m = p->m,
+                       .n = p->vn,
+                       .k = p->d,
+                       .a = p->px,
+                       .a_dtype = LC_K_REAL,
+                       .a_rs = p->d,
+                       .a_cs = 1,
+                       .b_rs = 1,
+                       .b = gemm_at(w->data, w->dtype, p->v0 * w->stride[0]),
+                       .b_dtype = w->dtype,
+                       .b_cs = w->stride[0],
+                       .alpha = 1,
+                       .c = p->logits,
+                       .ldc = p->vn};
         if (p->widen) {
             k->host->parallel(p->vn, 16, lce_widen, p);
             g.b = p->w, g.b_dtype = LC_K_REAL, g.b_cs = p->d;
@@ -330,9 +345,23 @@ static int lce_chunk(lce *p, double *total) {
         if (status) return status;
         k->host->parallel(p->m, 8, lce_softmax, p);
         if (!p->grad) continue;
-        gemm_call h = {.m = p->m, .n = p->d, .k = p->vn, .a = p->logits, .a_dtype = LC_K_REAL, .a_rs = p->vn, .a_cs = 1, .b = g.b,
-                       .b_dtype = LC_K_REAL, .b_rs = g.b_cs, .b_cs = 1, .alpha = 1, .beta = 1, .add = p->v0 ? p->pacc : NULL,
-                       .ld_add = p->d, .c = p->pacc, .ldc = p->d};
+        gemm_call h = {.m = p->m,
+                       .n = p->d,
+                       .k = p->vn,
+                       .a = p->logits,
+                       .a_dtype = LC_K_REAL,
+                       .a_rs = p->vn,
+                       .a_cs = 1,
+                       .b = g.b,
+                       .b_dtype = LC_K_REAL,
+                       .b_rs = g.b_cs,
+                       .b_cs = 1,
+                       .alpha = 1,
+                       .beta = 1,
+                       .add = p->v0 ? p->pacc : NULL,
+                       .ld_add = p->d,
+                       .c = p->pacc,
+                       .ldc = p->d};
         status = K(gemm_run)(k->host, &h);
         if (status) return status;
     }
@@ -348,7 +377,8 @@ static int lce_chunk(lce *p, double *total) {
     return LC_K_OK;
 }
 
-/* The twin: rows [begin, end) of the chunk, all in double; leaves each row's loss in sum. scratch: logits [v], gradient, x, w row [d]. */
+/* The twin: rows [begin, end) of the chunk, all in double; leaves each row's loss in sum. scratch: logits [v],
+ * gradient, x, w row [d]. */
 static void lce_plain(void *ctx, int64_t begin, int64_t end, int thread) {
     lce *p = ctx;
     const lc_kargs *k = p->k;
@@ -396,7 +426,8 @@ int K(linear_cross_entropy)(const lc_kargs *k) {
     if (p.count < 0) return LC_K_RANGE;
     if (y[1].data) memset(y[1].data, 0, (size_t)(view_numel(&y[1]) * lc_dtype_traits(y[1].dtype)->bytes));
     if (y[2].data) memset(y[2].data, 0, (size_t)view_numel(&y[2]) * sizeof(int32_t));
-    if (y[3].data && (p.count < p.n || !p.grad)) memset(y[3].data, 0, (size_t)(view_numel(x) * lc_dtype_traits(x->dtype)->bytes));
+    if (y[3].data && (p.count < p.n || !p.grad))
+        memset(y[3].data, 0, (size_t)(view_numel(x) * lc_dtype_traits(x->dtype)->bytes));
     int64_t at = 0;
     for (int64_t i = 0; i < p.n; i++)
         if (label_at(&k->x[2], i) != k->i[0]) p.index[at++] = i;

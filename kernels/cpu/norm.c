@@ -1,5 +1,6 @@
-/* norm.c: RMSNorm and rotary position embedding, with their gradients. Rows are spread over the threads; every sum is made in a fixed
- * order, whatever the number of threads: over a row in vector lanes that meet in double, over rows in blocks that meet in double. */
+/* norm.c: RMSNorm and rotary position embedding, with their gradients. Rows are spread over the threads; every sum is
+ * made in a fixed order, whatever the number of threads: over a row in vector lanes that meet in double, over rows in
+ * blocks that meet in double. */
 #include "simd.h"
 
 static inline real *row_at(const lc_view *v, int64_t r) { return (real *)v->data + view_row_offset(v, r); }
@@ -15,7 +16,9 @@ static double sum_double(vreal a, vreal b, vreal c, vreal d) {
 static inline __attribute__((always_inline)) double dot3(const real *a, const real *b, const real *c, int64_t n) {
     vreal s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
     int64_t i = 0;
-#define TERM(o) (c ? vload(a + i + (o) * VL) * vload(b + i + (o) * VL) * vload(c + i + (o) * VL) : vload(a + i + (o) * VL) * vload(b + i + (o) * VL))
+#define TERM(o)                                                                                                        \
+    (c ? vload(a + i + (o)*VL) * vload(b + i + (o)*VL) * vload(c + i + (o)*VL)                                         \
+       : vload(a + i + (o)*VL) * vload(b + i + (o)*VL))
     for (; i + 4 * VL <= n; i += 4 * VL) s0 += TERM(0), s1 += TERM(1), s2 += TERM(2), s3 += TERM(3);
     for (; i + VL <= n; i += VL) s0 += TERM(0);
 #undef TERM
@@ -24,7 +27,7 @@ static inline __attribute__((always_inline)) double dot3(const real *a, const re
     return s;
 }
 
-/* ---- RMSNorm ------------------------------------------------------------------------------------------------------------- */
+/* ---- RMSNorm --------------------------------------------------------------------------------------------------- */
 
 /* x [rows, n]  w [n]  ->  y [rows, n], rstd [rows] */
 static void norm_rows(void *ctx, int64_t begin, int64_t end, int thread) {
@@ -77,7 +80,8 @@ static void norm_gw(void *ctx, int64_t begin, int64_t end, int thread) {
         for (int64_t r0 = 0; r0 < rows; r0 += BLOCK) {
             real part[WIDTH] = {0};
             for (int64_t r = r0; r < LC_MIN(r0 + BLOCK, rows); r++) {
-                const real *restrict pg = row_at(&k->x[0], r) + c, *restrict px = row_at(&k->x[1], r) + c, rstd = rstds[r];
+                const real *restrict pg = row_at(&k->x[0], r) + c, *restrict px = row_at(&k->x[1], r) + c,
+                                     rstd = rstds[r];
                 for (int64_t i = 0; i < n; i++) part[i] += pg[i] * (px[i] * rstd);
             }
             for (int64_t i = 0; i < n; i++) total[i] += (double)part[i];
@@ -94,7 +98,7 @@ int K(rms_norm_backward)(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* ---- rotation ------------------------------------------------------------------------------------------------------------ */
+/* ---- rotation -------------------------------------------------------------------------------------------------- */
 
 static inline double number_at(const lc_view *v, int64_t i) {
     switch (v->dtype) {
@@ -134,8 +138,10 @@ static void rope_rows(void *ctx, int64_t begin, int64_t end, int thread) {
     (void)thread;
     for (int64_t r = begin; r < end; r++) {
         const int64_t b = r / len, t = r % len;
-        const real *restrict pc = (const real *)c->data + (c->ndim == 3 ? b * c->stride[0] : 0) + t * c->stride[c->ndim - 2];
-        const real *restrict ps = (const real *)s->data + (s->ndim == 3 ? b * s->stride[0] : 0) + t * s->stride[s->ndim - 2];
+        const real *restrict pc =
+            (const real *)c->data + (c->ndim == 3 ? b * c->stride[0] : 0) + t * c->stride[c->ndim - 2];
+        const real *restrict ps =
+            (const real *)s->data + (s->ndim == 3 ? b * s->stride[0] : 0) + t * s->stride[s->ndim - 2];
         for (int64_t h = 0; h < heads; h++) {
             const real *restrict px = (const real *)x->data + b * x->stride[0] + h * x->stride[1] + t * x->stride[2];
             real *restrict py = (real *)y->data + b * y->stride[0] + h * y->stride[1] + t * y->stride[2];

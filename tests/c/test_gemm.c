@@ -1,5 +1,6 @@
-/* test_gemm.c: matrix products, norms, rotations and losses of the CPU back-end, on every instruction set that this machine has,
- * against loops in double: odd shapes, strides, all weight dtypes, both GEMM providers, fast paths and plain twins. */
+/* test_gemm.c: matrix products, norms, rotations and losses of the CPU back-end, on every instruction set that this
+ * machine has, against loops in double: odd shapes, strides, all weight dtypes, both GEMM providers, fast paths and
+ * plain twins. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -16,7 +17,7 @@
 
 extern void lc_dequantise(int dtype, const void *blocks, float *out, int64_t n);
 
-/* ---- a host whose pool is made for each call --------------------------------------------------------------------------- */
+/* ---- a host whose pool is made for each call ------------------------------------------------------------------- */
 
 enum { THREADS = 3 };
 static int options[LC_OPTION_COUNT];
@@ -51,7 +52,7 @@ static int threads(void) { return THREADS; }
 static int option(int which) { return options[which]; }
 static const lc_host host = {parallel, threads, option};
 
-/* ---- operands ------------------------------------------------------------------------------------------------------------ */
+/* ---- operands -------------------------------------------------------------------------------------------------- */
 
 static uint64_t seed = 1;
 static double uniform(void) {
@@ -78,7 +79,8 @@ static lc_view view(int dtype, int ndim, const int64_t *dims) {
     v.data = hold((size_t)(n / t->block * t->bytes));
     return v;
 }
-#define VIEW(dtype, ...) view(dtype, (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]){__VA_ARGS__})
+#define VIEW(dtype, ...)                                                                                               \
+    view(dtype, (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (int64_t[]){__VA_ARGS__})
 static lc_view swapped(lc_view v, int a, int b) {
     int64_t d = v.dim[a], s = v.stride[a];
     v.dim[a] = v.dim[b], v.stride[a] = v.stride[b], v.dim[b] = d, v.stride[b] = s;
@@ -177,7 +179,7 @@ static lc_view weight(int dtype, int64_t n, int64_t k, lc_view *values) {
     return w;
 }
 
-/* ---- running ------------------------------------------------------------------------------------------------------------- */
+/* ---- running --------------------------------------------------------------------------------------------------- */
 
 typedef struct variant {
     const char *isa;
@@ -214,7 +216,9 @@ static int run(int op, lc_kargs *k) {
     return status;
 }
 
-static double tolerance(int dtype) { return dtype == LC_K_F64 ? 1e-12 : dtype == LC_K_BF16 ? 5e-3 : dtype == LC_K_F16 ? 1e-3 : 3e-6; }
+static double tolerance(int dtype) {
+    return dtype == LC_K_F64 ? 1e-12 : dtype == LC_K_BF16 ? 5e-3 : dtype == LC_K_F16 ? 1e-3 : 3e-6;
+}
 
 /* Largest difference over the largest value. */
 static void expect_close(const char *what, const lc_view *got, const lc_view *want, double limit) {
@@ -225,18 +229,21 @@ static void expect_close(const char *what, const lc_view *got, const lc_view *wa
         if (!(d <= worst)) worst = d;
     }
     if (worst <= limit * top) return;
-    print_error("%s: off by %g, largest value %g, in %s\n", what, worst, top, real_type == LC_K_F64 ? "double" : "float");
+    print_error("%s: off by %g, largest value %g, in %s\n", what, worst, top,
+                real_type == LC_K_F64 ? "double" : "float");
     fail();
 }
 
-/* ---- linear -------------------------------------------------------------------------------------------------------------- */
+/* ---- linear ---------------------------------------------------------------------------------------------------- */
 
 /* extras: 1 bias, 2 add, 4 rows of x apart and permuted. */
 static void check_linear(int x_type, int w_type, int64_t m, int64_t n, int64_t k, int extras) {
     lc_view values, x, w = weight(w_type, n, k, &values);
     int64_t half = m % 2 ? 1 : 2;
-    if (extras & 4) x = narrowed(swapped(filled(VIEW(x_type, m / half, half, k + 32)), 0, 1), 2, 0, k);
-    else x = filled(VIEW(x_type, half, m / half, k));
+    if (extras & 4)
+        x = narrowed(swapped(filled(VIEW(x_type, m / half, half, k + 32)), 0, 1), 2, 0, k);
+    else
+        x = filled(VIEW(x_type, half, m / half, k));
     lc_view y = VIEW(x_type, half, m / half, n), want = VIEW(LC_K_F64, half, m / half, n);
     lc_view b = filled(VIEW(extras & 8 ? LC_K_F16 : x_type, n)), add = filled(VIEW(x_type, half, m / half, n));
     if (extras & 8) add = swapped(filled(VIEW(x_type, m / half, half, n)), 0, 1);
@@ -254,8 +261,8 @@ static void check_linear(int x_type, int w_type, int64_t m, int64_t n, int64_t k
             set(&want, i * n + j, s);
         }
     char what[160];
-    snprintf(what, sizeof what, "linear %s x %s, m %d n %d k %d, extras %d", lc_dtype_traits(x_type)->name, lc_dtype_traits(w_type)->name,
-             (int)m, (int)n, (int)k, extras);
+    snprintf(what, sizeof what, "linear %s x %s, m %d n %d k %d, extras %d", lc_dtype_traits(x_type)->name,
+             lc_dtype_traits(w_type)->name, (int)m, (int)n, (int)k, extras);
     for (int plain = 0; plain < 2; plain++) {
         options[LC_OPTION_PLAIN_LINEAR] = plain;
         memset(y.data, 0xff, (size_t)numel(&y) * (size_t)lc_dtype_traits(x_type)->bytes);
@@ -268,12 +275,12 @@ static void check_linear(int x_type, int w_type, int64_t m, int64_t n, int64_t k
 
 static void test_linear_shapes(void **state) {
     (void)state;
-    static const int64_t shapes[][3] = {{1, 1, 1}, {1, 7, 33}, {2, 64, 64}, {3, 5, 40}, {4, 33, 96}, {5, 17, 31}, {7, 100, 64}, {8, 31, 65},
-                                        {9, 33, 17}, {14, 32, 16}, {15, 65, 7}, {28, 64, 400}, {29, 95, 801}, {33, 1, 20}, {40, 3, 64},
-                                        {50, 8, 129}, {51, 9, 33}, {64, 130, 8}, {100, 16, 3}, {17, 700, 40}, {130, 257, 66}};
-    EACH_VARIANT for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-        for (int extras = 0; extras < 16; extras++)
-            check_linear(real_type, real_type, shapes[i][0], shapes[i][1], shapes[i][2], extras);
+    static const int64_t shapes[][3] = {
+        {1, 1, 1},   {1, 7, 33},   {2, 64, 64},  {3, 5, 40},   {4, 33, 96},   {5, 17, 31},   {7, 100, 64},
+        {8, 31, 65}, {9, 33, 17},  {14, 32, 16}, {15, 65, 7},  {28, 64, 400}, {29, 95, 801}, {33, 1, 20},
+        {40, 3, 64}, {50, 8, 129}, {51, 9, 33},  {64, 130, 8}, {100, 16, 3},  {17, 700, 40}, {130, 257, 66}};
+    EACH_VARIANT for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) for (int extras = 0; extras < 16; extras++)
+        check_linear(real_type, real_type, shapes[i][0], shapes[i][1], shapes[i][2], extras);
 }
 
 static void test_linear_dtypes(void **state) {
@@ -286,7 +293,8 @@ static void test_linear_dtypes(void **state) {
             int64_t block = lc_dtype_traits(w)->block;
             for (int i = 0; i < 4; i++)
                 for (int n = 5; n < 80; n += 42)
-                    for (int x = LC_K_F32; x <= (n > 40 ? LC_K_F32 : LC_K_F16); x++) check_linear(x, w, m[i], n, block > 1 ? (n > 40 ? 512 : 256) : 70 + n, i * 5);
+                    for (int x = LC_K_F32; x <= (n > 40 ? LC_K_F32 : LC_K_F16); x++)
+                        check_linear(x, w, m[i], n, block > 1 ? (n > 40 ? 512 : 256) : 70 + n, i * 5);
         }
     }
 }
@@ -297,7 +305,8 @@ static void test_linear_empty(void **state) {
         double alpha = 1;
         for (int i = 0; i < 3; i++) {
             int64_t m = i == 0 ? 0 : 3, n = i == 1 ? 0 : 4, k = i == 2 ? 0 : 5;
-            lc_kargs q = {.x = {VIEW(real_type, m, k), VIEW(real_type, n, k), {0}, filled(VIEW(real_type, m, n))}, .f = &alpha};
+            lc_kargs q = {.x = {VIEW(real_type, m, k), VIEW(real_type, n, k), {0}, filled(VIEW(real_type, m, n))},
+                          .f = &alpha};
             q.y[0] = VIEW(real_type, m, n);
             assert_int_equal(run(LC_OP_linear, &q), LC_K_OK);
             expect_close("empty", &q.y[0], &q.x[3], 1e-6);
@@ -306,14 +315,14 @@ static void test_linear_empty(void **state) {
     }
 }
 
-/* ---- matmul -------------------------------------------------------------------------------------------------------------- */
+/* ---- matmul ---------------------------------------------------------------------------------------------------- */
 
 static lc_view operand(int64_t b0, int64_t b1, int64_t r, int64_t c, int form) {
     switch (form) {
     case 0: return filled(VIEW(real_type, b0, b1, r, c));
     case 1: return swapped(filled(VIEW(real_type, b0, b1, c, r)), 2, 3);
     case 2: return swapped(filled(VIEW(real_type, b0, r, b1, c)), 1, 2); /* heads inside rows */
-    case 3: { /* no stride is 1 */
+    case 3: {                                                            /* no stride is 1 */
         lc_view v = filled(VIEW(real_type, b0, b1, r, 2 * c));
         v.dim[3] = c, v.stride[3] = 2;
         return v;
@@ -343,8 +352,8 @@ static void check_matmul(const int64_t *s, int form_a, int form_b, int form_add,
                 set(&want, at, alpha * sum + (form_add >= 0 ? item(&q.x[2], at) : 0));
             }
     char what[160];
-    snprintf(what, sizeof what, "matmul %dx%d of %d %d %d, forms %d %d %d %d", (int)s[0], (int)s[1], (int)s[2], (int)s[3], (int)s[4], form_a,
-             form_b, form_add, form_y);
+    snprintf(what, sizeof what, "matmul %dx%d of %d %d %d, forms %d %d %d %d", (int)s[0], (int)s[1], (int)s[2],
+             (int)s[3], (int)s[4], form_a, form_b, form_add, form_y);
     for (int plain = 0; plain < 2; plain++) {
         options[LC_OPTION_PLAIN_LINEAR] = plain;
         assert_int_equal(run(LC_OP_matmul, &q), LC_K_OK);
@@ -355,11 +364,13 @@ static void check_matmul(const int64_t *s, int form_a, int form_b, int form_add,
 }
 
 static void all_matmuls(void) {
-    static const int64_t shapes[][5] = {{1, 1, 1, 1, 1}, {1, 1, 40, 70, 33}, {2, 3, 17, 9, 20}, {3, 4, 1, 40, 16}, {2, 2, 33, 1, 12}, {1, 2, 5, 64, 450},
-                                        {4, 2, 12, 33, 1}, {1, 1, 130, 8, 64}, {1, 1, 8, 130, 64}, {1, 1, 61, 150, 390}, {5, 1, 3, 3, 3}, {1, 1, 0, 4, 4}, {1, 1, 4, 4, 0}};
-    EACH_VARIANT for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
-        for (int a = 0; a < 5; a++)
-            for (int b = 0; b < 5; b++) check_matmul(shapes[i], a, b, (a + 2 * b) % 6 - 1, (a + b) % 4);
+    static const int64_t shapes[][5] = {{1, 1, 1, 1, 1},    {1, 1, 40, 70, 33},   {2, 3, 17, 9, 20}, {3, 4, 1, 40, 16},
+                                        {2, 2, 33, 1, 12},  {1, 2, 5, 64, 450},   {4, 2, 12, 33, 1}, {1, 1, 130, 8, 64},
+                                        {1, 1, 8, 130, 64}, {1, 1, 61, 150, 390}, {5, 1, 3, 3, 3},   {1, 1, 0, 4, 4},
+                                        {1, 1, 4, 4, 0}};
+    EACH_VARIANT for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) for (int a = 0; a < 5;
+                                                                                  a++) for (int b = 0; b < 5; b++)
+        check_matmul(shapes[i], a, b, (a + 2 * b) % 6 - 1, (a + b) % 4);
 }
 
 static void test_matmul(void **state) {
@@ -379,11 +390,13 @@ static void test_onednn(void **state) {
     assert_string_equal(lc_cpu_gemm_provider("own", &why), "own");
 }
 
-/* ---- norms and rotation -------------------------------------------------------------------------------------------------- */
+/* ---- norms and rotation ---------------------------------------------------------------------------------------- */
 
 static void check_norm(int64_t rows, int64_t n) {
-    lc_view x = narrowed(filled(VIEW(real_type, rows, n + 3)), 1, 0, n), w = filled(VIEW(real_type, n)), g = filled(VIEW(real_type, rows, n));
-    lc_view y = VIEW(real_type, rows, n), rstd = VIEW(real_type, rows), gx = VIEW(real_type, rows, n), gw = VIEW(real_type, n);
+    lc_view x = narrowed(filled(VIEW(real_type, rows, n + 3)), 1, 0, n), w = filled(VIEW(real_type, n)),
+            g = filled(VIEW(real_type, rows, n));
+    lc_view y = VIEW(real_type, rows, n), rstd = VIEW(real_type, rows), gx = VIEW(real_type, rows, n),
+            gw = VIEW(real_type, n);
     lc_view want = VIEW(LC_K_F64, rows, n), want_gx = VIEW(LC_K_F64, rows, n), want_gw = VIEW(LC_K_F64, n);
     double eps = 1e-5;
     for (int64_t r = 0; r < rows; r++) {
@@ -422,13 +435,16 @@ static void test_norm(void **state) {
 }
 
 static void check_rope(int64_t b, int64_t h, int64_t t, int64_t d, int batched, int wide) {
-    lc_view pos = batched ? VIEW(wide ? LC_K_I64 : LC_K_I32, b, t) : VIEW(wide ? LC_K_I64 : LC_K_I32, t), freq = VIEW(real_type, d / 2);
+    lc_view pos = batched ? VIEW(wide ? LC_K_I64 : LC_K_I32, b, t) : VIEW(wide ? LC_K_I64 : LC_K_I32, t),
+            freq = VIEW(real_type, d / 2);
     for (int64_t i = 0; i < numel(&pos); i++) set(&pos, i, floor(5000 * (uniform() + 0.5)));
     for (int64_t i = 0; i < d / 2; i++) set(&freq, i, pow(10000, -2.0 * (double)i / (double)d));
-    lc_view c = batched ? VIEW(real_type, b, t, d / 2) : VIEW(real_type, t, d / 2), s = batched ? VIEW(real_type, b, t, d / 2) : VIEW(real_type, t, d / 2);
+    lc_view c = batched ? VIEW(real_type, b, t, d / 2) : VIEW(real_type, t, d / 2),
+            s = batched ? VIEW(real_type, b, t, d / 2) : VIEW(real_type, t, d / 2);
     lc_kargs q = {.x = {pos, freq}, .y = {c, s}};
     assert_int_equal(run(LC_OP_rope_table, &q), LC_K_OK);
-    lc_view x = swapped(filled(VIEW(real_type, b, t, h, d)), 1, 2), y = swapped(VIEW(real_type, b, t, h, d), 1, 2), want = VIEW(LC_K_F64, b, h, t, d);
+    lc_view x = swapped(filled(VIEW(real_type, b, t, h, d)), 1, 2), y = swapped(VIEW(real_type, b, t, h, d), 1, 2),
+            want = VIEW(LC_K_F64, b, h, t, d);
     for (int64_t i = 0; i < numel(&x); i++) {
         int64_t e = i % d, p = i / d % t, at = batched ? i / (d * t * h) * t + p : p;
         double angle = get(&pos, at) * get(&freq, e % (d / 2)), other = item(&x, e < d / 2 ? i + d / 2 : i - d / 2);
@@ -455,15 +471,17 @@ static void test_rope(void **state) {
     }
 }
 
-/* ---- losses -------------------------------------------------------------------------------------------------------------- */
+/* ---- losses ---------------------------------------------------------------------------------------------------- */
 
 static void test_mse(void **state) {
     (void)state;
     static const int64_t shapes[][2] = {{1, 1}, {3, 5}, {100, 64}, {7, 20001}, {900, 33}};
     EACH_VARIANT for (int i = 0; i < 5; i++) {
         int64_t rows = shapes[i][0], n = shapes[i][1];
-        lc_view a = narrowed(filled(VIEW(real_type, rows, n + 2)), 1, 0, n), b = filled(VIEW(real_type, rows, n)), g = VIEW(real_type, 1);
-        lc_view y = VIEW(real_type, 1), want = VIEW(LC_K_F64, 1), ga = VIEW(real_type, rows, n), gb = VIEW(real_type, rows, n), want_g = VIEW(LC_K_F64, rows, n);
+        lc_view a = narrowed(filled(VIEW(real_type, rows, n + 2)), 1, 0, n), b = filled(VIEW(real_type, rows, n)),
+                g = VIEW(real_type, 1);
+        lc_view y = VIEW(real_type, 1), want = VIEW(LC_K_F64, 1), ga = VIEW(real_type, rows, n),
+                gb = VIEW(real_type, rows, n), want_g = VIEW(LC_K_F64, rows, n);
         double s = 0;
         y.ndim = g.ndim = 0;
         set(&g, 0, 3);
@@ -485,8 +503,8 @@ static void test_mse(void **state) {
 }
 
 /* Logits in doubles -> mean loss, losses, lse, argmax, d mean / d logits. */
-static double naive_loss(const double *logits, int64_t n, int64_t v, const lc_view *labels, int64_t ignore, double *losses, double *lses, int64_t *best,
-                         double *gradient) {
+static double naive_loss(const double *logits, int64_t n, int64_t v, const lc_view *labels, int64_t ignore,
+                         double *losses, double *lses, int64_t *best, double *gradient) {
     double total = 0;
     int64_t count = 0;
     for (int64_t i = 0; i < n; i++) count += get(labels, i) != (double)ignore;
@@ -509,14 +527,17 @@ static double naive_loss(const double *logits, int64_t n, int64_t v, const lc_vi
 /* ignored: 0 none, 1 some, 2 all */
 static lc_view make_labels(int dtype, int64_t n, int64_t v, int ignored, int ignore) {
     lc_view l = VIEW(dtype, n);
-    for (int64_t i = 0; i < n; i++) set(&l, i, ignored == 2 || (ignored && i % 3 == 1) ? ignore : floor((uniform() + 0.5) * (double)v));
+    for (int64_t i = 0; i < n; i++)
+        set(&l, i, ignored == 2 || (ignored && i % 3 == 1) ? ignore : floor((uniform() + 0.5) * (double)v));
     return l;
 }
 
 static void check_cross_entropy(int64_t n, int64_t v, int ignored, int label_type, double spread) {
     int32_t ignore = ignored == 1 ? 2 : -100; /* a valid id may be the ignored one */
-    lc_view x = filled(VIEW(real_type, n, v)), labels = make_labels(label_type, n, v, ignored, ignore), loss = VIEW(real_type, 1), lse = VIEW(real_type, n);
-    lc_view want = VIEW(LC_K_F64, 1), want_lse = VIEW(LC_K_F64, n), want_g = VIEW(LC_K_F64, n, v), logits = VIEW(LC_K_F64, n, v), gx = VIEW(real_type, n, v);
+    lc_view x = filled(VIEW(real_type, n, v)), labels = make_labels(label_type, n, v, ignored, ignore),
+            loss = VIEW(real_type, 1), lse = VIEW(real_type, n);
+    lc_view want = VIEW(LC_K_F64, 1), want_lse = VIEW(LC_K_F64, n), want_g = VIEW(LC_K_F64, n, v),
+            logits = VIEW(LC_K_F64, n, v), gx = VIEW(real_type, n, v);
     double *losses = hold((size_t)n * 8);
     int64_t *best = hold((size_t)n * 8);
     for (int64_t i = 0; i < n * v; i++) set(&x, i, get(&x, i) * spread), set(&logits, i, get(&x, i));
@@ -547,8 +568,10 @@ static void test_cross_entropy(void **state) {
 }
 
 static void check_linear_cross_entropy(int x_type, int w_type, int64_t n, int64_t d, int64_t v, int ignored, int grad) {
-    lc_view values, x = filled(VIEW(x_type, n, d)), w = weight(w_type, v, d, &values), logits = VIEW(LC_K_F64, n, v), gl = VIEW(LC_K_F64, n, v);
-    lc_view labels = make_labels(n % 2 ? LC_K_I64 : LC_K_I32, n, v, ignored, -7), want = VIEW(LC_K_F64, 1), want_each = VIEW(LC_K_F64, n), want_g = VIEW(LC_K_F64, n, d);
+    lc_view values, x = filled(VIEW(x_type, n, d)), w = weight(w_type, v, d, &values), logits = VIEW(LC_K_F64, n, v),
+                    gl = VIEW(LC_K_F64, n, v);
+    lc_view labels = make_labels(n % 2 ? LC_K_I64 : LC_K_I32, n, v, ignored, -7), want = VIEW(LC_K_F64, 1),
+            want_each = VIEW(LC_K_F64, n), want_g = VIEW(LC_K_F64, n, d);
     lc_view loss = VIEW(real_type, 1), each = VIEW(real_type, n), arg = VIEW(LC_K_I32, n), gx = VIEW(x_type, n, d);
     double *lses = hold((size_t)n * 8);
     int64_t *best = hold((size_t)n * 8);
@@ -573,7 +596,11 @@ static void check_linear_cross_entropy(int x_type, int w_type, int64_t n, int64_
         assert_int_equal(run(LC_OP_linear_cross_entropy, &q), LC_K_OK);
         expect_close("linear_cross_entropy", &loss, &want, tolerance(real_type));
         expect_close("its rows", &each, &want_each, tolerance(real_type));
-        if (grad) expect_close("its gradient", &gx, &want_g, real_type == LC_K_F64 ? 1e-12 : x_type == LC_K_F32 ? 1e-5 : tolerance(x_type));
+        if (grad)
+            expect_close("its gradient", &gx, &want_g,
+                         real_type == LC_K_F64 ? 1e-12
+                         : x_type == LC_K_F32  ? 1e-5
+                                               : tolerance(x_type));
         for (int64_t i = 0; i < n; i++) {
             double gap = get(&logits, i * v + best[i]) - get(&logits, i * v + (int64_t)get(&arg, i));
             assert_true(ignored || get(&arg, i) == (double)best[i] || fabs(gap) < 1e-5);
@@ -586,27 +613,29 @@ static void check_linear_cross_entropy(int x_type, int w_type, int64_t n, int64_
 static void test_linear_cross_entropy(void **state) {
     (void)state;
     static const int weights[] = {LC_K_F32, LC_K_BF16, LC_K_F16, LC_K_Q8_0, LC_K_Q4_1};
-    EACH_VARIANT for (int ignored = 0; ignored < 3; ignored++)
-        for (int grad = 0; grad < 2; grad++) {
-            check_linear_cross_entropy(real_type, real_type, 1, 1, 1, ignored, grad);
-            check_linear_cross_entropy(real_type, real_type, 5, 7, 30, ignored, grad);
-            check_linear_cross_entropy(real_type, real_type, 40, 33, 2500, ignored, grad);
-            check_linear_cross_entropy(real_type, real_type, 1100, 8, 300, ignored, grad);
-            for (int w = 0; w < 5 && real_type == LC_K_F32; w++) {
-                check_linear_cross_entropy(LC_K_F32, weights[w], 20, 64, 1100, ignored, grad);
-                check_linear_cross_entropy(LC_K_BF16, weights[w], 3, 32, 200, ignored, grad);
-            }
+    EACH_VARIANT for (int ignored = 0; ignored < 3; ignored++) for (int grad = 0; grad < 2; grad++) {
+        check_linear_cross_entropy(real_type, real_type, 1, 1, 1, ignored, grad);
+        check_linear_cross_entropy(real_type, real_type, 5, 7, 30, ignored, grad);
+        check_linear_cross_entropy(real_type, real_type, 40, 33, 2500, ignored, grad);
+        check_linear_cross_entropy(real_type, real_type, 1100, 8, 300, ignored, grad);
+        for (int w = 0; w < 5 && real_type == LC_K_F32; w++) {
+            check_linear_cross_entropy(LC_K_F32, weights[w], 20, 64, 1100, ignored, grad);
+            check_linear_cross_entropy(LC_K_BF16, weights[w], 3, 32, 200, ignored, grad);
         }
+    }
 }
 
 static void test_label_range(void **state) {
     (void)state;
     EACH_VARIANT {
         int32_t ints[2] = {-100, 1};
-        lc_view labels = VIEW(LC_K_I32, 4), x = filled(VIEW(real_type, 4, 8)), w = filled(VIEW(real_type, 20, 8)), logits = filled(VIEW(real_type, 4, 20));
+        lc_view labels = VIEW(LC_K_I32, 4), x = filled(VIEW(real_type, 4, 8)), w = filled(VIEW(real_type, 20, 8)),
+                logits = filled(VIEW(real_type, 4, 20));
         set(&labels, 1, -100);
         set(&labels, 2, 20);
-        lc_kargs q = {.x = {x, w, labels}, .y = {VIEW(real_type, 1), VIEW(real_type, 4), VIEW(LC_K_I32, 4), VIEW(real_type, 4, 8)}, .i = ints};
+        lc_kargs q = {.x = {x, w, labels},
+                      .y = {VIEW(real_type, 1), VIEW(real_type, 4), VIEW(LC_K_I32, 4), VIEW(real_type, 4, 8)},
+                      .i = ints};
         assert_int_equal(run(LC_OP_linear_cross_entropy, &q), LC_K_RANGE);
         assert_true(fault.value == 20 && fault.limit == 20 && fault.at == 2);
         set(&labels, 2, 19);
@@ -620,9 +649,12 @@ static void test_label_range(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_linear_shapes), cmocka_unit_test(test_linear_dtypes), cmocka_unit_test(test_linear_empty),
-        cmocka_unit_test(test_matmul), cmocka_unit_test(test_onednn), cmocka_unit_test(test_norm), cmocka_unit_test(test_rope),
-        cmocka_unit_test(test_mse), cmocka_unit_test(test_cross_entropy), cmocka_unit_test(test_linear_cross_entropy), cmocka_unit_test(test_label_range),
+        cmocka_unit_test(test_linear_shapes), cmocka_unit_test(test_linear_dtypes),
+        cmocka_unit_test(test_linear_empty),  cmocka_unit_test(test_matmul),
+        cmocka_unit_test(test_onednn),        cmocka_unit_test(test_norm),
+        cmocka_unit_test(test_rope),          cmocka_unit_test(test_mse),
+        cmocka_unit_test(test_cross_entropy), cmocka_unit_test(test_linear_cross_entropy),
+        cmocka_unit_test(test_label_range),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
