@@ -1,5 +1,8 @@
-/* attention.c: causal softmax attention and its gradient: the plain twin (option plain_attention) and the entry points.
+/* attention.c: causal softmax attention and its gradient: the plain twin (option plain_attention), decoding (few queries), and the entry
+ * points; the rest is hybrid_forward.c and hybrid_backward.c, of which it is the case without a linear term.
  * q [b, h, t, d], k and v [b, g, s, d]; the last query sits on key `length` - 1, so query i on key i + length - t. */
+#include "hybrid_row.h"
+
 #include "hybrid.h"
 
 typedef struct softmax_call {
@@ -115,6 +118,39 @@ static size_t plain_work(const softmax_call *a, int backward) {
     return (size_t)(2 * a->s + a->d + (backward ? 2 * a->s * a->d : 0)) * sizeof(double);
 }
 
+/* ---- few queries: rows where they lie ------------------------------------------------------------------------------------ */
+enum { FEW = 4 };
+
+typedef struct few_job {
+    const lc_kargs *k;
+    const softmax_call *call;
+} few_job;
+
+static size_t few_bytes(const softmax_call *a) { return (size_t)round_up(a->s + a->d, 16) * sizeof(real); }
+
+/* Items (b, h, query). */
+static void few_body(void *ctx, int64_t begin, int64_t end, int thread) {
+    const few_job *job = ctx;
+    const softmax_call *a = job->call;
+    real *u = (real *)((char *)job->k->work + (size_t)thread * few_bytes(a)), *acc = u + a->s;
+    for (int64_t n = begin; n < end; n++) {
+        int64_t i = n % a->t, h = n / a->t % a->h, b = n / a->t / a->h, first, last;
+        visible(a, b, i, &first, &last);
+        real lse = 0, by = 0;
+        memset(acc, 0, (size_t)a->d * sizeof(real));
+        if (last >= first) {
+            int64_t keys = last - first + 1;
+            rows_dot(a->d, keys, row_at(a->q, b, h, i), row_at(a->k, b, h / a->group, first), a->k->stride[2], (real)a->scale, u);
+            real max = row_max(keys, u), sum = row_exp(keys, u, max);
+            rows_sum(a->d, keys, u, row_at(a->v, b, h / a->group, first), a->v->stride[2], acc);
+            lse = max + (real)log((double)sum), by = 1 / sum;
+        }
+        real *y = row_at(&job->k->y[0], b, h, i);
+        for (int64_t e = 0; e < a->d; e++) y[e] = acc[e] * by;
+        if (job->k->y[1].data) *row_at(&job->k->y[1], b, h, i) = lse;
+    }
+}
+
 /* ---- entry ------------------------------------------------------------------------------------------------------------- */
 static int plain_wanted(const lc_kargs *k) { return k->host && k->host->option(LC_OPTION_PLAIN_ATTENTION); }
 
@@ -131,8 +167,10 @@ size_t K(attention_work)(const lc_kargs *k) {
     softmax_call a;
     hybrid call;
     if (softmax_open(&a, k, k->x, k->x + 3, k->x + 4)) return 0;
+    if (plain_wanted(k)) return plain_work(&a, 0);
+    if (a.t <= FEW) return few_bytes(&a) * (size_t)k->host->threads();
     as_hybrid(&a, &call);
-    return plain_wanted(k) ? plain_work(&a, 0) : K(chunked_forward_work)(k, &call);
+    return K(chunked_forward_work)(k, &call);
 }
 
 int K(attention)(const lc_kargs *k) {
@@ -140,8 +178,13 @@ int K(attention)(const lc_kargs *k) {
     hybrid call;
     int status = softmax_open(&a, k, k->x, k->x + 3, k->x + 4);
     if (status) return status;
+    if (plain_wanted(k)) return plain_forward(k, &a);
+    if (a.t <= FEW) {
+        k->host->parallel(a.b * a.h * a.t, 1, few_body, &(few_job){k, &a});
+        return LC_K_OK;
+    }
     as_hybrid(&a, &call);
-    return plain_wanted(k) ? plain_forward(k, &a) : K(chunked_forward)(k, &call);
+    return K(chunked_forward)(k, &call);
 }
 
 size_t K(attention_backward_work)(const lc_kargs *k) {

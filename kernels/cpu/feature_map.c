@@ -1,18 +1,18 @@
 /* feature_map.c: see feature_map.h. Gradients follow PyTorch: the clamp passes where the value is at least eps, ties of a maximum share. */
 #include "feature_map.h"
 
-#include "simd.h"
+#include "hybrid_row.h"
 
 /* ---- rows, in double --------------------------------------------------------------------------------------------------- */
-static double row_max(int64_t f, const double *x, double sign) {
+static double signed_max(int64_t f, const double *x, double sign) {
     double m = -INFINITY;
     for (int64_t i = 0; i < f; i++) m = LC_MAX(m, sign * x[i]);
     return m;
 }
 
 /* exp(sign x - max), divided by its sum when `normalise` */
-static void row_exp(int64_t f, const double *x, double sign, int normalise, double *a) {
-    double m = row_max(f, x, sign), sum = 0;
+static void plain_exp(int64_t f, const double *x, double sign, int normalise, double *a) {
+    double m = signed_max(f, x, sign), sum = 0;
     for (int64_t i = 0; i < f; i++) sum += a[i] = exp(sign * x[i] - m);
     if (normalise)
         for (int64_t i = 0; i < f; i++) a[i] /= sum;
@@ -20,15 +20,15 @@ static void row_exp(int64_t f, const double *x, double sign, int normalise, doub
 
 void K(map_row)(int map, int full, int64_t f, const double *x, double *a) {
     if (map == MAP_SOFTMAX_DIM || map == MAP_EXP_DIM) {
-        row_exp(f, x, 1, map == MAP_SOFTMAX_DIM, a);
-        if (full) row_exp(f, x, -1, map == MAP_SOFTMAX_DIM, a + f);
+        plain_exp(f, x, 1, map == MAP_SOFTMAX_DIM, a);
+        if (full) plain_exp(f, x, -1, map == MAP_SOFTMAX_DIM, a + f);
         return;
     }
     for (int64_t i = 0; i < f; i++) a[i] = map == MAP_RELU ? LC_MAX(x[i], 0) : x[i] > 0 ? 1 + x[i] : exp(x[i]);
 }
 
 static void row_exp_backward(int map, int64_t f, const double *x, double sign, const double *a, const double *da, double *dx) {
-    double dot = 0, m = row_max(f, x, sign);
+    double dot = 0, m = signed_max(f, x, sign);
     for (int64_t i = 0; i < f; i++) dot += a[i] * da[i];
     if (map == MAP_SOFTMAX_DIM) {
         for (int64_t i = 0; i < f; i++) dx[i] += sign * a[i] * (da[i] - dot);
@@ -47,6 +47,26 @@ void K(map_row_backward)(int map, int full, int64_t f, const double *x, const do
         return;
     }
     for (int64_t i = 0; i < f; i++) dx[i] = map == MAP_RELU ? (x[i] > 0 ? da[i] : 0) : x[i] > 0 ? da[i] : a[i] * da[i];
+}
+
+/* ---- one token in real ------------------------------------------------------------------------------------------------- */
+static void line_exp(int map, int64_t f, real eps, real *y) {
+    real sum = row_exp(f, y, row_max(f, y)), by = map == MAP_SOFTMAX_DIM ? 1 / sum : 1;
+    for (int64_t i = 0; i < f; i++) y[i] = LC_MAX(y[i] * by, eps);
+}
+
+void K(map_line)(int map, int full, int64_t f, real eps, real *x, real *y) {
+    for (int64_t i = 0; i < f; i++) y[i] = x[i];
+    if (map == MAP_SOFTMAX_DIM || map == MAP_EXP_DIM) {
+        for (int64_t i = 0; full && i < f; i++) y[f + i] = -x[i];
+        line_exp(map, f, eps, y);
+        if (full) line_exp(map, f, eps, y + f);
+        return;
+    }
+    for (int64_t i = 0; i < f; i++) {
+        real v = map == MAP_RELU ? LC_MAX(x[i], 0) : x[i] > 0 ? 1 + x[i] : rexp(x[i]);
+        y[i] = LC_MAX(v, eps);
+    }
 }
 
 /* ---- tiles, transposed: [f][TILE] -------------------------------------------------------------------------------------- */

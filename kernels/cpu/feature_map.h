@@ -20,6 +20,9 @@ void K(map_row)(int map, int full, int64_t f, const double *x, double *a);
 /* dx [f] from da [F], a as map_row left it; da is 0 where the clamp acted. */
 void K(map_row_backward)(int map, int full, int64_t f, const double *x, const double *a, const double *da, double *dx);
 
+/* One token: y [F] = map(x [f]), clamped; x is used up. */
+void K(map_line)(int map, int full, int64_t f, real eps, real *x, real *y);
+
 /* In place: x [f][64] becomes a [F][64], clamped into y [F][64] (y may be a when the unclamped values are not needed). */
 void K(map_tile)(int map, int full, int64_t f, real eps, real *a, real *y);
 /* dx [f][64] from a [F][64] (not clamped) and the gradient dy [F][64] of the clamped features; dy is used up, dx may be dy. */

@@ -6,6 +6,7 @@ static int plain_wanted(const lc_kargs *k) { return k->host && k->host->option(L
 size_t K(hybrid_attention_work)(const lc_kargs *k) {
     hybrid a;
     if (hybrid_open(&a, k, k->x)) return 0;
+    if (k->x[9].data) return K(stateful_forward_work)(k, &a);
     return plain_wanted(k) ? K(hybrid_plain_work)(&a) : K(chunked_forward_work)(k, &a);
 }
 
@@ -13,6 +14,8 @@ int K(hybrid_attention)(const lc_kargs *k) {
     hybrid a;
     int status = hybrid_open(&a, k, k->x);
     if (status) return status;
+    if (k->x[14].data || k->x[15].data) return LC_K_UNSUPPORTED; /* gates, sinks */
+    if (k->x[9].data) return K(stateful_forward)(k, &a);
     return plain_wanted(k) ? K(hybrid_plain)(k, &a) : K(chunked_forward)(k, &a);
 }
 

@@ -93,6 +93,8 @@ size_t K(hybrid_plain_backward_work)(const hybrid *a);
 /* The chunked kernels (hybrid_forward.c, hybrid_backward.c), of softmax attention too. */
 int K(chunked_forward)(const lc_kargs *k, const hybrid *a);
 size_t K(chunked_forward_work)(const lc_kargs *k, const hybrid *a);
+int K(stateful_forward)(const lc_kargs *k, const hybrid *a); /* hybrid_state.c */
+size_t K(stateful_forward_work)(const lc_kargs *k, const hybrid *a);
 /* Results y[0..7] as in hybrid_attention_backward; g, y and the saved row values are given apart, z NULL for softmax attention. */
 typedef struct saved {
     const lc_view *g, *y, *c, *argmax, *z;

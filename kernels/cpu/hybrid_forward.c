@@ -154,7 +154,7 @@ static void put_rows(const lc_kargs *k, const hybrid *a, const span *at, int64_t
 }
 
 /* Rows before the first token: 0, with a denominator that harms nobody. */
-static void put_padding(const lc_kargs *k, const hybrid *a, const span *at, int64_t h) {
+void K(put_padding)(const lc_kargs *k, const hybrid *a, const span *at, int64_t h) {
     for (int64_t i = 0; i < LC_MIN(at->p0 + at->q_shift, a->t); i++) {
         memset(row_at(&k->y[0], at->b, h, i), 0, (size_t)a->d * sizeof(real));
         if (k->y[1].data) *row_at(&k->y[1], at->b, h, i) = 0;
@@ -219,7 +219,7 @@ static void forward_body(void *ctx, int64_t begin, int64_t end, int thread) {
         K(side_open)(&s.q, a, &at, 0, h, a->q, NULL, 0);
         K(side_open)(&s.k, a, &at, 1, h, a->k, a->v, 0);
         memset(s.s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s.z, 0, (size_t)a->F * sizeof(real));
-        if (from == 0) put_padding(job->k, a, &at, h);
+        if (from == 0) K(put_padding)(job->k, a, &at, h);
         if (a->kind == KIND_CAUSAL)
             for (int64_t u = from; u < to && 2 * u < n; u++) { /* a cheap and a dear tile make a pair */
                 K(forward_tile)(job->k, a, &s, &at, h, first + u, &absorbed, &has_state);

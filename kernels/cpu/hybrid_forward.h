@@ -30,6 +30,8 @@ static inline void whole_span(const hybrid *a, int64_t b, span *at) {
  * takes the state as far as it may. */
 void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed,
                      int *has_state);
+/* Rows of the results before the first token. */
+void K(put_padding)(const lc_kargs *k, const hybrid *a, const span *at, int64_t h);
 /* The state takes in the first n keys of a panel. */
 void K(absorb)(const hybrid *a, scratch *s, int64_t index, int64_t n);
 

@@ -31,7 +31,7 @@ void K(scratch_carve)(arena *at, const hybrid *a, int nq, int nk, int n_u, int b
 
 void K(side_open)(side *s, const hybrid *call, const span *at, int is_key, int64_t h, const lc_view *x, const lc_view *v,
                   int transposed_w) {
-    s->call = call, s->at = at, s->is_key = is_key, s->h = h, s->x = x, s->v = v, s->cache = s->ring = NULL;
+    s->call = call, s->at = at, s->is_key = is_key, s->h = h, s->x = x, s->v = v, s->cache = NULL;
     s->hx = is_key ? h / call->group : h;
     for (int i = 0; i < s->n_slots; i++) s->slots[i].index = -1;
     if (!call->F || call->map == MAP_NONE) return;
@@ -53,15 +53,18 @@ static void valid_rows(const side *s, int64_t index, int64_t *from, int64_t *to)
     *to = LC_MAX(LC_MIN(s->at->p1 - index * TILE, TILE), *from);
 }
 
-/* Row of x (which 0) or v (which 1) at position p. */
+/* Row of x (which 0), v (1) or ready features (2) at position p. A slot of the cache is laid out as hybrid_state.c says. */
 static const real *token_row(const side *s, int which, int64_t p) {
     const span *at = s->at;
+    const hybrid *a = s->call;
+    int64_t head = which < 2 ? s->hx : s->is_key ? s->h / a->mk_group : s->h;
     if (s->is_key && p < at->cached) {
-        const lc_view *c = s->cache; /* [n, 2, g, 2 window, d] */
-        return (const real *)c->data + at->slot * c->stride[0] + which * c->stride[1] + s->hx * c->stride[2] +
-               p % c->dim[3] * c->stride[3];
+        const real *slot = (const real *)s->cache->data + at->slot * s->cache->stride[0];
+        int64_t ring = 2 * a->window, row = head * ring + p % ring, block = a->g * ring * a->d;
+        return slot + (which < 2 ? which * block + row * a->d : 2 * block + row * a->F);
     }
-    return row_at(which ? s->v : s->x, at->b, s->hx, p + (s->is_key ? at->k_shift : at->q_shift));
+    const lc_view *v = which == 2 ? (s->is_key ? a->mk : a->mq) : which ? s->v : s->x;
+    return row_at(v, at->b, head, p + (s->is_key ? at->k_shift : at->q_shift));
 }
 
 static void load_rows(const side *s, int which, int64_t index, real *to) {
@@ -75,18 +78,11 @@ static void load_rows(const side *s, int which, int64_t index, real *to) {
 /* map none: [F][TILE] from rows of F. */
 static void ready_features(side *s, int64_t index, real *f) {
     const hybrid *a = s->call;
-    const lc_view *m = s->is_key ? a->mk : a->mq;
-    int64_t fp = padded(a->F), from, end, head = s->is_key ? s->h / a->mk_group : s->h;
+    int64_t fp = padded(a->F), from, end;
     valid_rows(s, index, &from, &end);
     memset(s->row, 0, (size_t)(fp * TILE) * sizeof(real));
-    for (int64_t i = from; i < end; i++) {
-        int64_t p = index * TILE + i;
-        const real *row;
-        if (s->is_key && p < s->at->cached)
-            row = row_at(s->ring, s->at->slot, s->h, 1 + p % (s->ring->dim[2] - 1));
-        else row = row_at(m, s->at->b, head, p + (s->is_key ? s->at->k_shift : s->at->q_shift));
-        memcpy(s->row + i * fp, row, (size_t)a->F * sizeof(real));
-    }
+    for (int64_t i = from; i < end; i++)
+        memcpy(s->row + i * fp, token_row(s, 2, index * TILE + i), (size_t)a->F * sizeof(real));
     for (int64_t e = 0; e < a->F; e += VL) { /* the last block may reach past F: through a small tile */
         real part[VL * TILE];
         K(tile_transpose)(VL, s->row + e, fp, part);

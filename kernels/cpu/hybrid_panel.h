@@ -33,8 +33,7 @@ typedef struct side {
     int is_key, n_slots;
     int64_t h, hx;          /* query head; head of x and v */
     const lc_view *x, *v;
-    const lc_view *cache;   /* of keys; NULL when there is none */
-    const lc_view *ring;    /* map none: zsum, whose rows 1 .. hold the features of cached keys */
+    const lc_view *cache;   /* of earlier keys; NULL when there is none */
     real *row;              /* scratch [TILE][Fp] */
     real *w, *wt;           /* [d][f], the skip's identity added; [f][dp] (backward only) */
     panel *slots;
