@@ -76,16 +76,16 @@ local function axes(series, opts)
     return ax, axis(y0, y1, logarithmic, 5), logarithmic
 end
 
--- A running mean that a noisy curve is shown with.
-local function smooth(y, keep)
-    local out, mean, weight = {}, 0, 0
-    for i, v in ipairs(y) do
-        if finite(v) then
-            mean, weight = keep * mean + (1 - keep) * v, keep * weight + (1 - keep)
-            out[i] = mean / weight
-        else
-            out[i] = v
+-- A centred running mean that a noisy curve is shown with; the window shrinks towards the ends, so nothing is shifted.
+local function smooth(y)
+    local out, n = {}, #y
+    local half = math.max(2, math.floor(n / 50))
+    for i = 1, n do
+        local h, sum, count = math.min(half, i - 1, n - i), 0, 0
+        for j = i - h, i + h do
+            if finite(y[j]) then sum, count = sum + y[j], count + 1 end
         end
+        out[i] = finite(y[i]) and sum / count or y[i]
     end
     return out
 end
@@ -158,7 +158,7 @@ function M.svg(series, opts)
             noisy and "1" or "1.8", noisy and "0.3" or "1")
         if noisy then
             put('<path d="%s" fill="none" stroke="%s" stroke-width="2" stroke-linejoin="round"/>',
-                path_of({ x = s.x, y = smooth(s.y, 0.9) }, px, py), color)
+                path_of({ x = s.x, y = smooth(s.y) }, px, py), color)
         end
         if s.points or #s.x <= 30 then
             for k = 1, #s.x do
@@ -207,7 +207,7 @@ function M.terminal(series, opts)
     local cells, owner = {}, {}
     for i, whole in ipairs(series) do
         local s = thin(whole)
-        local y = (#s.x > 30 and not s.points) and smooth(s.y, 0.9) or s.y
+        local y = (#s.x > 30 and not s.points) and smooth(s.y) or s.y
         local last_x, last_y
         local function set(dx, dy)
             local cx, cy = math.floor(dx / 2), math.floor(dy / 4)
@@ -258,7 +258,8 @@ function M.terminal(series, opts)
 end
 
 -- ---- a run's curves --------------------------------------------------------------------------------------------------------------
---- Series from the lines of a metrics.jsonl: the values of `key` a step, and of its evaluations.
+--- Series from the lines of a metrics.jsonl: the values of each step, and those of evaluations (only of what is also a step's
+--- value, if there is any such).
 function M.read_metrics(path)
     local files = require "lolcats.files"
     local train, evals, order = {}, {}, {}
@@ -276,6 +277,16 @@ function M.read_metrics(path)
                 table.insert(into[k].y, v)
             end
         end
+    end
+    local shared = false
+    for k in pairs(evals) do shared = shared or train[k] ~= nil end
+    if shared then
+        local kept = {}
+        for _, s in ipairs(order) do
+            local key = s.name:match "^held%-out (.*)$"
+            if not key or train[key] then kept[#kept + 1] = s end
+        end
+        order = kept
     end
     table.sort(order, function(a, b)
         if (a.points or false) ~= (b.points or false) then return not a.points end

@@ -468,6 +468,34 @@ function Run:finish()
     if self.finished then self:take_best() end
 end
 
+-- ---- values measured once ---------------------------------------------------------------------------------------------------------
+local Results = {}
+Results.__index = Results
+
+--- A recipe's measured values in out/results.json: results:once(name, f) is f()'s value, computed only when it is not there yet.
+--- They are forgotten when the recipe's arguments differ, or with fresh.
+function M.results(out, args)
+    local current, key = cli.current, {}
+    for k, v in pairs(current and current.values or args or {}) do
+        if k ~= "fresh" then key[k] = v end
+    end
+    local self = setmetatable({ path = out .. "/results.json", key = files.sha256(files.to_json(key)), values = {} }, Results)
+    folder.open_out(out, fresh_wanted {})
+    if files.exists(self.path) then
+        local have = files.read_json(self.path)
+        if have.key == self.key then self.values = have.values end
+    end
+    return self
+end
+
+function Results:once(name, f)
+    if self.values[name] == nil then
+        self.values[name] = f()
+        files.write_json(self.path, { key = self.key, values = self.values })
+    end
+    return self.values[name]
+end
+
 --- Stops the run that Ctrl-C struck; what main.lua tells the user.
 function M.interrupted()
     local run = M.current

