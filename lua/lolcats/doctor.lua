@@ -87,7 +87,6 @@ function doctor.line()
   local lc = require "lolcats"
   local parts = {(jit.version:gsub("%.0%-.*", ""))}
   for _, device in ipairs(lc.devices()) do parts[#parts + 1] = ("%s %s"):format(device.name, device.describe) end
-  parts[#parts + 1] = lc.cpu_gemm()
   return table.concat(parts, "  ")
 end
 

@@ -164,13 +164,14 @@ local function with_trace(e)
   return e
 end
 
--- After an error: scopes that nobody closed are closed, a Ctrl-C that did its work is forgotten.
+-- After an error: scopes that nobody closed are closed, gradients are recorded, a Ctrl-C that did its work is forgotten.
 local function recover()
   program.interrupted()
   if program.drop_scopes() > 0 then
     local bridge = package.loaded["lolcats.core.ffi"]
     if bridge then bridge.depth[0] = 0 end
   end
+  program.grad_mode(true)
 end
 repl.recover = recover
 

@@ -26,8 +26,12 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
+/* Runs before every interpreted instruction once a signal came, until it raises or an op has taken the interrupt. The core's Lua
+ * is left alone: its few lines between two calls of C keep scopes and switches in balance. */
 static void stop_lua(lua_State *L, lua_Debug *ar) {
-    (void)ar;
+    if (lc_interrupt && lua_getinfo(L, "S", ar) &&
+        (strncmp(ar->source, "@lua/lolcats/core/", 18) == 0 || strncmp(ar->source, "=lolcats", 8) == 0))
+        return;
     lua_sethook(L, NULL, 0, 0);
     if (!lc_interrupt) return; /* an op has already failed with it */
     lc_interrupt = 0;
@@ -50,8 +54,7 @@ static void on_interrupt(int signal) {
     }
     last_signal = now;
     lc_interrupt = 1;
-    /* late enough that an op which sees the interrupt first unwinds undisturbed, soon enough for a hand: some 20 ms */
-    lua_sethook(state, stop_lua, LUA_MASKCOUNT, 1000000);
+    lua_sethook(state, stop_lua, LUA_MASKCOUNT, 1);
 }
 
 int lc_signals_take(void) {
@@ -103,6 +106,12 @@ static int program_drop_scopes(lua_State *L) {
     return 1;
 }
 
+/* grad_mode(on): whether ops record gradients. */
+static int program_grad_mode(lua_State *L) {
+    lc_grad_mode(lua_toboolean(L, 1));
+    return 0;
+}
+
 void lc_module_signals(lua_State *L) {
     lua_pushcfunction(L, program_on_interrupt);
     lua_setfield(L, -2, "on_interrupt");
@@ -110,4 +119,6 @@ void lc_module_signals(lua_State *L) {
     lua_setfield(L, -2, "interrupted");
     lua_pushcfunction(L, program_drop_scopes);
     lua_setfield(L, -2, "drop_scopes");
+    lua_pushcfunction(L, program_grad_mode);
+    lua_setfield(L, -2, "grad_mode");
 }

@@ -93,6 +93,7 @@ end
 local function code_of(status) return (ffi.string(C.lc_status_name(status)):gsub("^LC_", "")) end
 
 local function raise_status(status, op)
+  if status == C.LC_EINTR then C.lc_interrupt = 0 end -- answered: what cleans up may call ops again
   return raise(code_of(status), op, ffi.string(C.lc_error_message()))
 end
 M.raise_status = raise_status
