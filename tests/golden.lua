@@ -1,6 +1,6 @@
 -- golden.lua: runs every case in a folder of golden values, in float32 and in float64, and says how many passed. Nothing about
 -- the cases is known here but the layout: another folder with other cases of the same kinds works alike.
---   lolcats tests/golden.lua [DIR] [--only kind,kind] [--all] [--verbose]
+--   lolcats tests/golden.lua [DIR] [--only kind,kind] [--all] [--verbose] [--set plain_hybrid]
 local lc = require "lolcats"
 local files = require "lolcats.files"
 
@@ -19,6 +19,9 @@ local function parse(argv)
         local a = argv[i]
         if a == "--all" then o.all = true
         elseif a == "--verbose" or a == "-v" then o.verbose = true
+        elseif a == "--set" then -- a switch of runtime/core/options.c: run on a fast path's plain twin
+            i = i + 1
+            lc.set_option(argv[i] or "", 1)
         elseif a == "--only" then
             i = i + 1
             o.only = {}

@@ -72,7 +72,7 @@ function M.hybrid(a, q, k, v, ctx)
         window = a.window, kind = a.window > 0 and a.kind or nil, affine = a.affine, start = ctx.start,
         state = st.state, zsum = st.zsum, cache = st.cache, pos = ctx.state and ctx.pos_tensor or nil,
     }
-    args.bq, args.bk = fq.bias, fk.bias
+    args.bq, args.bk = fq:effective_bias(), fk:effective_bias()
     if a.window > 0 then args.factors = a.factors end
     return (lc.hybrid_attention(q, k, v, args))
 end

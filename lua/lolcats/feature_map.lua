@@ -126,6 +126,9 @@ function activation.pos_elu(x) return x:elu() + 1 end
 function activation.relu(x) return x:relu() end
 
 local doubles = { softmax_dim = true, exp_dim = true }
+-- Maps that do not change when all inputs of a row shift alike. The bias is one number a head, so it cancels in them: it stays a
+-- parameter, for checkpoints have it, but is left out of the arithmetic, and its gradient is exactly 0 instead of rounding noise.
+local shift_free = { softmax_dim = true, exp_dim = true }
 local FEATURE_EPS = 1e-12
 
 local function builtin_init(self, heads, dim, where)
@@ -148,16 +151,23 @@ local function builtin_init(self, heads, dim, where)
     else
         lc.fail("feature map '%s': init is 'identity', 'kaiming' or 'normal', not '%s'", map.name, tostring(start))
     end
-    if map.bias then
+    if map.with_bias then
         local bound = math.sqrt(6 / heads)
         self.bias = lc.param(lc.empty({ 1, heads, 1, 1 }, opts):uniform_(-bound, bound))
     end
 end
 
+--- The bias that takes part in the arithmetic, or nil.
+function Instance.effective_bias(self)
+    if shift_free[getmetatable(self).map.op] then return nil end
+    return rawget(self, "bias")
+end
+
 local function builtin_forward(self, x)
     local map = getmetatable(self).map
     local y = x:matmul(self.layer)
-    if self.bias then y = y + self.bias end
+    local bias = self:effective_bias()
+    if bias then y = y + bias end
     if map.skip then y = y + x end
     return activation[map.op](y, map.full):clamp { min = FEATURE_EPS }
 end
@@ -195,7 +205,7 @@ function M.builtin(name, opts)
     end
     local map = M.feature_map {
         custom = false, name = name, doc = row.doc, op = row.op, half = row.half,
-        full = pick("full", true), bias = pick("bias", false), skip = pick("skip", false),
+        full = pick("full", true), with_bias = pick("bias", false), skip = pick("skip", false),
         feature_dim = opts.feature_dim, start = opts.init or "identity",
         init = builtin_init, forward = builtin_forward, feature_eps = FEATURE_EPS,
     }
