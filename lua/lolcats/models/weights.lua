@@ -47,6 +47,15 @@ function M.plan(c)
     return plan
 end
 
+-- The name under which a weight stands in the file. A tied matrix is stored once, and some writers keep the head's name for it.
+local function stored_name(src, c, name)
+    if src.format == "gguf" then return M.gguf_name(name) end
+    if name == "model.embed_tokens.weight" and c.tie_word_embeddings and not src.file:has(name) and src.file:has "lm_head.weight" then
+        return "lm_head.weight"
+    end
+    return name
+end
+
 -- Rows of a head lie interleaved (0, d/2, 1, d/2 + 1, ..) in a Llama GGUF; brings them to the half-split order.
 local function unpermute(into, from, heads)
     local rows, cols = into:size(1), into:size(2)
@@ -58,7 +67,7 @@ local function shape_text(s) return "[" .. table.concat(s, ", ") .. "]" end
 
 -- Reads one tensor of the file into its place and looks for NaN and infinity.
 local function read_part(src, c, name, into, opts)
-    local stored = src.format == "gguf" and M.gguf_name(name) or name
+    local stored = stored_name(src, c, name)
     local info = src.file:info(stored)
     local want = into.shape
     local same = #info.shape == #want
@@ -85,11 +94,11 @@ local function read_part(src, c, name, into, opts)
     end
 end
 
-local function missing(src, plan)
+local function missing(src, c, plan)
     local lost = {}
     for _, group in ipairs(plan) do
         for _, part in ipairs(group.parts) do
-            local stored = src.format == "gguf" and M.gguf_name(part[1]) or part[1]
+            local stored = stored_name(src, c, part[1])
             if not src.file:has(stored) then lost[#lost + 1] = stored end
         end
     end
@@ -104,7 +113,7 @@ end
 --- Returns name -> tensor, and the fused storages under "model.layers.N.self_attn.qkv" and "model.layers.N.mlp.gate_up".
 function M.load(src, c, opts)
     local plan = M.plan(c)
-    missing(src, plan)
+    missing(src, c, plan)
     return M.fill(c, plan, opts, function(name, into) read_part(src, c, name, into, opts) end)
 end
 
