@@ -131,8 +131,8 @@ function complete.line(text, env)
     while name:sub(1, #shared) ~= shared do shared = shared:sub(1, -2) end
   end
   local insert = shared:sub(#word + 1)
-  if insert ~= "" or #list == 1 then return insert, #list == 1 and nil or list end
-  return "", list
+  if #list == 1 then return insert end
+  return insert, list
 end
 
 return complete

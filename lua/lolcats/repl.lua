@@ -63,11 +63,16 @@ function repl.keep_locals(text)
   return table.concat(out) .. text:sub(from)
 end
 
--- The chunk for a line of a session: f and whether it is an expression; or nil, why, and whether more lines may mend it.
+local function pack(...) return {n = select("#", ...), ...} end
+
+-- The chunk for a line of a session: f and whether it is an expression, whose values f returns packed; or nil, why, and whether
+-- more lines may mend it. No tail call: an error's place would be lost with the frame.
 local function compile(text, chunk)
-  local f = loadstring("return " .. text, chunk)
-  if f then return f, true end
-  local why
+  local f, why = loadstring("return " .. text, chunk)
+  if f then
+    f = loadstring("local values = __pack(" .. text .. "\n) return values", chunk)
+    if f then return f, true end
+  end
   f, why = loadstring(repl.keep_locals(text), chunk)
   if f then return f, false end
   return nil, why, why:find("near '<eof>'", 1, true) ~= nil
@@ -134,11 +139,9 @@ end
 
 ---- evaluation -----------------------------------------------------------------------------------------------------------
 
-local function pack(...) return {n = select("#", ...), ...} end
-
 local function run_chunk(f, is_expression, env)
-  setfenv(f, env)
-  local values = pack(f())
+  rawset(_G, "__pack", pack)
+  local values = setfenv(f, env)()
   if is_expression then
     if values.n > 0 then rawset(env, "_", values[1]) end
     print_values(values.n, values)
