@@ -1,22 +1,23 @@
-/* philox.h: the random stream of the CPU and the GPU: Philox4x32-10 (Salmon et al., 2011), a function of key and counter alone.
- * Element i of an op takes lane i % 4 of counter offset + i / 4, with the seed as key; so values depend neither on threads nor on
- * vector width, and an op on n elements uses (n + 3) / 4 counters. The includer defines LC_FN, real, and the m_* functions. */
+/* philox.h: the random stream of the CPU and the GPU: Philox4x32-10 (Salmon et al., 2011), a function of key and
+ * counter alone. Element i of an op takes lane i % 4 of counter offset + i / 4, with the seed as key; so values depend
+ * neither on threads nor on vector width, and an op on n elements uses (n + 3) / 4 counters. The includer defines
+ * LC_FN, real, and the m_* functions. */
 #ifndef LC_PHILOX_H
 #define LC_PHILOX_H
 
 #include <stdint.h>
 
+LC_FN void lc_philox_round(uint32_t *c0, uint32_t *c1, uint32_t *c2, uint32_t *c3, uint32_t key0, uint32_t key1) {
+    uint64_t a = (uint64_t)0xD2511F53u * *c0, b = (uint64_t)0xCD9E8D57u * *c2;
+    *c0 = (uint32_t)(b >> 32) ^ *c1 ^ key0;
+    *c1 = (uint32_t)b;
+    *c2 = (uint32_t)(a >> 32) ^ *c3 ^ key1;
+    *c3 = (uint32_t)a;
+}
+
 LC_FN void lc_philox_rounds(uint32_t c[4], uint32_t key0, uint32_t key1) {
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53u * c[0], b = (uint64_t)0xCD9E8D57u * c[2];
-        uint32_t c1 = c[1], c3 = c[3];
-        c[0] = (uint32_t)(b >> 32) ^ c1 ^ key0;
-        c[1] = (uint32_t)b;
-        c[2] = (uint32_t)(a >> 32) ^ c3 ^ key1;
-        c[3] = (uint32_t)a;
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
+    for (uint32_t r = 0; r < 10; r++)
+        lc_philox_round(&c[0], &c[1], &c[2], &c[3], key0 + r * 0x9E3779B9u, key1 + r * 0xBB67AE85u);
 }
 
 LC_FN void lc_philox(uint64_t seed, uint64_t counter, uint32_t out[4]) {

@@ -1,30 +1,49 @@
-/* scalar.h: what the pointwise rows of the op table mean, one element at a time, for every back-end. The includer defines LC_FN
- * (static inline, __device__), the type real, and the m_* functions of cpu/scalar_math.h. p holds the row's real parameters in
- * the order of its signature. For UNARY: NAME and NAME_grad(g, x, y, p), for BINARY: NAME, NAME_grad_a, NAME_grad_b (g, a, b, y),
- * for COMPARE: NAME, which looks at the order of a and b alone (integers are compared by calling it with -1, 0 or 1 and 0).
- * NaN goes through wherever PyTorch lets it through. Conditions are written as selects: no branches, so loops vectorise. */
+/* scalar.h: what the pointwise rows of the op table mean, one element at a time, for every back-end. The includer
+ * defines LC_FN (static inline, __device__), the type real, and the m_* functions of cpu/scalar_math.h. p holds the
+ * row's real parameters in the order of its signature. For UNARY: NAME and NAME_grad(g, x, y, p), for BINARY: NAME,
+ * NAME_grad_a, NAME_grad_b (g, a, b, y), for COMPARE: NAME, which looks at the order of a and b alone (integers are
+ * compared by calling it with -1, 0 or 1 and 0). NaN goes through wherever PyTorch lets it through. Conditions are
+ * written as selects: no branches, so loops vectorise. */
 #ifndef LC_SCALAR_H
 #define LC_SCALAR_H
 
-#define LC_S(name) lcs_##name
+#define LC_S(name)       lcs_##name
 #define LC_SCALAR_PARAMS 4 /* a row has at most so many; kernels read that many from f[] */
 
-#define LC_UNARY(name, ...) LC_FN real LC_S(name)(real x, const real *p) { (void)p; return __VA_ARGS__; }
-#define LC_UNARY_GRAD(name, ...) \
-    LC_FN real LC_S(name##_grad)(real g, real x, real y, const real *p) { (void)x, (void)y, (void)p; return __VA_ARGS__; }
-#define LC_BINARY(name, ...) LC_FN real LC_S(name)(real a, real b) { return __VA_ARGS__; }
-#define LC_BINARY_GRAD(name, ...) \
-    LC_FN real LC_S(name)(real g, real a, real b, real y) { (void)a, (void)b, (void)y; return __VA_ARGS__; }
-#define LC_COMPARE(name, ...) LC_FN int LC_S(name)(real a, real b) { return __VA_ARGS__; }
+#define LC_UNARY(name, ...)                                                                                            \
+    LC_FN real LC_S(name)(real x, const real *p) {                                                                     \
+        (void)p;                                                                                                       \
+        return __VA_ARGS__;                                                                                            \
+    }
+#define LC_UNARY_GRAD(name, ...)                                                                                       \
+    LC_FN real LC_S(name##_grad)(real g, real x, real y, const real *p) {                                              \
+        (void)x, (void)y, (void)p;                                                                                     \
+        return __VA_ARGS__;                                                                                            \
+    }
+#define LC_BINARY(name, ...)                                                                                           \
+    LC_FN real LC_S(name)(real a, real b) { return __VA_ARGS__; }
+#define LC_BINARY_GRAD(name, ...)                                                                                      \
+    LC_FN real LC_S(name)(real g, real a, real b, real y) {                                                            \
+        (void)a, (void)b, (void)y;                                                                                     \
+        return __VA_ARGS__;                                                                                            \
+    }
+#define LC_COMPARE(name, ...)                                                                                          \
+    LC_FN int LC_S(name)(real a, real b) { return __VA_ARGS__; }
 
-/* ---- shared pieces --------------------------------------------------------------------------------------------------- */
+/* ---- shared pieces ----------------------------------------------------------------------------------------------- */
 LC_FN real LC_S(logistic)(real x) { return 1 / (1 + m_exp(-x)); }
 LC_FN real LC_S(swish)(real x) { return x / (1 + m_exp(-x)); }
-LC_FN real LC_S(swish_slope)(real x) { return LC_S(logistic)(x) * (1 + x * LC_S(logistic)(-x)); }
+LC_FN real LC_S(swish_slope)(real x) { /* s (1 + x (1 - s)), with 1 - s = e s; e must stay finite */
+    real e = m_exp(x < -80 ? 80 : -x), s = 1 / (1 + e);
+    return s * (1 + x * (e * s));
+}
 /* half of the gradient on a tie, all of it to the winner; NaN counts as a win, as it is the result */
 LC_FN real LC_S(share)(real g, int wins, int ties) { return ties ? g * (real)0.5 : wins ? g : 0; }
 
-/* ---- unary ----------------------------------------------------------------------------------------------------------- */
+/* The formatter takes the products below for declarations. */
+/* clang-format off */
+
+/* ---- unary ------------------------------------------------------------------------------------------------------- */
 LC_UNARY(neg, -x)
 LC_UNARY_GRAD(neg, -g)
 LC_UNARY(exp, m_exp(x))
@@ -69,7 +88,7 @@ LC_UNARY(sign, x > 0 ? 1 : x < 0 ? -1 : 0)
 LC_UNARY(floor, m_floor(x))
 LC_UNARY(round, m_rint(x))
 
-/* ---- binary ---------------------------------------------------------------------------------------------------------- */
+/* ---- binary ------------------------------------------------------------------------------------------------------ */
 LC_BINARY(add, a + b)
 LC_BINARY_GRAD(add_grad_a, g)
 LC_BINARY_GRAD(add_grad_b, g)
@@ -95,12 +114,14 @@ LC_BINARY(swiglu, LC_S(swish)(a) * b)
 LC_BINARY_GRAD(swiglu_grad_a, g * b * LC_S(swish_slope)(a))
 LC_BINARY_GRAD(swiglu_grad_b, g * LC_S(swish)(a))
 
-/* ---- comparisons ----------------------------------------------------------------------------------------------------- */
+/* ---- comparisons ------------------------------------------------------------------------------------------------- */
 LC_COMPARE(eq, a == b)
 LC_COMPARE(ne, a != b)
 LC_COMPARE(lt, a < b)
 LC_COMPARE(le, a <= b)
 LC_COMPARE(gt, a > b)
 LC_COMPARE(ge, a >= b)
+
+/* clang-format on */
 
 #endif

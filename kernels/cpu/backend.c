@@ -1,5 +1,5 @@
-/* backend.c: picks one of the tables that table.c makes, one a variant. Compiled once. Tables are weak, so that a build with fewer
- * variants, or for another architecture, links; what the machine cannot run is not handed out. */
+/* backend.c: picks one of the tables that table.c makes, one a variant. Compiled once. Tables are weak, so that a build
+ * with fewer variants, or for another architecture, links; what the machine cannot run is not handed out. */
 #include "../kernel.h"
 
 #include <string.h>

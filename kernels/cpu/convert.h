@@ -1,6 +1,7 @@
-/* convert.h: rows of elements from one dtype to another on the CPU. Floats no wider than f32 pass through float, wider ones and
- * mixtures with integers through double, integers among themselves through int64; every rounding is to nearest even, once.
- * Real to integer: truncated, limited to the type's range, NaN becomes 0. Integer to integer: the low bits. */
+/* convert.h: rows of elements from one dtype to another on the CPU. Floats no wider than f32 pass through float, wider
+ * ones and mixtures with integers through double, integers among themselves through int64; every rounding is to nearest
+ * even, once. Real to integer: truncated, limited to the type's range, NaN becomes 0. Integer to integer: the low bits.
+ */
 #ifndef LC_CONVERT_H
 #define LC_CONVERT_H
 
@@ -82,15 +83,15 @@ static inline void f32_row_to_f16(const float *restrict in, uint16_t *restrict o
     for (; i < n; i++) out[i] = f32_to_f16(in[i]);
 }
 
-#define LC_ROW(S, D, expr)                                          \
-    do {                                                            \
-        const S *restrict s_ = (const S *)in;                       \
-        D *restrict d_ = (D *)out;                                  \
-        for (int64_t i = 0; i < n; i++) {                           \
-            S v = s_[i];                                            \
-            d_[i] = (D)(expr);                                      \
-        }                                                           \
-    } while (0);                                                    \
+#define LC_ROW(S, D, expr)                                                                                             \
+    do {                                                                                                               \
+        const S *restrict s_ = (const S *)in;                                                                          \
+        D *restrict d_ = (D *)out;                                                                                     \
+        for (int64_t i = 0; i < n; i++) {                                                                              \
+            S v = s_[i];                                                                                               \
+            d_[i] = (D)(expr);                                                                                         \
+        }                                                                                                              \
+    } while (0);                                                                                                       \
     break
 
 /* n elements of a dtype to float. Quantised ones in whole blocks. */
@@ -214,7 +215,11 @@ static inline void convert_row(int from, const void *in, int to, void *out, int6
 }
 
 /* Rows of real, whatever the variant's real is. */
-static inline void row_to_real(int dtype, const void *in, real *out, int64_t n) { convert_row(dtype, in, LC_K_REAL, out, n); }
-static inline void row_from_real(int dtype, const real *in, void *out, int64_t n) { convert_row(LC_K_REAL, in, dtype, out, n); }
+static inline void row_to_real(int dtype, const void *in, real *out, int64_t n) {
+    convert_row(dtype, in, LC_K_REAL, out, n);
+}
+static inline void row_from_real(int dtype, const real *in, void *out, int64_t n) {
+    convert_row(LC_K_REAL, in, dtype, out, n);
+}
 
 #endif

@@ -1,13 +1,16 @@
-/* copy.c: copies, conversions between dtypes, fills, and accumulation in place. Operands may have any strides and, but for
- * quantised input of `to`, any of the plain dtypes. Same-dtype pieces are moved by size alone, transposed ones tile by tile. */
+/* copy.c: copies, conversions between dtypes, fills, and accumulation in place. Operands may have any strides and, but
+ * for quantised input of `to`, any of the plain dtypes. Same-dtype pieces are moved by size alone, transposed ones tile
+ * by tile. */
 #include "convert.h"
 #include "walk.h"
 
-enum { TILE = 32 };
+enum { TILE = 64 };
 
-#define KERNEL(name) int K(name)(const lc_kargs *k); int K(name)(const lc_kargs *k)
+#define KERNEL(name)                                                                                                   \
+    int K(name)(const lc_kargs *k);                                                                                    \
+    int K(name)(const lc_kargs *k)
 
-/* ---- strided copy with conversion ------------------------------------------------------------------------------------ */
+/* ---- strided copy with conversion -------------------------------------------------------------------------------- */
 
 typedef struct copy_job {
     int from, to; /* dtypes */
@@ -101,8 +104,10 @@ static int copy_view(const lc_kargs *k, const lc_view *dst, const lc_view *src) 
     if (across >= 0) {
         tile_job j = {c, &w, across, (w.dim[across] + TILE - 1) / TILE, (w.dim[w.ndim - 1] + TILE - 1) / TILE};
         int64_t tiles = total / (w.dim[across] * w.dim[w.ndim - 1]) * j.tiles_across * j.tiles_last;
-        if (total <= WALK_SERIAL) copy_tiles(&j, 0, tiles, 0);
-        else k->host->parallel(tiles, LC_MAX(1, WALK_SERIAL / (TILE * TILE)), copy_tiles, &j);
+        if (total <= WALK_SERIAL)
+            copy_tiles(&j, 0, tiles, 0);
+        else
+            k->host->parallel(tiles, LC_MAX(1, WALK_SERIAL / (TILE * TILE)), copy_tiles, &j);
         return LC_K_OK;
     }
     walk_lengthen(&w);
@@ -130,8 +135,10 @@ static int copy_quantised(const lc_kargs *k, const lc_view *dst, const lc_view *
     if (!view_contiguous(src) || !view_contiguous(dst) || n % t->block) return LC_K_UNSUPPORTED;
     if (dst->dtype != src->dtype && !lc_dtype_is_float(dst->dtype)) return LC_K_UNSUPPORTED;
     block_job j = {src, dst};
-    if (dst->dtype == src->dtype) memcpy(dst->data, src->data, (size_t)(n / t->block * t->bytes));
-    else if (n > 0) k->host->parallel(n / t->block, 4096 / t->block, dequantise_part, &j);
+    if (dst->dtype == src->dtype)
+        memcpy(dst->data, src->data, (size_t)(n / t->block * t->bytes));
+    else if (n > 0)
+        k->host->parallel(n / t->block, 4096 / t->block, dequantise_part, &j);
     return LC_K_OK;
 }
 
@@ -159,7 +166,7 @@ KERNEL(cat) {
     return LC_K_OK;
 }
 
-/* ---- fills ----------------------------------------------------------------------------------------------------------- */
+/* ---- fills ------------------------------------------------------------------------------------------------------- */
 
 typedef struct fill_job {
     int dtype;
@@ -175,12 +182,11 @@ static void fill_row(void *ctx, char *const *p, const int64_t *step, int64_t n, 
         memset(p[0], 0, (size_t)(n * j->bytes));
         return;
     }
-    switch (j->bytes) {
-    case 1: WALK_GATHER(walk_1, p[0], step[0], &j->value, 0, n); break;
-    case 2: WALK_GATHER(walk_2, p[0], step[0], &j->value, 0, n); break;
-    case 4: WALK_GATHER(walk_4, p[0], step[0], &j->value, 0, n); break;
-    default: WALK_GATHER(walk_8, p[0], step[0], &j->value, 0, n); break;
-    }
+    uint64_t values[WALK_BLOCK];
+    int64_t block = LC_MIN(n, (int64_t)WALK_BLOCK);
+    walk_gather(values, &j->value, 0, block, j->bytes);
+    for (int64_t i = 0; i < n; i += block)
+        walk_scatter(p[0] + i * step[0], step[0], values, LC_MIN(block, n - i), j->bytes);
 }
 
 static int fill_with(const lc_kargs *k, int ordered, walk_fn row, fill_job *j) {
@@ -250,7 +256,7 @@ KERNEL(tril) {
     return status;
 }
 
-/* ---- accumulation in place ------------------------------------------------------------------------------------------- */
+/* ---- accumulation in place --------------------------------------------------------------------------------------- */
 
 typedef struct add_job {
     int to, from;
@@ -266,7 +272,8 @@ static void add_real_row(real *restrict x, const real *restrict from, real scale
 static void add_row(void *ctx, char *const *p, const int64_t *step, int64_t n, int64_t at) {
     const add_job *j = (const add_job *)ctx;
     (void)at;
-    if (j->to == LC_K_REAL && j->from == LC_K_REAL && step[0] == j->to_bytes && step[1] == j->from_bytes && p[0] != p[1]) {
+    if (j->to == LC_K_REAL && j->from == LC_K_REAL && step[0] == j->to_bytes && step[1] == j->from_bytes &&
+        p[0] != p[1]) {
         add_real_row((real *)p[0], (const real *)p[1], (real)j->scale, n);
         return;
     }
@@ -278,22 +285,24 @@ static void add_row(void *ctx, char *const *p, const int64_t *step, int64_t n, i
     } x, from;
     for (int64_t i = 0; i < n; i += WALK_BLOCK) {
         int64_t m = LC_MIN(n - i, (int64_t)WALK_BLOCK);
-        char *to = p[0] + i * step[0];
-        walk_gather(raw_x, to, step[0], m, j->to_bytes);
-        walk_gather(raw_from, p[1] + i * step[1], step[1], m, j->from_bytes);
+        char *place = p[0] + i * step[0];
+        int direct = step[0] == j->to_bytes;
+        void *to = direct ? (void *)place : (void *)raw_x;
+        const void *old = walk_piece(place, step[0], m, j->to_bytes, raw_x);
+        const void *more = walk_piece(p[1] + i * step[1], step[1], m, j->from_bytes, raw_from);
         if (wide) {
-            row_to_f64(j->to, raw_x, x.d, m);
-            row_to_f64(j->from, raw_from, from.d, m);
+            row_to_f64(j->to, old, x.d, m);
+            row_to_f64(j->from, more, from.d, m);
             for (int64_t e = 0; e < m; e++) x.d[e] += j->scale * from.d[e];
-            row_from_f64(j->to, x.d, raw_x, m);
+            row_from_f64(j->to, x.d, to, m);
         } else {
             float scale = (float)j->scale;
-            row_to_f32(j->to, raw_x, x.f, m);
-            row_to_f32(j->from, raw_from, from.f, m);
+            row_to_f32(j->to, old, x.f, m);
+            row_to_f32(j->from, more, from.f, m);
             for (int64_t e = 0; e < m; e++) x.f[e] += scale * from.f[e];
-            row_from_f32(j->to, x.f, raw_x, m);
+            row_from_f32(j->to, x.f, to, m);
         }
-        walk_scatter(to, step[0], raw_x, m, j->to_bytes);
+        if (!direct) walk_scatter(place, step[0], raw_x, m, j->to_bytes);
     }
 }
 
@@ -313,6 +322,10 @@ static void scale_row(void *ctx, char *const *p, const int64_t *step, int64_t n,
     real scale = (real)j->scale, values[WALK_BLOCK];
     uint64_t raw[WALK_BLOCK];
     (void)at;
+    if (j->to == LC_K_REAL && step[0] == j->to_bytes) {
+        for (int64_t i = 0; i < n; i++) ((real *)p[0])[i] *= scale;
+        return;
+    }
     for (int64_t i = 0; i < n; i += WALK_BLOCK) {
         int64_t m = LC_MIN(n - i, (int64_t)WALK_BLOCK);
         char *to = p[0] + i * step[0];

@@ -1,13 +1,17 @@
-/* index.c: reading and writing by integer indices, and selection by masks. Ids are int32, int64 or uint8, contiguous, and count from
- * 0; all of them are looked at before anything is written, and one out of range is LC_K_RANGE with its value and place. Elements are
- * moved by size, whatever their dtype, except where they are added up. */
+/* index.c: reading and writing by integer indices, and selection by masks. Ids are int32, int64 or uint8, contiguous,
+ * and count from 0; all of them are looked at before anything is written, and one out of range is LC_K_RANGE with its
+ * value and place. Elements are moved by size, whatever their dtype, except where they are added up. */
 #include "convert.h"
 #include "walk.h"
 
-#define KERNEL(name) int K(name)(const lc_kargs *k); int K(name)(const lc_kargs *k)
+#define KERNEL(name)                                                                                                   \
+    int K(name)(const lc_kargs *k);                                                                                    \
+    int K(name)(const lc_kargs *k)
 
 static int64_t id_at(const void *ids, int dtype, int64_t i) {
-    return dtype == LC_K_I64 ? ((const int64_t *)ids)[i] : dtype == LC_K_I32 ? ((const int32_t *)ids)[i] : ((const uint8_t *)ids)[i];
+    return dtype == LC_K_I64   ? ((const int64_t *)ids)[i]
+           : dtype == LC_K_I32 ? ((const int32_t *)ids)[i]
+                               : ((const uint8_t *)ids)[i];
 }
 
 static int check_ids(const lc_kargs *k, const lc_view *ids, int64_t limit) {
@@ -22,15 +26,15 @@ static int check_ids(const lc_kargs *k, const lc_view *ids, int64_t limit) {
     return LC_K_OK;
 }
 
-/* ---- rows by ids ----------------------------------------------------------------------------------------------------- */
+/* ---- rows by ids ------------------------------------------------------------------------------------------------- */
 
 typedef struct rows_job {
     const void *ids;
     int id_dtype, from, to;
     const char *x;
     char *y;
-    int64_t x_bytes, y_bytes;       /* of a row */
-    int64_t width, n_ids, n_rows;   /* elements a row; ids; rows of x (of y in embedding_backward) */
+    int64_t x_bytes, y_bytes;     /* of a row */
+    int64_t width, n_ids, n_rows; /* elements a row; ids; rows of x (of y in embedding_backward) */
 } rows_job;
 
 static void rows_part(void *ctx, int64_t begin, int64_t end, int thread) {
@@ -92,11 +96,12 @@ KERNEL(embedding_backward) {
     rows_job j = {.ids = ids->data, .id_dtype = ids->dtype, .x = (const char *)g->data, .y = (char *)y->data};
     j.width = y->dim[1];
     j.n_ids = view_numel(ids);
-    run_parts(k, y->dim[0], LC_MAX((int64_t)256, WALK_SERIAL / LC_MAX((int64_t)1, j.width)), embedding_backward_part, &j);
+    run_parts(k, y->dim[0], LC_MAX((int64_t)256, WALK_SERIAL / LC_MAX((int64_t)1, j.width)), embedding_backward_part,
+              &j);
     return LC_K_OK;
 }
 
-/* ---- elements by ids: the indexed tensor is walked with a stride of 0 along the dim, to which the id adds its own -------- */
+/* ---- elements by ids: the indexed tensor is walked with a stride of 0 along the dim, to which the id adds its own  */
 
 typedef struct element_job {
     int id_dtype;
@@ -137,7 +142,8 @@ KERNEL(gather) {
     const lc_view *v[3] = {&k->y[0], ids, &from};
     walk w;
     walk_make(&w, 3, v, 0);
-    element_job j = {.id_dtype = ids->dtype, .bytes = view_bytes(x), .along = x->ndim ? x->stride[dim] * view_bytes(x) : 0};
+    element_job j = {
+        .id_dtype = ids->dtype, .bytes = view_bytes(x), .along = x->ndim ? x->stride[dim] * view_bytes(x) : 0};
     walk_all(k, &w, gather_row, &j);
     return LC_K_OK;
 }
@@ -189,7 +195,7 @@ KERNEL(scatter_add) {
     return LC_K_OK;
 }
 
-/* ---- selection by a mask --------------------------------------------------------------------------------------------- */
+/* ---- selection by a mask ----------------------------------------------------------------------------------------- */
 
 typedef struct where_job {
     int mask_dtype;
@@ -197,11 +203,11 @@ typedef struct where_job {
 } where_job;
 
 static void mask_piece(int dtype, const void *in, uint8_t *out, int64_t n) {
-#define LC_TEST(T, expr)                                            \
-    for (int64_t i = 0; i < n; i++) {                               \
-        T v = ((const T *)in)[i];                                   \
-        out[i] = (uint8_t)(expr);                                   \
-    }                                                               \
+#define LC_TEST(T, expr)                                                                                               \
+    for (int64_t i = 0; i < n; i++) {                                                                                  \
+        T v = ((const T *)in)[i];                                                                                      \
+        out[i] = (uint8_t)(expr);                                                                                      \
+    }                                                                                                                  \
     break
     switch (dtype) {
     case LC_K_F32: LC_TEST(float, v != 0);
@@ -215,8 +221,8 @@ static void mask_piece(int dtype, const void *in, uint8_t *out, int64_t n) {
 #undef LC_TEST
 }
 
-#define SELECT(T)                                                                                            \
-    for (int64_t e = 0; e < m; e++) ((T *)out)[e] = mask[e] ? ((const T *)a)[e] : ((const T *)b)[e];        \
+#define SELECT(T)                                                                                                      \
+    _Pragma("omp simd") for (int64_t e = 0; e < m; e++)((T *)to)[e] = mask[e] ? ((const T *)a)[e] : ((const T *)b)[e]; \
     break
 
 /* operands: y, mask, a, b */
@@ -230,13 +236,16 @@ static void where_row(void *ctx, char *const *p, const int64_t *step, int64_t n,
         mask_piece(j->mask_dtype, walk_piece(p[1] + i * step[1], step[1], m, j->mask_bytes, raw_mask), mask, m);
         const void *a = walk_piece(p[2] + i * step[2], step[2], m, j->bytes, raw_a);
         const void *b = walk_piece(p[3] + i * step[3], step[3], m, j->bytes, raw_b);
+        char *place = p[0] + i * step[0];
+        int direct = step[0] == j->bytes;
+        void *to = direct ? (void *)place : (void *)out;
         switch (j->bytes) {
         case 1: SELECT(walk_1);
         case 2: SELECT(walk_2);
         case 4: SELECT(walk_4);
         default: SELECT(walk_8);
         }
-        walk_scatter(p[0] + i * step[0], step[0], out, m, j->bytes);
+        if (!direct) walk_scatter(place, step[0], out, m, j->bytes);
     }
 }
 

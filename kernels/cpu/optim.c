@@ -1,10 +1,12 @@
-/* optim.c: optimizer steps, in place, in PyTorch's arithmetic and order of operations (torch.optim, one tensor at a time).
- * Parameters and moments are contiguous and real; gradients may be of any float dtype. Learning rate and step may come as 0-dim
- * tensors, so that a recorded graph can be replayed. */
+/* optim.c: optimizer steps, in place, in PyTorch's arithmetic and order of operations (torch.optim, one tensor at a
+ * time). Parameters and moments are contiguous and real; gradients may be of any float dtype. Learning rate and step
+ * may come as 0-dim tensors, so that a recorded graph can be replayed. */
 #include "convert.h"
 #include "walk.h"
 
-#define KERNEL(name) int K(name)(const lc_kargs *k); int K(name)(const lc_kargs *k)
+#define KERNEL(name)                                                                                                   \
+    int K(name)(const lc_kargs *k);                                                                                    \
+    int K(name)(const lc_kargs *k)
 
 enum { GRAIN = 16384, PIECE = 512 };
 
@@ -26,8 +28,8 @@ static const real *gradient(const job *j, int64_t at, int64_t n, real *buf) {
     return buf;
 }
 
-static void adamw_piece(const job *restrict j, real *restrict p, const real *restrict g, real *restrict m, real *restrict v,
-                        int64_t n) {
+static void adamw_piece(const job *restrict j, real *restrict p, const real *restrict g, real *restrict m,
+                        real *restrict v, int64_t n) {
     const real keep = j->keep, decay = j->decay, lerp = j->lerp, beta2 = j->beta2, rest2 = j->one_minus_beta2;
     const real root = j->bias2_root, eps = j->eps, size = -j->step_size;
     const int near = lerp < (real)0.5;
@@ -105,8 +107,8 @@ static void sgd_part(void *ctx, int64_t begin, int64_t end, int thread) {
     }
 }
 
-/* x = p, g, buf (needed with momentum) [n], lr, step; f = lr, momentum, dampening, weight_decay; i = step (from 1), nesterov.
- * The first step fills buf with the gradient, undampened. */
+/* x = p, g, buf (needed with momentum) [n], lr, step; f = lr, momentum, dampening, weight_decay; i = step (from 1),
+ * nesterov. The first step fills buf with the gradient, undampened. */
 KERNEL(sgd_) {
     const lc_view *x = k->x;
     double momentum = k->f[1];

@@ -1,10 +1,16 @@
-/* pointwise.c: the CPU kernels of all UNARY, UNARY_FLAT, BINARY and COMPARE rows, and of their gradients. Each row of the op table
- * is instantiated once, as a loop over contiguous operands that the compiler turns into vector code; operands with other strides
- * pass through buffers that stay in the cache. All operands have the result's shape, broadcast by strides of 0.
- *   UNARY    x[0] -> y[0]                         NAME_grad             x[0] = g, x[1] = x, x[2] = y -> y[0]
- *   BINARY   x[0], x[1] -> y[0]                   NAME_grad_a, _grad_b  x[0] = g, x[1] = a, x[2] = b, x[3] = y -> y[0]
- *   COMPARE  x[0], x[1] of one dtype -> y[0] uint8
- * f[] holds LC_SCALAR_PARAMS numbers at least, or is NULL. An operand that the row's function does not look at may be absent. */
+/* pointwise.c: the CPU kernels of all UNARY, UNARY_FLAT, BINARY and COMPARE rows, and of their gradients. Each row of
+ * the op table is instantiated once, as a loop over contiguous operands that the compiler turns into vector code;
+ * operands with other strides pass through buffers that stay in the cache. All operands have the result's shape,
+ * broadcast by strides of 0.
+ *
+ * UNARY: x[0] -> y[0]. NAME_grad: x[0] = g, x[1] = x, x[2] = y -> y[0].
+ *
+ * BINARY: x[0], x[1] -> y[0]. NAME_grad_a, _grad_b: x[0] = g, x[1] = a, x[2] = b, x[3] = y -> y[0].
+ *
+ * COMPARE: x[0], x[1] of one dtype -> y[0] uint8.
+ *
+ * f[] holds LC_SCALAR_PARAMS numbers at least, or is NULL. An operand that the row's function does not look at may be
+ * absent. */
 #include "scalar_math.h"
 #include "walk.h"
 
@@ -86,54 +92,54 @@ static int run_real(const lc_kargs *k, int n_in, row_fn row) {
     return run(k, n_in, row);
 }
 
-/* ---- the rows of the table ------------------------------------------------------------------------------------------- */
+/* ---- the rows of the table --------------------------------------------------------------------------------------- */
 
 /* The parameters are copied where the compiler sees that nothing else writes them. */
-#define KERNEL(name, n_in, ...)                                                              \
-    static void name##_row(void *out, const void *const *in, int64_t n, const real *f) {     \
-        real *y_ = (real *)out;                                                              \
-        const real *x_[4] = {(const real *)in[0]};                                           \
-        for (int o = 1; o < n_in; o++) x_[o] = (const real *)in[o];                          \
-        const real *x0 = x_[0], *x1 = x_[1], *x2 = x_[2], *x3 = x_[3];                       \
-        const real p[LC_SCALAR_PARAMS] = {f[0], f[1], f[2], f[3]};                           \
-        (void)x1, (void)x2, (void)x3, (void)p;                                               \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y_[i] = __VA_ARGS__;             \
-    }                                                                                        \
-    int K(name)(const lc_kargs *k);                                                          \
+#define KERNEL(name, n_in, ...)                                                                                        \
+    static void name##_row(void *out, const void *const *in, int64_t n, const real *f) {                               \
+        real *y_ = (real *)out;                                                                                        \
+        const real *x_[4] = {(const real *)in[0]};                                                                     \
+        for (int o = 1; o < n_in; o++) x_[o] = (const real *)in[o];                                                    \
+        const real *x0 = x_[0], *x1 = x_[1], *x2 = x_[2], *x3 = x_[3];                                                 \
+        const real p[LC_SCALAR_PARAMS] = {f[0], f[1], f[2], f[3]};                                                     \
+        (void)x1, (void)x2, (void)x3, (void)p;                                                                         \
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y_[i] = __VA_ARGS__;                                       \
+    }                                                                                                                  \
+    int K(name)(const lc_kargs *k);                                                                                    \
     int K(name)(const lc_kargs *k) { return run_real(k, n_in, name##_row); }
 
-#define UNARY(name, sig, flags, doc)            \
-    KERNEL(name, 1, LC_S(name)(x0[i], p))       \
+#define UNARY(name, sig, flags, doc)                                                                                   \
+    KERNEL(name, 1, LC_S(name)(x0[i], p))                                                                              \
     KERNEL(name##_grad, 3, LC_S(name##_grad)(x0[i], x1[i], x2[i], p))
 #define UNARY_FLAT(name, sig, flags, doc) KERNEL(name, 1, LC_S(name)(x0[i], p))
-#define BINARY(name, sig, flags, doc)                                              \
-    KERNEL(name, 2, LC_S(name)(x0[i], x1[i]))                                      \
-    KERNEL(name##_grad_a, 4, LC_S(name##_grad_a)(x0[i], x1[i], x2[i], x3[i]))      \
+#define BINARY(name, sig, flags, doc)                                                                                  \
+    KERNEL(name, 2, LC_S(name)(x0[i], x1[i]))                                                                          \
+    KERNEL(name##_grad_a, 4, LC_S(name##_grad_a)(x0[i], x1[i], x2[i], x3[i]))                                          \
     KERNEL(name##_grad_b, 4, LC_S(name##_grad_b)(x0[i], x1[i], x2[i], x3[i]))
 
-#define COMPARE_ROW(name, type, T, ...)                                                        \
-    static void name##_##type##_row(void *out, const void *const *in, int64_t n, const real *f) { \
-        uint8_t *y = (uint8_t *)out;                                                           \
-        const T *x0 = (const T *)in[0], *x1 = (const T *)in[1];                                \
-        (void)f;                                                                               \
-        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = (uint8_t)(__VA_ARGS__);     \
+#define COMPARE_ROW(name, type, T, ...)                                                                                \
+    static void name##_##type##_row(void *out, const void *const *in, int64_t n, const real *f) {                      \
+        uint8_t *y = (uint8_t *)out;                                                                                   \
+        const T *x0 = (const T *)in[0], *x1 = (const T *)in[1];                                                        \
+        (void)f;                                                                                                       \
+        _Pragma("omp simd") for (int64_t i = 0; i < n; i++) y[i] = (uint8_t)(__VA_ARGS__);                             \
     }
 #define ORDER(a, b) (real)(((a) > (b)) - ((a) < (b)))
-#define COMPARE(name, sig, flags, doc)                                           \
-    COMPARE_ROW(name, real, real, LC_S(name)(x0[i], x1[i]))                      \
-    COMPARE_ROW(name, i32, int32_t, LC_S(name)(ORDER(x0[i], x1[i]), 0))          \
-    COMPARE_ROW(name, i64, int64_t, LC_S(name)(ORDER(x0[i], x1[i]), 0))          \
-    COMPARE_ROW(name, u8, uint8_t, LC_S(name)(ORDER(x0[i], x1[i]), 0))           \
-    int K(name)(const lc_kargs *k);                                              \
-    int K(name)(const lc_kargs *k) {                                             \
-        if (k->y[0].dtype != LC_K_U8) return LC_K_UNSUPPORTED;                   \
-        switch (k->x[0].dtype) {                                                 \
-        case LC_K_REAL: return run(k, 2, name##_real_row);                       \
-        case LC_K_I32: return run(k, 2, name##_i32_row);                         \
-        case LC_K_I64: return run(k, 2, name##_i64_row);                         \
-        case LC_K_U8: return run(k, 2, name##_u8_row);                           \
-        default: return LC_K_UNSUPPORTED;                                        \
-        }                                                                        \
+#define COMPARE(name, sig, flags, doc)                                                                                 \
+    COMPARE_ROW(name, real, real, LC_S(name)(x0[i], x1[i]))                                                            \
+    COMPARE_ROW(name, i32, int32_t, LC_S(name)(ORDER(x0[i], x1[i]), 0))                                                \
+    COMPARE_ROW(name, i64, int64_t, LC_S(name)(ORDER(x0[i], x1[i]), 0))                                                \
+    COMPARE_ROW(name, u8, uint8_t, LC_S(name)(ORDER(x0[i], x1[i]), 0))                                                 \
+    int K(name)(const lc_kargs *k);                                                                                    \
+    int K(name)(const lc_kargs *k) {                                                                                   \
+        if (k->y[0].dtype != LC_K_U8) return LC_K_UNSUPPORTED;                                                         \
+        switch (k->x[0].dtype) {                                                                                       \
+        case LC_K_REAL: return run(k, 2, name##_real_row);                                                             \
+        case LC_K_I32: return run(k, 2, name##_i32_row);                                                               \
+        case LC_K_I64: return run(k, 2, name##_i64_row);                                                               \
+        case LC_K_U8: return run(k, 2, name##_u8_row);                                                                 \
+        default: return LC_K_UNSUPPORTED;                                                                              \
+        }                                                                                                              \
     }
 
 #include "../../runtime/ops.def"

@@ -1,18 +1,22 @@
-/* reduce.c: reductions over sets of dims. Float sums run in vectors over short blocks and in double from block to block, so their
- * error does not grow with the length. How the work is cut depends on the shape alone: results do not depend on the threads.
- * y has x's dims with the reduced ones at 1. Reductions along one dim (softmax and others) are in softmax.c. */
+/* reduce.c: reductions over sets of dims. Float sums run in vectors over short blocks and in double from block to
+ * block, so their error does not grow with the length. How the work is cut depends on the shape alone: results do not
+ * depend on the threads. y has x's dims with the reduced ones at 1. Reductions along one dim (softmax and others) are
+ * in softmax.c. */
 #include "convert.h"
 #include "simd.h"
 #include "walk.h"
 
-#define KERNEL(name) int K(name)(const lc_kargs *k); int K(name)(const lc_kargs *k)
+#define KERNEL(name)                                                                                                   \
+    int K(name)(const lc_kargs *k);                                                                                    \
+    int K(name)(const lc_kargs *k)
 
 enum { SUM, MAX, MIN, SQUARES, BAD }; /* BAD counts NaN and infinities */
 enum { BLOCK = 1024, COLUMNS = 256, CHUNKS = 256, CHUNK = 16384, FEW = 16 };
 
 typedef struct dims {
     int n;
-    int64_t total, dim[LC_VIEW_DIMS], x[LC_VIEW_DIMS], y[LC_VIEW_DIMS]; /* strides in elements, longest x stride first */
+    int64_t total, dim[LC_VIEW_DIMS], x[LC_VIEW_DIMS],
+        y[LC_VIEW_DIMS]; /* strides in elements, longest x stride first */
 } dims;
 
 typedef struct job {
@@ -22,12 +26,12 @@ typedef struct job {
     int64_t bytes;
     real *y;
     dims kept, reduced;
-    int64_t output;   /* reduction in chunks: which result */
+    int64_t output; /* reduction in chunks: which result */
     int64_t chunk;
     double *partial;
 } job;
 
-/* ---- one row --------------------------------------------------------------------------------------------------------- */
+/* ---- one row ----------------------------------------------------------------------------------------------------- */
 
 static double start_of(int mode) { return mode == MAX ? -INFINITY : mode == MIN ? INFINITY : 0; }
 
@@ -115,7 +119,7 @@ static double row_reduce(const job *j, const char *p, int64_t step, int64_t n) {
     return total;
 }
 
-/* ---- all rows of one result ------------------------------------------------------------------------------------------ */
+/* ---- all rows of one result -------------------------------------------------------------------------------------- */
 
 static const char *at_kept(const job *j, int64_t o, real **y) {
     const char *x = j->x;
@@ -179,7 +183,7 @@ static double reduce_long(const lc_kargs *k, job *j, int64_t output) {
     return total;
 }
 
-/* ---- columns: the kept inner dim lies in one piece, the reduced ones do not -------------------------------------------- */
+/* ---- columns: the kept inner dim lies in one piece, the reduced ones do not -------------------------------------- */
 
 static void add_columns(int mode, real *restrict to, const real *restrict from, int64_t n) {
     if (mode == SUM)
@@ -219,7 +223,7 @@ static void reduce_columns(void *ctx, int64_t begin, int64_t end, int thread) {
     }
 }
 
-/* ---- cutting the work ------------------------------------------------------------------------------------------------ */
+/* ---- cutting the work -------------------------------------------------------------------------------------------- */
 
 static void dims_add(dims *d, int64_t dim, int64_t x, int64_t y) {
     int at = d->n++;
@@ -238,8 +242,10 @@ static void dims_merge(dims *d) {
     int n = 0;
     for (int i = 0; i < d->n; i++) {
         int merge = n > 0 && d->x[n - 1] == d->x[i] * d->dim[i] && d->y[n - 1] == d->y[i] * d->dim[i];
-        if (merge) d->dim[n - 1] *= d->dim[i];
-        else d->dim[n++] = d->dim[i];
+        if (merge)
+            d->dim[n - 1] *= d->dim[i];
+        else
+            d->dim[n++] = d->dim[i];
         d->x[n - 1] = d->x[i];
         d->y[n - 1] = d->y[i];
     }
@@ -261,8 +267,10 @@ static void plan(job *j, int mode, const lc_view *x, const lc_view *y, unsigned 
     j->kept.total = j->reduced.total = 1;
     for (int i = 0; i < x->ndim; i++) {
         if (x->dim[i] == 1) continue;
-        if (reduced >> i & 1) dims_add(&j->reduced, x->dim[i], x->stride[i], 0);
-        else dims_add(&j->kept, x->dim[i], x->stride[i], i < y->ndim ? y->stride[i] : 0);
+        if (reduced >> i & 1)
+            dims_add(&j->reduced, x->dim[i], x->stride[i], 0);
+        else
+            dims_add(&j->kept, x->dim[i], x->stride[i], i < y->ndim ? y->stride[i] : 0);
     }
     dims_merge(&j->kept);
     dims_merge(&j->reduced);
@@ -273,7 +281,8 @@ static void execute(const lc_kargs *k, job *j) {
     if (kept->total == 0) return;
     int64_t inner = kept->dim[kept->n - 1];
     if (j->dtype == LC_K_REAL && kept->x[kept->n - 1] == 1 && inner >= 8 && r->x[r->n - 1] != 1) {
-        int64_t blocks = (inner + COLUMNS - 1) / COLUMNS, work = LC_MAX((int64_t)1, LC_MIN(inner, (int64_t)COLUMNS) * r->total);
+        int64_t blocks = (inner + COLUMNS - 1) / COLUMNS,
+                work = LC_MAX((int64_t)1, LC_MIN(inner, (int64_t)COLUMNS) * r->total);
         run_parts(k, kept->total / inner * blocks, LC_MAX((int64_t)1, CHUNK / work), reduce_columns, j);
     } else if (kept->total < FEW && r->total > 2 * CHUNK) {
         for (int64_t o = 0; o < kept->total; o++) {

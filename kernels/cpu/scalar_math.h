@@ -1,6 +1,7 @@
-/* scalar_math.h: the elementary functions that kernels/scalar.h is written in, for the CPU. In float they are free of branches, so
- * that a loop over them becomes vector code in every instruction set, and within 2 ulp or so of the true value (the test says how
- * near); in double they are the library's. Another back-end brings its own m_* functions in place of this file. */
+/* scalar_math.h: the elementary functions that kernels/scalar.h is written in, for the CPU. In float they are free of
+ * branches, so that a loop over them becomes vector code in every instruction set, and within 2 ulp or so of the true
+ * value (the test says how near); in double they are the library's. Another back-end brings its own m_* functions in
+ * place of this file. */
 #ifndef LC_SCALAR_MATH_H
 #define LC_SCALAR_MATH_H
 
@@ -124,8 +125,8 @@ LC_FN real m_gauss(real x) {
     return rexp(-0.5f * h * h) * rexp(-0.5f * (a - h) * (a + h));
 }
 
-/* Lower tail = gauss(x) / 2 times erfcx(z), z = |x| / sqrt(2), and erfcx(z) (1 + 2 z) is nearly straight in q = (z - 2) / (z + 2):
- * coefficients interpolate it at the Chebyshev nodes of z in [0, 9.45], relative error 2.1e-8. */
+/* Lower tail = gauss(x) / 2 times erfcx(z), z = |x| / sqrt(2), and erfcx(z) (1 + 2 z) is nearly straight in q = (z - 2)
+ * / (z + 2): coefficients interpolate it at the Chebyshev nodes of z in [0, 9.45], relative error 2.1e-8. */
 LC_FN real m_normcdf(real x) {
     real z = m_abs(x) * 0.70710678f;
     z = z > 15.f ? 15.f : z;

@@ -1,13 +1,16 @@
-/* softmax.c: reductions and scans along one dim: softmax, log_softmax, their gradient, logsumexp, argmax, argmin, cumsum. Tensors
- * are contiguous and seen as [outer, n, inner]; a row is the n elements of one (outer, inner). Sums run in double between blocks.
- * With inner 1 a row lies in one piece and is vectorised along itself, otherwise 64 rows side by side go together. */
+/* softmax.c: reductions and scans along one dim: softmax, log_softmax, their gradient, logsumexp, argmax, argmin,
+ * cumsum. Tensors are contiguous and seen as [outer, n, inner]; a row is the n elements of one (outer, inner). Sums run
+ * in double between blocks. With inner 1 a row lies in one piece and is vectorised along itself, otherwise 64 rows side
+ * by side go together. */
 #include "convert.h"
 #include "simd.h"
 #include "walk.h"
 
-#define KERNEL(name) int K(name)(const lc_kargs *k); int K(name)(const lc_kargs *k)
+#define KERNEL(name)                                                                                                   \
+    int K(name)(const lc_kargs *k);                                                                                    \
+    int K(name)(const lc_kargs *k)
 
-enum { BLOCK = 1024, SIDE = 64, GRAIN = 8192 };
+enum { BLOCK = 1024, ARG_BLOCK = 128, SIDE = 64, GRAIN = 8192 };
 enum { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
 
 typedef struct job {
@@ -43,7 +46,7 @@ static int64_t side_begin(const job *j, int64_t t, int64_t *width) {
     return t / j->blocks * j->n * j->inner + c;
 }
 
-/* ---- pieces of one row ----------------------------------------------------------------------------------------------- */
+/* ---- pieces of one row ------------------------------------------------------------------------------------------- */
 
 static real row_max(const real *x, int64_t n) {
     real best = -INFINITY;
@@ -126,7 +129,8 @@ static void softmax_side(void *ctx, int64_t begin, int64_t end, int thread) {
         }
         for (int64_t c = 0; c < width; c++) {
             scale[c] = (real)(j->mode == SOFTMAX ? 1 / s[c] : log(s[c]));
-            if (j->mode == LOGSUMEXP) j->y[t / j->blocks * j->inner + t % j->blocks * SIDE + c] = (real)((double)m[c] + log(s[c]));
+            if (j->mode == LOGSUMEXP)
+                j->y[t / j->blocks * j->inner + t % j->blocks * SIDE + c] = (real)((double)m[c] + log(s[c]));
         }
         if (j->mode == LOGSUMEXP) continue;
         for (int64_t i = 0; i < j->n; i++) {
@@ -150,7 +154,7 @@ KERNEL(softmax) { return softmax(k, SOFTMAX); }
 KERNEL(log_softmax) { return softmax(k, LOG_SOFTMAX); }
 KERNEL(logsumexp) { return softmax(k, LOGSUMEXP); }
 
-/* ---- gradient: y (g - sum g y), or g - exp(y) sum g for the logarithm -------------------------------------------------- */
+/* ---- gradient: y (g - sum g y), or g - exp(y) sum g for the logarithm -------------------------------------------- */
 
 static double row_dot(const real *g, const real *y, int64_t n, int is_log) {
     double total = 0;
@@ -214,7 +218,7 @@ KERNEL(softmax_backward) {
     return run_rows(k, &j, backward_rows, backward_side);
 }
 
-/* ---- argmax, argmin: the first best; NaN is best ------------------------------------------------------------------------ */
+/* ---- argmax, argmin: the first best; NaN is best ----------------------------------------------------------------- */
 
 static int better(int is_min, real a, real b) { return b == b && (a != a || (is_min ? a < b : a > b)); }
 
@@ -224,8 +228,8 @@ static void arg_rows(void *ctx, int64_t begin, int64_t end, int thread) {
     for (int64_t r = begin; r < end; r++) {
         const real *x = j->x + r * j->n;
         int64_t best = 0;
-        for (int64_t i = 0; i < j->n; i += BLOCK) { /* is there anything better in the block at all? */
-            int64_t stop = LC_MIN(j->n, i + BLOCK);
+        for (int64_t i = 0; i < j->n; i += ARG_BLOCK) { /* is there anything better in the block at all? */
+            int64_t stop = LC_MIN(j->n, i + ARG_BLOCK);
             real b = x[best];
             int any = 0;
             if (b != b) break;
@@ -272,7 +276,7 @@ static int arg(const lc_kargs *k, int is_min) {
 KERNEL(argmax) { return arg(k, 0); }
 KERNEL(argmin) { return arg(k, 1); }
 
-/* ---- cumsum ---------------------------------------------------------------------------------------------------------- */
+/* ---- cumsum ------------------------------------------------------------------------------------------------------ */
 
 static void cumsum_rows(void *ctx, int64_t begin, int64_t end, int thread) {
     const job *j = (const job *)ctx;
@@ -290,7 +294,8 @@ static void cumsum_side(void *ctx, int64_t begin, int64_t end, int thread) {
         int64_t width, at = side_begin(j, t, &width);
         double s[SIDE] = {0};
         for (int64_t i = 0; i < j->n; i++)
-            for (int64_t c = 0; c < width; c++) j->y[at + i * j->inner + c] = (real)(s[c] += (double)j->x[at + i * j->inner + c]);
+            for (int64_t c = 0; c < width; c++)
+                j->y[at + i * j->inner + c] = (real)(s[c] += (double)j->x[at + i * j->inner + c]);
     }
 }
 

@@ -1,6 +1,7 @@
-/* walk.h: how strided elementwise kernels go through their operands. A walk takes views of one shape (broadcasting has been put
- * into strides of 0), drops dims of 1, merges dims that all operands hold in one piece, and hands out rows: an address and a step
- * in bytes for each operand, and a length. Rows are cut at the bounds of a thread's part. Operand 0 is the result. */
+/* walk.h: how strided elementwise kernels go through their operands. A walk takes views of one shape (broadcasting has
+ * been put into strides of 0), drops dims of 1, merges dims that all operands hold in one piece, and hands out rows: an
+ * address and a step in bytes for each operand, and a length. Rows are cut at the bounds of a thread's part. Operand 0
+ * is the result. */
 #ifndef LC_WALK_H
 #define LC_WALK_H
 
@@ -15,7 +16,7 @@ typedef uint64_t walk_8 __attribute__((may_alias));
 enum { WALK_OPERANDS = 5, WALK_SERIAL = 16384, WALK_BLOCK = 512 };
 
 typedef struct walk {
-    int n, ndim; /* operands; dims, at least 1 */
+    int n, ndim;                                                         /* operands; dims, at least 1 */
     int64_t total, dim[LC_VIEW_DIMS], step[WALK_OPERANDS][LC_VIEW_DIMS]; /* steps in bytes */
     char *base[WALK_OPERANDS];
 } walk;
@@ -44,7 +45,8 @@ static inline int64_t view_offset(const lc_view *v, int64_t e) {
     return at;
 }
 
-/* With a short last dim the longest dim becomes the row: the order of elements does not matter to an elementwise kernel. */
+/* With a short last dim the longest dim becomes the row: the order of elements does not matter to an elementwise
+ * kernel. */
 static inline void walk_lengthen(walk *w) {
     int last = w->ndim - 1, best = last;
     if (w->dim[last] >= 8) return;
@@ -95,6 +97,8 @@ static inline void walk_range(const walk *w, int64_t begin, int64_t end, walk_fn
     char *p[WALK_OPERANDS];
     for (int o = 0; o < w->n; o++) p[o] = w->base[o], step[o] = w->step[o][last];
     for (int i = last; i >= 0; i--) {
+        pos[i] = 0;
+        if (rest == 0) continue;
         pos[i] = rest % w->dim[i];
         rest /= w->dim[i];
         for (int o = 0; o < w->n; o++) p[o] += pos[i] * w->step[o][i];
@@ -118,8 +122,10 @@ static inline void walk_range(const walk *w, int64_t begin, int64_t end, walk_fn
 /* body over [0, n), on the pool when there is enough to do. */
 static inline void run_parts(const lc_kargs *k, int64_t n, int64_t grain, void (*body)(void *, int64_t, int64_t, int),
                              void *ctx) {
-    if (n > grain) k->host->parallel(n, grain, body, ctx);
-    else if (n > 0) body(ctx, 0, n, 0);
+    if (n > grain)
+        k->host->parallel(n, grain, body, ctx);
+    else if (n > 0)
+        body(ctx, 0, n, 0);
 }
 
 typedef struct walk_job {
@@ -145,10 +151,10 @@ static inline void walk_all(const lc_kargs *k, const walk *w, walk_fn f, void *c
 }
 
 /* n elements of `bytes` each, `step` bytes apart, into one piece; and back. */
-#define WALK_GATHER(T, dst, dstep, src, sstep, n)                                            \
-    do {                                                                                     \
-        for (int64_t i_ = 0; i_ < (n); i_++)                                                 \
-            *(T *)((char *)(dst) + i_ * (dstep)) = *(const T *)((const char *)(src) + i_ * (sstep)); \
+#define WALK_GATHER(T, dst, dstep, src, sstep, n)                                                                      \
+    do {                                                                                                               \
+        for (int64_t i_ = 0; i_ < (n); i_++)                                                                           \
+            *(T *)((char *)(dst) + i_ * (dstep)) = *(const T *)((const char *)(src) + i_ * (sstep));                   \
     } while (0)
 
 static inline void walk_gather(void *dst, const void *src, int64_t step, int64_t n, int64_t bytes) {

@@ -1,129 +1,9 @@
-/* test_kernels_basic.c: the CPU kernels of pointwise, copy, reduction, index, random and optimizer rows, called through the back-end
- * table in every variant that this machine runs (generic in f32 and f64, AVX2, AVX-512), without the core. Checks what a generated
- * whole-op test would miss: the random stream's known answers, every half, accuracy of the elementary functions, odd strides and
- * lengths, sums of a million terms, independence of the number of parts, faults. */
-#include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+/* test_kernels_basic.c: the CPU kernels of pointwise, copy, random and optimizer rows. Checks what a generated whole-op
+ * test would miss: the random stream's known answers, every half, accuracy of the elementary functions, odd strides and
+ * lengths, independence of the number of parts. */
+#include "kernel_harness.h"
 
-#include <cmocka.h>
-
-#define LC_ISA generic
-#define LC_DOUBLE 0
-#include "../../kernels/cpu/convert.h"
-#include "../../kernels/cpu/scalar_math.h"
-#include "../../kernels/cpu/walk.h"
-
-#include "../../kernels/philox.h"
-
-/* ---- a host, views and calls ----------------------------------------------------------------------------------------- */
-
-static int host_parts = 3, host_plain = 0;
-
-static void host_parallel(int64_t n, int64_t grain, void (*body)(void *, int64_t, int64_t, int), void *ctx) {
-    int64_t parts = LC_MAX(1, LC_MIN(host_parts, n / LC_MAX(1, grain)));
-    for (int64_t p = parts - 1; p >= 0; p--) body(ctx, n * p / parts, n * (p + 1) / parts, (int)p);
-}
-static int host_threads(void) { return host_parts; }
-static int host_option(int which) { return which == LC_OPTION_PLAIN_POINTWISE && host_plain; }
-static const lc_host host = {host_parallel, host_threads, host_option};
-
-typedef struct variant {
-    const char *isa;
-    int is_double;
-} variant;
-static const variant variants[] = {{"generic", 1}, {"generic", 0}, {"avx2", 0}, {"avx512", 0}, {"avx512bf16", 0}};
-#define EACH_VARIANT(v)                                                                                        \
-    for (const variant *v = variants; v < variants + sizeof variants / sizeof *variants; v++)                  \
-        if (lc_cpu_kernels(v->isa, v->is_double))
-
-static int real_of(const variant *v) { return v->is_double ? LC_K_F64 : LC_K_F32; }
-
-static lc_fault fault;
-static double no_f[12];
-static int32_t no_i[24];
-
-static lc_kargs new_call(void) {
-    lc_kargs k;
-    memset(&k, 0, sizeof k);
-    k.f = no_f;
-    k.i = no_i;
-    k.host = &host;
-    k.fault = &fault;
-    return k;
-}
-
-static int call(const variant *v, int op, lc_kargs *k) {
-    const lc_kernel *kernel = &lc_cpu_kernels(v->isa, v->is_double)[op];
-    assert_non_null(kernel->run);
-    size_t bytes = kernel->work ? kernel->work(k) : 0;
-    k->work = bytes ? malloc(bytes) : NULL;
-    k->work_bytes = bytes;
-    int status = kernel->run(k);
-    free(k->work);
-    return status;
-}
-#define CALL(v, op, k) assert_int_equal(call(v, LC_OP_##op, k), LC_K_OK)
-
-static lc_view view(void *data, int dtype, int ndim, const int64_t *dim) {
-    lc_view v = {.data = data, .dtype = dtype, .ndim = ndim};
-    int64_t stride = 1;
-    for (int i = ndim - 1; i >= 0; i--) {
-        v.dim[i] = dim[i];
-        v.stride[i] = stride;
-        stride *= dim[i];
-    }
-    return v;
-}
-#define DIMS(...) (int)(sizeof((int64_t[]){__VA_ARGS__}) / sizeof(int64_t)), (const int64_t[]){__VA_ARGS__}
-
-static lc_view view_new(int dtype, int ndim, const int64_t *dim) {
-    lc_view v = view(NULL, dtype, ndim, dim);
-    v.data = calloc((size_t)LC_MAX(1, view_numel(&v)), (size_t)lc_dtype_traits(dtype)->bytes);
-    return v;
-}
-
-static char *place(const lc_view *v, int64_t e) { return (char *)v->data + view_offset(v, e) * view_bytes(v); }
-static double get(const lc_view *v, int64_t e) {
-    double d;
-    row_to_f64(v->dtype, place(v, e), &d, 1);
-    return d;
-}
-static void put(const lc_view *v, int64_t e, double d) { row_from_f64(v->dtype, &d, place(v, e), 1); }
-
-static uint64_t noise_state = 1;
-static double noise(void) { /* in [-1, 1) */
-    noise_state = noise_state * 6364136223846793005u + 1442695040888963407u;
-    return (double)(int64_t)noise_state * 0x1p-63;
-}
-static lc_view view_noise(int dtype, int ndim, const int64_t *dim) {
-    lc_view v = view_new(dtype, ndim, dim);
-    for (int64_t e = 0; e < view_numel(&v); e++) put(&v, e, dtype_is_int(dtype) ? floor(50 + 50 * noise()) : noise());
-    return v;
-}
-static lc_view swap(lc_view v, int a, int b) {
-    int64_t d = v.dim[a], s = v.stride[a];
-    v.dim[a] = v.dim[b], v.stride[a] = v.stride[b];
-    v.dim[b] = d, v.stride[b] = s;
-    return v;
-}
-static void same(const lc_view *a, const lc_view *b, double tolerance) {
-    assert_int_equal(view_numel(a), view_numel(b));
-    for (int64_t e = 0; e < view_numel(a); e++) {
-        double x = get(a, e), y = get(b, e);
-        if (x != y && !(fabs(x - y) <= tolerance * (1 + fabs(y))) && !(x != x && y != y)) {
-            print_error("element %lld: %.9g, expected %.9g\n", (long long)e, x, y);
-            fail();
-        }
-    }
-}
-
-/* ---- random stream --------------------------------------------------------------------------------------------------- */
+/* ---- random stream ----------------------------------------------------------------------------------------------- */
 
 /* Known answers of the authors' Random123. */
 static void test_philox(void **state) {
@@ -207,11 +87,13 @@ static void test_dropout(void **state) {
     }
 }
 
-/* ---- conversions ----------------------------------------------------------------------------------------------------- */
+/* ---- conversions ------------------------------------------------------------------------------------------------- */
 
 static double half_value(unsigned h) { /* from the definition */
     int exponent = h >> 10 & 31, fraction = h & 1023;
-    double size = exponent == 31 ? (fraction ? NAN : INFINITY) : exponent ? ldexp(1024 + fraction, exponent - 25) : ldexp(fraction, -24);
+    double size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                  : exponent     ? ldexp(1024 + fraction, exponent - 25)
+                                 : ldexp(fraction, -24);
     return h & 0x8000 ? -size : size;
 }
 
@@ -227,7 +109,8 @@ static void test_halves(void **state) {
         if (b != b) assert_true(bf16_to_f32(f32_to_bf16(b)) != b);
         /* midway to the next half goes to the even one, a little less or more to the nearer */
         if ((h & 0x7fff) >= 0x7c00) continue;
-        double next = (h & 0x7fff) == 0x7bff ? (h & 0x8000 ? -65536. : 65536.) : half_value(h + 1), middle = (d + next) / 2;
+        double next = (h & 0x7fff) == 0x7bff ? (h & 0x8000 ? -65536. : 65536.) : half_value(h + 1),
+               middle = (d + next) / 2;
         assert_int_equal(f32_to_f16((float)middle), h & 1 ? h + 1 : h);
         assert_int_equal(f32_to_f16(nextafterf((float)middle, (float)d)), h);
         assert_int_equal(f32_to_f16(nextafterf((float)middle, (float)next)), h + 1);
@@ -252,14 +135,16 @@ static void test_to(void **state) {
     EACH_VARIANT(v) {
         for (int half = LC_K_BF16; half <= LC_K_F16; half++) {
             lc_kargs k = new_call();
-            lc_view h = view_new(half, DIMS(65536)), f = view_new(LC_K_F32, DIMS(65536)), back = view_new(half, DIMS(65536));
+            lc_view h = view_new(half, DIMS(65536)), f = view_new(LC_K_F32, DIMS(65536)),
+                    back = view_new(half, DIMS(65536));
             for (int i = 0; i < 65536; i++) ((uint16_t *)h.data)[i] = (uint16_t)i;
             k.x[0] = h, k.y[0] = f;
             CALL(v, to, &k);
             k.x[0] = f, k.y[0] = back;
             CALL(v, to, &k);
             for (int i = 0; i < 65536; i++) {
-                float x = ((float *)f.data)[i], want = half == LC_K_F16 ? f16_to_f32((uint16_t)i) : bf16_to_f32((uint16_t)i);
+                float x = ((float *)f.data)[i],
+                      want = half == LC_K_F16 ? f16_to_f32((uint16_t)i) : bf16_to_f32((uint16_t)i);
                 assert_true(x == want || (x != x && want != want));
                 if (x == x) assert_int_equal(((uint16_t *)back.data)[i], i);
             }
@@ -283,7 +168,8 @@ static void test_to(void **state) {
     }
 }
 
-/* Copies between all pairs of dtypes and layouts: transposed, reversed, stepped, small and large enough for tiles and parts. */
+/* Copies between all pairs of dtypes and layouts: transposed, reversed, stepped, small and large enough for tiles and
+ * parts. */
 static void test_copies(void **state) {
     (void)state;
     const int64_t shapes[][3] = {{1, 1, 1}, {2, 3, 5}, {3, 70, 45}, {40, 41, 33}, {5, 700, 2}, {0, 3, 4}};
@@ -356,7 +242,8 @@ static void test_accumulation(void **state) {
     EACH_VARIANT(v) {
         for (int to = LC_K_F32; to <= LC_K_F64; to++) {
             for (int from = LC_K_F32; from <= LC_K_U8; from++) {
-                lc_view x = view_noise(to, DIMS(30, 700)), x2 = view_noise(from, DIMS(700)), before = view_new(LC_K_F64, DIMS(30, 700));
+                lc_view x = view_noise(to, DIMS(30, 700)), x2 = view_noise(from, DIMS(700)),
+                        before = view_new(LC_K_F64, DIMS(30, 700));
                 lc_kargs k = new_call();
                 double f[1] = {0.5};
                 lc_view row = x2;
@@ -379,7 +266,7 @@ static void test_accumulation(void **state) {
     }
 }
 
-/* ---- pointwise ------------------------------------------------------------------------------------------------------- */
+/* ---- pointwise --------------------------------------------------------------------------------------------------- */
 
 static double f_gelu(double x) { return x * 0.5 * erfc(-x * 0.70710678118654752440); }
 static double f_silu(double x) { return x / (1 + exp(-x)); }
@@ -413,20 +300,28 @@ static void test_accuracy(void **state) {
         double from, to, limit;
         const char *name;
     } rows[] = {
-        {LC_OP_exp, exp, -87, 88.7, 3, "exp"}, {LC_OP_exp, exp, -1e-3, 1e-3, 2, "exp near 0"},
-        {LC_OP_log, log, 1e-30, 10, 3, "log"}, {LC_OP_log, log, 0.9, 1.1, 3, "log near 1"},
+        {LC_OP_exp, exp, -87, 88.7, 3, "exp"},
+        {LC_OP_exp, exp, -1e-3, 1e-3, 2, "exp near 0"},
+        {LC_OP_log, log, 1e-30, 10, 3, "log"},
+        {LC_OP_log, log, 0.9, 1.1, 3, "log near 1"},
         {LC_OP_log, log, 1e-44, 1e-38, 3, "log of denormals"},
-        {LC_OP_tanh, tanh, -12, 12, 4, "tanh"}, {LC_OP_tanh, tanh, -1e-4, 1e-4, 3, "tanh near 0"},
-        {LC_OP_sigmoid, f_sigmoid, -80, 30, 5, "sigmoid"}, {LC_OP_silu, f_silu, -80, 30, 6, "silu"},
-        {LC_OP_gelu, f_gelu, -12.5, 12.5, 12, "gelu"}, {LC_OP_gelu, f_gelu, -1e-3, 1e-3, 8, "gelu near 0"},
-        {LC_OP_softplus, f_softplus, -80, 30, 6, "softplus"}, {LC_OP_elu, f_elu, -20, 1, 4, "elu"},
+        {LC_OP_tanh, tanh, -12, 12, 4, "tanh"},
+        {LC_OP_tanh, tanh, -1e-4, 1e-4, 3, "tanh near 0"},
+        {LC_OP_sigmoid, f_sigmoid, -80, 30, 5, "sigmoid"},
+        {LC_OP_silu, f_silu, -80, 30, 6, "silu"},
+        {LC_OP_gelu, f_gelu, -12.5, 12.5, 12, "gelu"},
+        {LC_OP_gelu, f_gelu, -1e-3, 1e-3, 8, "gelu near 0"},
+        {LC_OP_softplus, f_softplus, -80, 30, 6, "softplus"},
+        {LC_OP_elu, f_elu, -20, 1, 4, "elu"},
         {LC_OP_elu, f_elu, -1e-3, 0, 3, "elu near 0"},
     };
     EACH_VARIANT(v) {
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
             double error = worst(v, rows[r].op, rows[r].exact, rows[r].from, rows[r].to);
-            if (getenv("LOLCATS_TEST_VERBOSE")) printf("%-10s f%d %-18s %.3g\n", v->isa, v->is_double ? 64 : 32, rows[r].name, error);
-            if (error > (v->is_double ? 1e-6 : rows[r].limit)) fail_msg("%s on %s: error %g", rows[r].name, v->isa, error);
+            if (getenv("LOLCATS_TEST_VERBOSE"))
+                printf("%-10s f%d %-18s %.3g\n", v->isa, v->is_double ? 64 : 32, rows[r].name, error);
+            if (error > (v->is_double ? 1e-6 : rows[r].limit))
+                fail_msg("%s on %s: error %g", rows[r].name, v->isa, error);
         }
     }
 }
@@ -437,12 +332,33 @@ static void test_edges(void **state) {
         int op;
         double x, y;
     } rows[] = {
-        {LC_OP_exp, 1000, INFINITY}, {LC_OP_exp, -1000, 0}, {LC_OP_exp, -INFINITY, 0}, {LC_OP_exp, NAN, NAN},
-        {LC_OP_log, 0, -INFINITY}, {LC_OP_log, -1, NAN}, {LC_OP_log, INFINITY, INFINITY}, {LC_OP_log, NAN, NAN},
-        {LC_OP_tanh, 1e30, 1}, {LC_OP_tanh, -INFINITY, -1}, {LC_OP_tanh, NAN, NAN}, {LC_OP_sigmoid, -1e30, 0},
-        {LC_OP_sigmoid, INFINITY, 1}, {LC_OP_relu, NAN, NAN}, {LC_OP_relu, -3, 0}, {LC_OP_gelu, 50, 50}, {LC_OP_gelu, -50, 0},
-        {LC_OP_gelu, NAN, NAN}, {LC_OP_softplus, 1e9, 1e9}, {LC_OP_softplus, -1e9, 0}, {LC_OP_elu, -1e9, -1}, {LC_OP_elu, 5, 5},
-        {LC_OP_round, 2.5, 2}, {LC_OP_round, -3.5, -4}, {LC_OP_floor, -0.5, -1}, {LC_OP_sign, -7, -1}, {LC_OP_rsqrt, 4, 0.5},
+        {LC_OP_exp, 1000, INFINITY},
+        {LC_OP_exp, -1000, 0},
+        {LC_OP_exp, -INFINITY, 0},
+        {LC_OP_exp, NAN, NAN},
+        {LC_OP_log, 0, -INFINITY},
+        {LC_OP_log, -1, NAN},
+        {LC_OP_log, INFINITY, INFINITY},
+        {LC_OP_log, NAN, NAN},
+        {LC_OP_tanh, 1e30, 1},
+        {LC_OP_tanh, -INFINITY, -1},
+        {LC_OP_tanh, NAN, NAN},
+        {LC_OP_sigmoid, -1e30, 0},
+        {LC_OP_sigmoid, INFINITY, 1},
+        {LC_OP_relu, NAN, NAN},
+        {LC_OP_relu, -3, 0},
+        {LC_OP_gelu, 50, 50},
+        {LC_OP_gelu, -50, 0},
+        {LC_OP_gelu, NAN, NAN},
+        {LC_OP_softplus, 1e9, 1e9},
+        {LC_OP_softplus, -1e9, 0},
+        {LC_OP_elu, -1e9, -1},
+        {LC_OP_elu, 5, 5},
+        {LC_OP_round, 2.5, 2},
+        {LC_OP_round, -3.5, -4},
+        {LC_OP_floor, -0.5, -1},
+        {LC_OP_sign, -7, -1},
+        {LC_OP_rsqrt, 4, 0.5},
     };
     EACH_VARIANT(v) {
         for (size_t r = 0; r < sizeof rows / sizeof *rows; r++) {
@@ -480,7 +396,8 @@ static void check_gradient(const variant *v, int op, int grad, int n_in, int whi
     k.f = f;
     for (int o = 0; o < 5; o++)
         for (int i = 0; i < N; i++) narrow[o][i] = (float)data[o][i];
-    for (int o = 0; o < n_in + 2; o++) k.x[o] = view(v->is_double ? (void *)data[o] : (void *)narrow[o], real_of(v), DIMS(N));
+    for (int o = 0; o < n_in + 2; o++)
+        k.x[o] = view(v->is_double ? (void *)data[o] : (void *)narrow[o], real_of(v), DIMS(N));
     k.y[0] = view(v->is_double ? (void *)gx : (void *)narrow[4], real_of(v), DIMS(N));
     assert_int_equal(call(v, grad, &k), LC_K_OK);
     for (int i = 0; i < N; i++) {
@@ -494,14 +411,15 @@ static void test_gradients(void **state) {
     (void)state;
     EACH_VARIANT(v) {
 #define UNARY(name, sig, flags, doc) check_gradient(v, LC_OP_##name, LC_OP_##name##_grad, 1, 0, #name);
-#define BINARY(name, sig, flags, doc)                                              \
-    check_gradient(v, LC_OP_##name, LC_OP_##name##_grad_a, 2, 0, #name " for a");  \
+#define BINARY(name, sig, flags, doc)                                                                                  \
+    check_gradient(v, LC_OP_##name, LC_OP_##name##_grad_a, 2, 0, #name " for a");                                      \
     check_gradient(v, LC_OP_##name, LC_OP_##name##_grad_b, 2, 1, #name " for b");
 #include "../../runtime/ops.def"
     }
 }
 
-/* Broadcast, transposed and stepped operands against the plain twin, for a forward, a four-operand gradient and a comparison. */
+/* Broadcast, transposed and stepped operands against the plain twin, for a forward, a four-operand gradient and a
+ * comparison. */
 static void test_strides(void **state) {
     (void)state;
     EACH_VARIANT(v) {
@@ -523,17 +441,21 @@ static void test_strides(void **state) {
                     assert_int_equal(call(v, ops[o], &k), LC_K_OK);
                 }
                 host_plain = 0;
-                if (o == 2) same(&m[0], &m[1], 0);
-                else same(&y[0], &y[1], 2e-7);
+                if (o == 2)
+                    same(&m[0], &m[1], 0);
+                else
+                    same(&y[0], &y[1], 2e-7);
                 if (o == 0)
-                    for (int64_t e = 0; e < view_numel(&y[0]); e++) assert_true(fabs(get(&y[0], e) - (get(&a, e) - get(&b, e))) < 1e-6);
+                    for (int64_t e = 0; e < view_numel(&y[0]); e++)
+                        assert_true(fabs(get(&y[0], e) - (get(&a, e) - get(&b, e))) < 1e-6);
             }
             free(base.data), free(b.data), free(y[0].data), free(y[1].data), free(m[0].data), free(m[1].data);
         }
         lc_kargs k = new_call();
         int64_t wide[3] = {1ll << 60, (1ll << 60) + 1, -5}, other[3] = {(1ll << 60) + 1, (1ll << 60) + 1, -6};
         uint8_t out[3], less[3] = {1, 0, 0}, equal[3] = {0, 1, 0};
-        k.x[0] = view(wide, LC_K_I64, DIMS(3)), k.x[1] = view(other, LC_K_I64, DIMS(3)), k.y[0] = view(out, LC_K_U8, DIMS(3));
+        k.x[0] = view(wide, LC_K_I64, DIMS(3)), k.x[1] = view(other, LC_K_I64, DIMS(3)),
+        k.y[0] = view(out, LC_K_U8, DIMS(3));
         CALL(v, lt, &k);
         assert_memory_equal(out, less, 3);
         CALL(v, eq, &k);
@@ -541,270 +463,7 @@ static void test_strides(void **state) {
     }
 }
 
-/* ---- reductions ------------------------------------------------------------------------------------------------------ */
-
-static void test_sum_accuracy(void **state) {
-    (void)state;
-    enum { N = 3000017 };
-    EACH_VARIANT(v) {
-        lc_kargs k = new_call();
-        long double exact = 0, squares = 0;
-        double first = 0;
-        k.x[0] = view_new(real_of(v), DIMS(N)), k.y[0] = view_new(real_of(v), DIMS(1));
-        for (int i = 0; i < N; i++) put(&k.x[0], i, 0.1 + 1e-3 * (i % 7)), exact += get(&k.x[0], i), squares += pow(get(&k.x[0], i), 2);
-        for (host_parts = 1; host_parts <= 7; host_parts += 3) {
-            CALL(v, sum, &k);
-            assert_true(fabs((double)(get(&k.y[0], 0) / exact - 1)) < (v->is_double ? 1e-13 : 1.2e-7));
-            if (host_parts > 1) assert_true(get(&k.y[0], 0) == first);
-            first = get(&k.y[0], 0);
-        }
-        host_parts = 3;
-        lc_view list[2] = {k.x[0], k.x[0]};
-        k.list = list, k.n_list = 2;
-        k.y[0].ndim = 0;
-        CALL(v, sum_squares, &k);
-        assert_true(fabs((double)(get(&k.y[0], 0) / (2 * squares) - 1)) < (v->is_double ? 1e-12 : 1e-7));
-        put(&k.x[0], 5, NAN), put(&k.x[0], N - 1, -INFINITY), put(&k.x[0], N / 2, INFINITY);
-        CALL(v, count_nonfinite, &k);
-        assert_true(get(&k.y[0], 0) == 3);
-        /* columns: a long sum for each */
-        put(&k.x[0], 5, 0), put(&k.x[0], N - 1, 0), put(&k.x[0], N / 2, 0);
-        int32_t dims[8] = {1, 0};
-        k.i = dims;
-        k.x[0] = view(k.x[0].data, k.x[0].dtype, DIMS(N / 16, 16));
-        lc_view y = view_new(real_of(v), DIMS(1, 16));
-        free(k.y[0].data);
-        k.y[0] = y;
-        CALL(v, sum, &k);
-        for (int c = 0; c < 16; c++) {
-            exact = 0;
-            for (int i = 0; i < N / 16; i++) exact += get(&k.x[0], (int64_t)i * 16 + c);
-            assert_true(fabs((double)(get(&y, c) / exact - 1)) < (v->is_double ? 1e-13 : 2e-7));
-        }
-        free(k.x[0].data), free(y.data);
-    }
-}
-
-/* All sets of dims of a 4-dim tensor, in three layouts, against loops in double. */
-static void test_reductions(void **state) {
-    (void)state;
-    EACH_VARIANT(v) {
-        lc_view base = view_noise(real_of(v), DIMS(3, 5, 9, 37));
-        put(&base, 77, NAN);
-        for (int layout = 0; layout < 3; layout++) {
-            lc_view x = layout == 0 ? base : layout == 1 ? swap(base, 1, 3) : swap(base, 0, 2);
-            for (int set = 1; set < 16; set++) {
-                int32_t dims[8] = {0};
-                int64_t kept[4];
-                for (int d = 0; d < 4; d++) {
-                    kept[d] = set >> d & 1 ? 1 : x.dim[d];
-                    if (set >> d & 1) dims[++dims[0]] = d;
-                }
-                for (int op = 0; op < 4; op++) {
-                    lc_kargs k = new_call();
-                    lc_view y = view_new(real_of(v), 4, kept), want = view_new(LC_K_F64, 4, kept);
-                    double count = (double)view_numel(&x) / (double)view_numel(&y);
-                    for (int64_t e = 0; e < view_numel(&want); e++) put(&want, e, op == 2 ? -INFINITY : op == 3 ? INFINITY : 0);
-                    for (int64_t e = 0; e < view_numel(&x); e++) {
-                        int64_t rest = e, to = 0, step = 1;
-                        for (int d = 3; d >= 0; d--) {
-                            to += (set >> d & 1 ? 0 : rest % x.dim[d]) * step;
-                            step *= kept[d];
-                            rest /= x.dim[d];
-                        }
-                        double d = get(&x, e), old = get(&want, to);
-                        if (op < 2) put(&want, to, old + (op ? d / count : d));
-                        else if (d != d || old != old) put(&want, to, NAN);
-                        else put(&want, to, op == 2 ? fmax(old, d) : fmin(old, d));
-                    }
-                    k.x[0] = x, k.y[0] = y, k.i = dims;
-                    assert_int_equal(call(v, (int[]){LC_OP_sum, LC_OP_mean, LC_OP_amax, LC_OP_amin}[op], &k), LC_K_OK);
-                    same(&y, &want, 1e-5);
-                    free(y.data), free(want.data);
-                }
-            }
-        }
-        free(base.data);
-        lc_kargs k = new_call();
-        lc_view ints = view_noise(LC_K_I32, DIMS(50, 60)), y = view_new(real_of(v), DIMS(1, 1));
-        double total = 0;
-        for (int e = 0; e < 3000; e++) total += get(&ints, e);
-        k.x[0] = ints, k.y[0] = y;
-        CALL(v, sum, &k);
-        assert_true(get(&y, 0) == total);
-        free(ints.data), free(y.data);
-    }
-}
-
-/* Softmax and its relatives along each dim, their gradient by the definition. */
-static void test_softmax(void **state) {
-    (void)state;
-    EACH_VARIANT(v) {
-        double tolerance = v->is_double ? 1e-12 : 2e-6;
-        for (int dim = 0; dim < 3; dim++) {
-            const int64_t shape[3] = {4, 67, 83};
-            int64_t reduced[3] = {4, 67, 83}, n = shape[dim], inner = dim == 2 ? 1 : dim == 1 ? 83 : 67 * 83;
-            reduced[dim] = 1;
-            int32_t i[2] = {dim, 0};
-            lc_kargs k = new_call();
-            k.i = i;
-            lc_view x = view_noise(real_of(v), 3, shape), g = view_noise(real_of(v), 3, shape), y = view_new(real_of(v), 3, shape);
-            lc_view ly = view_new(real_of(v), 3, shape), gx = view_new(real_of(v), 3, shape), lgx = view_new(real_of(v), 3, shape);
-            lc_view lse = view_new(real_of(v), 3, reduced), best = view_new(LC_K_I32, 3, reduced), cs = view_new(real_of(v), 3, shape);
-            put(&x, 11, -INFINITY);
-            k.x[0] = x;
-            k.y[0] = y, assert_int_equal(call(v, LC_OP_softmax, &k), LC_K_OK);
-            k.y[0] = ly, assert_int_equal(call(v, LC_OP_log_softmax, &k), LC_K_OK);
-            k.y[0] = lse, assert_int_equal(call(v, LC_OP_logsumexp, &k), LC_K_OK);
-            k.y[0] = best, assert_int_equal(call(v, LC_OP_argmax, &k), LC_K_OK);
-            k.y[0] = cs, assert_int_equal(call(v, LC_OP_cumsum, &k), LC_K_OK);
-            k.x[0] = g, k.x[1] = y, k.y[0] = gx;
-            CALL(v, softmax_backward, &k);
-            i[1] = 1, k.x[1] = ly, k.y[0] = lgx;
-            CALL(v, softmax_backward, &k);
-            for (int64_t r = 0; r < view_numel(&lse); r++) {
-                int64_t at = r / inner * n * inner + r % inner, top = 0;
-                double s = 0, dot = 0, sum_g = 0, run = 0;
-                for (int64_t e = 0; e < n; e++) s += exp(get(&x, at + e * inner)), sum_g += get(&g, at + e * inner);
-                for (int64_t e = 0; e < n; e++) dot += get(&g, at + e * inner) * exp(get(&x, at + e * inner)) / s;
-                for (int64_t e = 0; e < n; e++) {
-                    double xe = get(&x, at + e * inner), p = exp(xe) / s, ge = get(&g, at + e * inner);
-                    if (xe > get(&x, at + top * inner)) top = e;
-                    assert_true(fabs(get(&y, at + e * inner) - p) <= tolerance * p);
-                    assert_true(xe == -INFINITY || fabs(get(&ly, at + e * inner) - log(p)) <= tolerance);
-                    assert_true(fabs(get(&gx, at + e * inner) - p * (ge - dot)) <= tolerance);
-                    assert_true(fabs(get(&lgx, at + e * inner) - (ge - p * sum_g)) <= tolerance);
-                    run += xe;
-                    assert_true(run == get(&cs, at + e * inner) || fabs(get(&cs, at + e * inner) - run) <= tolerance * 10);
-                }
-                assert_true(fabs(get(&lse, r) - log(s)) <= tolerance);
-                assert_true(get(&best, r) == top);
-            }
-            free(x.data), free(g.data), free(y.data), free(ly.data), free(gx.data), free(lgx.data), free(lse.data), free(best.data);
-            free(cs.data);
-        }
-    }
-}
-
-static void test_arg_ties(void **state) {
-    (void)state;
-    EACH_VARIANT(v) {
-        lc_kargs k = new_call();
-        lc_view x = view_new(real_of(v), DIMS(3000)), y = view_new(LC_K_I32, DIMS(1));
-        k.x[0] = x, k.y[0] = y;
-        CALL(v, argmax, &k);
-        assert_true(get(&y, 0) == 0);
-        put(&x, 1500, 2), put(&x, 2500, 2), put(&x, 700, -1), put(&x, 2999, -1);
-        CALL(v, argmax, &k);
-        assert_true(get(&y, 0) == 1500);
-        CALL(v, argmin, &k);
-        assert_true(get(&y, 0) == 700);
-        put(&x, 2600, NAN), put(&x, 2601, NAN);
-        CALL(v, argmax, &k);
-        assert_true(get(&y, 0) == 2600);
-        CALL(v, argmin, &k);
-        assert_true(get(&y, 0) == 2600);
-        free(x.data), free(y.data);
-    }
-}
-
-/* ---- indices --------------------------------------------------------------------------------------------------------- */
-
-static void test_embedding(void **state) {
-    (void)state;
-    EACH_VARIANT(v) {
-        int32_t ids[6] = {3, 0, 3, 9, 1, 3};
-        lc_view want = view_new(real_of(v), DIMS(10, 20));
-        for (int dtype = LC_K_F32; dtype <= LC_K_F64; dtype++) {
-            lc_kargs k = new_call();
-            lc_view w = view_noise(dtype, DIMS(10, 20)), y = view_new(real_of(v), DIMS(2, 3, 20));
-            k.x[0] = w, k.x[1] = view(ids, LC_K_I32, DIMS(2, 3)), k.y[0] = y;
-            CALL(v, embedding, &k);
-            for (int e = 0; e < 120; e++) assert_true(fabs(get(&y, e) - get(&w, ids[e / 20] * 20 + e % 20)) < 1e-7);
-            free(w.data), free(y.data);
-        }
-        lc_kargs k = new_call();
-        lc_view g = view_noise(real_of(v), DIMS(6, 20)), y = view_noise(real_of(v), DIMS(10, 20));
-        for (int e = 0; e < 120; e++) put(&want, ids[e / 20] * 20 + e % 20, get(&want, ids[e / 20] * 20 + e % 20) + get(&g, e));
-        k.x[0] = g, k.x[1] = view(ids, LC_K_I32, DIMS(6)), k.y[0] = y;
-        CALL(v, embedding_backward, &k);
-        same(&y, &want, 1e-6);
-        for (int bad = 0; bad < 2; bad++) {
-            ids[4] = bad ? -1 : 10;
-            assert_int_equal(call(v, LC_OP_embedding_backward, &k), LC_K_RANGE);
-            assert_int_equal(fault.value, ids[4]);
-            assert_int_equal(fault.limit, 10);
-            assert_int_equal(fault.at, 4);
-        }
-        free(g.data), free(y.data), free(want.data);
-    }
-}
-
-static void test_index(void **state) {
-    (void)state;
-    EACH_VARIANT(v) {
-        for (int dim = 0; dim < 3; dim++) {
-            const int64_t shape[3] = {6, 7, 8};
-            int64_t picked[3] = {6, 7, 8};
-            int32_t i[1] = {dim};
-            int64_t four[4] = {5, 0, 2, 5};
-            lc_kargs k = new_call();
-            picked[dim] = 4;
-            lc_view x = view_noise(real_of(v), 3, shape), y = view_new(real_of(v), 3, picked), ids = view_new(LC_K_I64, 3, picked);
-            lc_view src = view_noise(real_of(v), 3, picked), z = view_new(real_of(v), 3, shape), sum = view_new(LC_K_F64, 3, shape);
-            k.i = i, k.x[0] = x, k.x[1] = view(four, LC_K_I64, DIMS(4)), k.y[0] = y;
-            CALL(v, index_select, &k);
-            for (int64_t e = 0; e < 336; e++) put(&sum, e, get(&x, e));
-            for (int64_t e = 0; e < view_numel(&y); e++) {
-                int64_t pos[3] = {e / (picked[1] * picked[2]), e / picked[2] % picked[1], e % picked[2]};
-                put(&ids, e, (double)((e * 7 + e / 5) % 6));
-                pos[dim] = four[pos[dim]];
-                assert_true(get(&y, e) == get(&x, (pos[0] * 7 + pos[1]) * 8 + pos[2]));
-                pos[dim] = (e * 7 + e / 5) % 6;
-                int64_t to = (pos[0] * 7 + pos[1]) * 8 + pos[2];
-                put(&sum, to, get(&sum, to) + get(&src, e));
-            }
-            k.x[1] = ids;
-            CALL(v, gather, &k);
-            for (int64_t e = 0; e < view_numel(&y); e++) {
-                int64_t pos[3] = {e / (picked[1] * picked[2]), e / picked[2] % picked[1], e % picked[2]};
-                pos[dim] = (int64_t)get(&ids, e);
-                assert_true(get(&y, e) == get(&x, (pos[0] * 7 + pos[1]) * 8 + pos[2]));
-            }
-            k.x[2] = src, k.y[0] = z;
-            CALL(v, scatter_add, &k);
-            same(&z, &sum, 1e-6);
-            put(&ids, 33, 1e6);
-            assert_int_equal(call(v, LC_OP_gather, &k), LC_K_RANGE);
-            assert_int_equal(fault.value, 1000000);
-            assert_int_equal(fault.at, 33);
-            assert_int_equal(call(v, LC_OP_scatter_add, &k), LC_K_RANGE);
-            free(x.data), free(y.data), free(ids.data), free(src.data), free(z.data), free(sum.data);
-        }
-    }
-}
-
-static void test_where(void **state) {
-    (void)state;
-    EACH_VARIANT(v) {
-        lc_kargs k = new_call();
-        double f[1] = {-INFINITY};
-        lc_view mask = view_noise(LC_K_U8, DIMS(40)), a = view_noise(real_of(v), DIMS(30, 40)), b = view_noise(real_of(v), DIMS(40, 30));
-        lc_view y = view_new(real_of(v), DIMS(30, 40));
-        for (int e = 0; e < 40; e += 3) put(&mask, e, 0);
-        mask.ndim = 2, mask.dim[0] = 30, mask.dim[1] = 40, mask.stride[0] = 0, mask.stride[1] = 1;
-        b = swap(b, 0, 1);
-        k.f = f, k.x[0] = mask, k.x[1] = a, k.x[2] = b, k.y[0] = y;
-        CALL(v, where, &k);
-        for (int e = 0; e < 1200; e++) assert_true(get(&y, e) == get(get(&mask, e) != 0 ? &a : &b, e));
-        k.x[0] = b, k.x[1] = mask;
-        CALL(v, masked_fill, &k);
-        for (int e = 0; e < 1200; e++) assert_true(get(&y, e) == (get(&mask, e) != 0 ? -INFINITY : get(&b, e)));
-        free(mask.data), free(a.data), free(b.data), free(y.data);
-    }
-}
-
-/* ---- optimizers ------------------------------------------------------------------------------------------------------ */
+/* ---- optimizers -------------------------------------------------------------------------------------------------- */
 
 /* Two steps by hand: lr 0.1, beta 0.9 and 0.99, eps 1e-8, decay 0.5; p = 1, gradients 2 and -1. */
 static void test_adamw(void **state) {
@@ -862,28 +521,13 @@ static void test_sgd(void **state) {
     }
 }
 
-/* ---- back-end -------------------------------------------------------------------------------------------------------- */
-
-static void test_backend(void **state) {
-    (void)state;
-    assert_non_null(lc_cpu_kernels("generic", 0));
-    assert_non_null(lc_cpu_kernels(lc_cpu_best_isa(), 0));
-    assert_null(lc_cpu_kernels("z80", 0));
-    assert_null(lc_cpu_kernels(NULL, 0));
-    assert_null(lc_cpu_kernels("generic", 0)[LC_OP_reshape].run);
-    print_message("best: %s\n", lc_cpu_best_isa());
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_philox), cmocka_unit_test(test_random_fills), cmocka_unit_test(test_dropout),
-        cmocka_unit_test(test_halves), cmocka_unit_test(test_to), cmocka_unit_test(test_copies),
-        cmocka_unit_test(test_fills), cmocka_unit_test(test_accumulation), cmocka_unit_test(test_accuracy),
-        cmocka_unit_test(test_edges), cmocka_unit_test(test_gradients), cmocka_unit_test(test_strides),
-        cmocka_unit_test(test_sum_accuracy), cmocka_unit_test(test_reductions), cmocka_unit_test(test_softmax),
-        cmocka_unit_test(test_arg_ties), cmocka_unit_test(test_embedding), cmocka_unit_test(test_index),
-        cmocka_unit_test(test_where), cmocka_unit_test(test_adamw), cmocka_unit_test(test_sgd),
-        cmocka_unit_test(test_backend),
+        cmocka_unit_test(test_halves), cmocka_unit_test(test_to),           cmocka_unit_test(test_copies),
+        cmocka_unit_test(test_fills),  cmocka_unit_test(test_accumulation), cmocka_unit_test(test_accuracy),
+        cmocka_unit_test(test_edges),  cmocka_unit_test(test_gradients),    cmocka_unit_test(test_strides),
+        cmocka_unit_test(test_adamw),  cmocka_unit_test(test_sgd),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
