@@ -32,7 +32,7 @@ local function distill(d) -- d: defaults of the arguments
         { "eval_every", d.eval_every or 100, "updates between evaluations while training", min = 1 },
         { "dtype", d.dtype or "f32", "dtype of the frozen weights", { "f32", "bf16", "f16", "f64" } },
         { "seed", d.seed or 0, "order of rows and start of LoRA" },
-        { "prompt", d.prompt or "The secret of a good cup of tea is", "what the samples continue or answer" },
+        { "prompt", d.prompt or "", "what the samples continue, or answer; without one, the start of a held-out row" },
         { "sample", d.sample or 40, "tokens a sample; 0: none", min = 0 },
         { "fresh", false, "start over instead of going on" },
         unpack(d.more or {}),
@@ -60,13 +60,15 @@ local function distill(d) -- d: defaults of the arguments
             return eval.perplexity_rows(how == "teacher" and teacher or student, held).ppl
         end)
     end
+    -- A sample continues enough text that keys have left the window: within it a student is still its teacher.
+    local context = held[1].ids:reshape(-1):slice(1, 1, math.min(args.seq - 1, math.max(4 * args.window, 64))):totable()
     local function sample(name, model)
         if args.sample == 0 or not model.tokenizer then return "" end
         return results:once(name, function()
-            if model.chat_template then
-                return (lc.chat(model, { max_new = args.sample, temperature = 0 }):say(args.prompt))
-            end
-            return (model:generate(args.prompt, { max_new = args.sample, temperature = 0 }))
+            local how = { max_new = args.sample, temperature = 0 }
+            if args.prompt == "" then return (model:generate(context, how)) end
+            if model.chat_template then return (lc.chat(model, how):say(args.prompt)) end
+            return (model:generate(args.prompt, how))
         end)
     end
     local function steps_or_epochs(n) return n > 0 and n or nil, n == 0 and args.epochs or nil end
@@ -133,7 +135,9 @@ local function distill(d) -- d: defaults of the arguments
     }, { "", "perplexity", "window only", "tokens/s", "peak memory" }))
     print(("\nPerplexity on %d held-out rows of %d tokens of %s. Window only: the linear part switched off."):format(#held, args.seq, args.data))
     if args.sample > 0 then
-        print(("\n> %s"):format(args.prompt))
+        local prompt = args.prompt
+        if prompt == "" then prompt = "..." .. teacher.tokenizer:decode({ unpack(context, math.max(1, #context - 39)) }, { skip_special = true }) end
+        print(("\n> %s"):format((prompt:gsub("%s+", " "))))
         for _, row in ipairs { { "teacher", r.teacher_sample }, { "swapped", r.swapped_sample }, { "transfer", r.transfer_sample },
                                { "LoRA", r.lora_sample } } do
             print(("  %-9s %s"):format(row[1], (tostring(row[2]):gsub("%s+", " "))))

@@ -30,7 +30,6 @@ local defaults = {
     doc = "Linearize SmolLM2-135M: attention transfer, then LoRA.",
     model = "smollm2", data = "chitchat", out = "runs/smollm2", seq = 512, records = 2400, hold_out = 60, eval_rows = 16,
     transfer_steps = 200, lora_steps = 200, eval_every = 50, schedule = "constant",
-    prompt = "What do you like to do on a rainy day?",
     more = { { "demo", false, "a shorter run: few updates, ends by saying what to do next" } },
     finish = what_next,
 }
