@@ -99,11 +99,13 @@ function T.difference(got, want)
     return (got - want):abs():amax():item(), want:abs():amax():item()
 end
 
---- All tensors of a safetensors file, by name, alive until the case ends.
+--- All tensors of a safetensors file whose dtype a tensor can have, by name, alive until the case ends.
 function T.tensors(path)
     local f = files.open_tensors(path)
     local out = {}
-    for _, name in ipairs(f:names()) do out[name] = f:tensor(name) end
+    for _, name in ipairs(f:names()) do
+        if f:info(name).dtype then out[name] = f:tensor(name) end
+    end
     f:close()
     return out
 end
