@@ -50,7 +50,7 @@ local function distill(d) -- d: defaults of the arguments
                                             feature_dim = args.feature_dim > 0 and args.feature_dim or nil })
 
     -- Measured values go to results.json at once, so that a run that is resumed does not measure twice.
-    local results = lc.train.results(args.out, args)
+    local results = lc.train.results(args.out)
     local held = data.held:list(args.eval_rows)
     local watched = data.held:list(math.min(4, args.eval_rows)) -- looked at while training
     local function perplexity(name, how)

@@ -11,7 +11,7 @@ local M = {}
 
 local IGNORE = -100
 
--- ---- streams: growing int32 buffers of ids and labels ----------------------------------------------------------------------------
+-- ---- streams: growing int32 buffers of ids and labels -------------------------------------------------------------
 local Stream = {}
 Stream.__index = Stream
 
@@ -55,7 +55,7 @@ function Stream:add(ids, learn)
     if learn then self.answers = self.answers + n end
 end
 
--- ---- rows --------------------------------------------------------------------------------------------------------------------------
+-- ---- rows ---------------------------------------------------------------------------------------------------------
 local Rows = {}
 Rows.__index = Rows
 
@@ -165,7 +165,7 @@ function Rows:__tostring()
         self.held and ("; %d rows held out"):format(self.held.rows) or "")
 end
 
--- ---- records to prompt and answer ----------------------------------------------------------------------------------------------
+-- ---- records to prompt and answer ---------------------------------------------------------------------------------
 local HEAD = "Below is an instruction that describes a task"
 local TAIL = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
 
@@ -273,7 +273,7 @@ local function kind_of(record, where)
     lc.fail("%s: a record has instruction and output (Alpaca), messages (chat), prompt and completion, or text", where)
 end
 
--- ---- sources -------------------------------------------------------------------------------------------------------------------
+-- ---- sources ------------------------------------------------------------------------------------------------------
 -- Lines of a .jsonl file, one record each.
 local function read_lines(path, limit)
     local file, why = io.open(path, "rb")
@@ -310,7 +310,7 @@ local function add_text(stream, how, text)
     end
 end
 
--- ---- lc.data -------------------------------------------------------------------------------------------------------------------
+-- ---- lc.data ------------------------------------------------------------------------------------------------------
 local KNOWN = { model = true, tokenizer = true, seq = true, hold_out = true, limit = true, format = true, eos = true, bos = true,
                 shuffle = true, render = true }
 
@@ -418,6 +418,18 @@ local function from_stream(stream, opts, name, seq)
     return train
 end
 
+-- The one .json or .jsonl file of a Hub data set in the local cache ("owner/name"), or nil.
+local function cached_dataset(id)
+    if not id:match "^[%w%-%._]+/[%w%-%._]+$" then return nil end
+    local root = require("lolcats.hub").hf_cache() .. "/datasets--" .. id:gsub("/", "--") .. "/snapshots"
+    for _, commit in ipairs(files.is_folder(root) and files.list(root) or {}) do
+        for _, name in ipairs(files.list(root .. "/" .. commit)) do
+            if name:match "%.jsonl?$" then return root .. "/" .. commit .. "/" .. name end
+        end
+    end
+    lc.fail("the data set %s is not in the Hugging Face cache (looked in %s); download it, or name a .json, .jsonl or .txt file", id, root)
+end
+
 --- Training rows from a file (.json, .jsonl, .txt), "chitchat" (conversations, fetched once with pip), or a table of records or
 --- texts. opts: model (its tokenizer, chat template and end token) or tokenizer; seq (tokens a row, 1024); hold_out (a share, or a
 --- number of records: the first ones; of a text, the end); limit (records), format, eos, bos (false: none; a token: before each
@@ -440,6 +452,7 @@ function M.data(source, opts)
         local path = require("lolcats.data.chitchat").path()
         return from_records(read_lines(path, opts.limit), resolve(opts), opts, "chitchat", seq)
     end
+    source = files.exists(source) and source or cached_dataset(source) or source
     if not files.exists(source) then lc.fail("no data '%s': there is no such file (and the only data set known by name is chitchat)", source) end
     if files.is_folder(source) then lc.fail("%s is a folder; name a .json, .jsonl or .txt file", source) end
     if source:match "%.json$" or source:match "%.jsonl$" or source:match "%.ndjson$" then

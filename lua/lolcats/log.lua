@@ -5,7 +5,7 @@ local program = require "lolcats.program"
 
 local M = {}
 
--- ---- numbers -------------------------------------------------------------------------------------------------------------------
+-- ---- numbers ------------------------------------------------------------------------------------------------------
 --- 12.34, 0.0132, 1e-05, 5.1e+03: four figures or so.
 function M.number(v)
     if type(v) ~= "number" then return tostring(v) end
@@ -41,7 +41,7 @@ local function characters(s)
 end
 M.characters = characters
 
--- ---- the terminal --------------------------------------------------------------------------------------------------------------
+-- ---- the terminal -------------------------------------------------------------------------------------------------
 local function env(name)
     local v = os.getenv(name)
     return v and v ~= "" and v or nil
@@ -68,7 +68,7 @@ function M.say(fmt, ...)
     if open_line then open_line.last_draw = 0 end
 end
 
--- ---- the progress line -----------------------------------------------------------------------------------------------------------
+-- ---- the progress line --------------------------------------------------------------------------------------------
 local Progress = {}
 Progress.__index = Progress
 
@@ -139,7 +139,7 @@ function Progress:close()
     if open_line == self then open_line = nil end
 end
 
--- ---- tables ----------------------------------------------------------------------------------------------------------------------
+-- ---- tables -------------------------------------------------------------------------------------------------------
 --- Rows of cells as aligned text; the first column to the left, numbers to the right. header: a row above a line.
 function M.table(rows, header)
     local all, widths = {}, {}

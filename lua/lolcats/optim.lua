@@ -24,7 +24,7 @@ local function check_number(what, name, v, low, high)
     end
 end
 
--- ---- optimizers --------------------------------------------------------------------------------------------------------------
+-- ---- optimizers ---------------------------------------------------------------------------------------------------
 local Optim = {}
 Optim.__index = Optim
 
@@ -156,7 +156,7 @@ M.sgd = maker("sgd", { lr = 1e-2, momentum = 0, dampening = 0, weight_decay = 0,
     self.apply = sgd_step
 end)
 
--- ---- schedules ---------------------------------------------------------------------------------------------------------------
+-- ---- schedules ----------------------------------------------------------------------------------------------------
 -- A schedule turns the number of updates done (from 0) into the next one's learning rate. `start(base, total)` is called once;
 -- `observe(metric)` after each evaluation; state() and restore(t) carry what rate() depends on.
 local Schedule = {}

@@ -5,7 +5,7 @@ local lc = require "lolcats"
 
 local M = {}
 
--- ---- axes ------------------------------------------------------------------------------------------------------------------------
+-- ---- axes ---------------------------------------------------------------------------------------------------------
 local function finite(v) return type(v) == "number" and v == v and v ~= math.huge and v ~= -math.huge end
 
 local function range(series, key)
@@ -90,7 +90,7 @@ local function smooth(y)
     return out
 end
 
--- ---- SVG -------------------------------------------------------------------------------------------------------------------------
+-- ---- SVG ----------------------------------------------------------------------------------------------------------
 local COLORS = { "#2a6fbb", "#d1495b", "#2e8b57", "#8a5fb0", "#c07a00", "#4a4a4a" }
 
 local function escape(s) return (tostring(s):gsub("[&<>\"]", { ["&"] = "&amp;", ["<"] = "&lt;", [">"] = "&gt;", ['"'] = "&quot;" })) end
@@ -182,7 +182,7 @@ function M.svg(series, opts)
     return table.concat(out, "\n")
 end
 
--- ---- the terminal ------------------------------------------------------------------------------------------------------------------
+-- ---- the terminal -------------------------------------------------------------------------------------------------
 local BITS = { { 1, 2, 4, 64 }, { 8, 16, 32, 128 } } -- of the dots of a Braille character, by column and row
 
 local function braille(bits)
@@ -257,7 +257,7 @@ function M.terminal(series, opts)
     return table.concat(out, "\n")
 end
 
--- ---- a run's curves --------------------------------------------------------------------------------------------------------------
+-- ---- a run's curves -----------------------------------------------------------------------------------------------
 --- Series from the lines of a metrics.jsonl: the values of each step, and those of evaluations (only of what is also a step's
 --- value, if there is any such).
 function M.read_metrics(path)

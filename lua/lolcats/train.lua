@@ -16,7 +16,7 @@ local M = {}
 local Run = {}
 Run.__index = Run
 
--- ---- options -----------------------------------------------------------------------------------------------------------------
+-- ---- options ------------------------------------------------------------------------------------------------------
 local KNOWN = {
     name = "string", out = "string", data = "table", params = "table", optim = "table", schedule = "any", epochs = "number",
     max_steps = "number", accumulate = "number", batch = "number", clip = "number", eval = "function", eval_every = "number",
@@ -85,7 +85,7 @@ local function settings_of(self, opts)
     }
 end
 
--- ---- start -------------------------------------------------------------------------------------------------------------------
+-- ---- start --------------------------------------------------------------------------------------------------------
 local function fresh_wanted(opts)
     if opts.fresh ~= nil then return opts.fresh end
     local values = cli.current and cli.current.values
@@ -160,7 +160,7 @@ function M.run(opts)
     return self
 end
 
--- ---- the state of the run ------------------------------------------------------------------------------------------------------
+-- ---- the state of the run -----------------------------------------------------------------------------------------
 --- Notes the state that belongs to the parameters as they stand.
 function Run:mark()
     self.marked = {
@@ -207,7 +207,7 @@ function Run:interrupted()
     return note .. "; the same command goes on from there"
 end
 
--- ---- what goes wrong -------------------------------------------------------------------------------------------------------------
+-- ---- what goes wrong ----------------------------------------------------------------------------------------------
 local function bad(t) return lc.no_grad(lc.scope, function() return lc.count_nonfinite(t:detach()):item() > 0 end) end
 
 -- Where numbers stopped being numbers: a parameter, a layer of the model, or a parameter's gradient.
@@ -244,7 +244,7 @@ function Run:not_finite(what)
     bridge.raise("ENONFINITE", nil, text)
 end
 
--- ---- the loop --------------------------------------------------------------------------------------------------------------------
+-- ---- the loop -----------------------------------------------------------------------------------------------------
 --- Values of this micro-step, as numbers; each is averaged over the micro-steps of an update.
 function Run:log(values)
     local keys = {}
@@ -385,7 +385,7 @@ function Run:after_update()
     if due and self.saved ~= self.step then self:save() end
 end
 
--- ---- evaluation -------------------------------------------------------------------------------------------------------------------
+-- ---- evaluation ---------------------------------------------------------------------------------------------------
 local function metric_of(self, result)
     if type(result) == "number" then return { [self.metric] = result }, result end
     if type(result) ~= "table" then lc.fail("%s: eval must return a number or a table of numbers, it returned a %s", self.name, type(result)) end
@@ -426,7 +426,7 @@ function Run:evaluate()
     self:save()
 end
 
--- ---- the end ----------------------------------------------------------------------------------------------------------------------
+-- ---- the end ------------------------------------------------------------------------------------------------------
 function Run:summary()
     local last = {}
     for k, v in pairs(self.shown or {}) do last[k] = v end
@@ -468,22 +468,19 @@ function Run:finish()
     if self.finished then self:take_best() end
 end
 
--- ---- values measured once ---------------------------------------------------------------------------------------------------------
+-- ---- values measured once -----------------------------------------------------------------------------------------
 local Results = {}
 Results.__index = Results
 
 --- A recipe's measured values in out/results.json: results:once(name, f) is f()'s value, computed only when it is not there yet.
---- They are forgotten when the recipe's arguments differ, or with fresh.
-function M.results(out, args)
-    local current, key = cli.current, {}
-    for k, v in pairs(current and current.values or args or {}) do
-        if k ~= "fresh" then key[k] = v end
-    end
-    local self = setmetatable({ path = out .. "/results.json", key = files.sha256(files.to_json(key)), values = {} }, Results)
+--- A folder of another recipe or of other arguments is refused before anything is measured; fresh forgets the values.
+function M.results(out)
     folder.open_out(out, fresh_wanted {})
+    local self = setmetatable({ path = out .. "/results.json", request = folder.request("all"), values = {} }, Results)
     if files.exists(self.path) then
         local have = files.read_json(self.path)
-        if have.key == self.key then self.values = have.values end
+        folder.compare(out, have.request, files.parse_json(files.to_json(self.request), "request"))
+        self.values = have.values
     end
     return self
 end
@@ -491,7 +488,7 @@ end
 function Results:once(name, f)
     if self.values[name] == nil then
         self.values[name] = f()
-        files.write_json(self.path, { key = self.key, values = self.values })
+        files.write_json(self.path, { request = self.request, values = self.values })
     end
     return self.values[name]
 end

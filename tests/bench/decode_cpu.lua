@@ -73,7 +73,6 @@ end
 
 -- A stop token would end a run early; random text decoded greedily may hit one.
 model.special, student.special = { stop = {} }, { stop = {} }
-local tokenizer = model.tokenizer
 model.tokenizer, student.tokenizer = nil, nil
 
 local function time(m)
@@ -132,4 +131,3 @@ else
     print(log.table(rows, { "attention", "tokens/s", "GB/s", "of the read rate", "prompt tokens/s" }))
     for _, p in ipairs(result.positions or {}) do print(("token %d: %.3f ms"):format(p.position, p.ms)) end
 end
-return tokenizer

@@ -158,7 +158,7 @@ t.test("the digest is that of the rows", function()
     t.eq((a:digest()), files.sha256("\1\0\0\0\2\0\0\0\3\0\0\0\4\0\0\0"))
 end)
 
--- ---- refused ----------------------------------------------------------------------------------------------------------------
+-- ---- refused ------------------------------------------------------------------------------------------------------
 local function refused(name, pattern, source, opts)
     t.test("refused: " .. name, function() t.errors(function() lc.data(source, opts) end, pattern) end)
 end

@@ -26,7 +26,7 @@ local function shell(command)
 end
 local function have(tool) return os.execute("command -v " .. tool .. " > /dev/null 2>&1") == 0 end
 
--- ---- optimizers and schedules ----------------------------------------------------------------------------------------------------
+-- ---- optimizers and schedules -------------------------------------------------------------------------------------
 local function params(...)
     local list = {}
     for i, v in ipairs { ... } do list[i] = { name = "p" .. i, tensor = lc.param(lc.tensor(v, { dtype = "f64" })) } end
@@ -96,7 +96,7 @@ t.test("typos and nonsense in optimizers and schedules", function()
     t.errors(function() optim.schedule "exponential" end, "no schedule 'exponential'")
 end)
 
--- ---- a small problem -----------------------------------------------------------------------------------------------------------------
+-- ---- a small problem ----------------------------------------------------------------------------------------------
 local function rows(n)
     local ids, x = {}, 3
     for i = 1, n or 400 do
@@ -228,7 +228,7 @@ t.test("eval may be a number of any sense: mode = max", function()
     t.eq(run.best, { value = 0.9, step = 8 })
 end)
 
--- ---- resume ----------------------------------------------------------------------------------------------------------------------------
+-- ---- resume -------------------------------------------------------------------------------------------------------
 t.test("stopped and resumed is never stopped, bit for bit", function()
     local function evaluate(p, d) return function() return p.loss(d.held:row(1)):item() end end
     local d = rows()
@@ -294,7 +294,7 @@ t.test("metrics written after the last checkpoint are cut off", function()
     t.eq(files.read(path), kept)
 end)
 
--- ---- what goes wrong -----------------------------------------------------------------------------------------------------------------------
+-- ---- what goes wrong ----------------------------------------------------------------------------------------------
 t.test("options of lc.run are checked", function()
     local d = rows()
     t.errors(function() lc.run(options(problem(), d, { epoch = 1 })) end, "no option 'epoch'.*did you mean 'epochs'")
@@ -409,7 +409,7 @@ t.test("another recipe, or other arguments, in a recipe's folder", function()
     t.eq((shell(child(out, "--steps 9 --fresh"))), 0)
 end)
 
--- ---- examples and recipes run -----------------------------------------------------------------------------------------------------------------
+-- ---- examples and recipes run -------------------------------------------------------------------------------------
 t.test("examples/own_training_loop.lua", function()
     local status, said, err = shell(quote(me) .. " own_training_loop --steps 300")
     t.eq(status, 0, err)

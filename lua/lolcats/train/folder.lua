@@ -13,7 +13,7 @@ local LAST, BEST = "last.safetensors", "best.safetensors"
 local OURS = { LAST, BEST, "metrics.jsonl", "summary.json", "losses.svg", "args.json", "recipe.lua" }
 local MOMENTS = "~optim." -- sorts behind all parameter names, and none begins so
 
--- ---- the folder of a recipe, which may hold several runs ---------------------------------------------------------------------------
+-- ---- the folder of a recipe, which may hold several runs ----------------------------------------------------------
 local opened = {} -- out -> its lock; held until the process ends
 
 local function clear(folder)
@@ -49,7 +49,7 @@ function M.open_out(out, fresh)
     end
 end
 
--- ---- what was asked for --------------------------------------------------------------------------------------------------------------
+-- ---- what was asked for -------------------------------------------------------------------------------------------
 --- Recipe, its arguments and this run's settings, as plain values.
 function M.request(name, settings)
     local script = cli.script or {}
@@ -99,7 +99,7 @@ function M.compare(folder, there, here, neutral)
     local out = {}
     if there.recipe ~= here.recipe then out[1] = ("recipe: %s there, %s here"):format(show(there.recipe), show(here.recipe)) end
     differences(there.args or {}, here.args, "", skip, out)
-    if #out == 0 then differences(there.settings or {}, here.settings, "", nil, out) end
+    if #out == 0 then differences(there.settings or {}, here.settings or {}, "", nil, out) end
     if #out == 0 then return end
     local shown = table.concat(out, "\n  ", 1, math.min(#out, 6)) .. (#out > 6 and ("\n  and %d more"):format(#out - 6) or "")
     bridge.raise("EARG", nil, ("%s holds another run:\n  %s\nGo on with the same arguments, start over with --fresh, or take another --out")
@@ -114,7 +114,7 @@ function M.describe(folder, request)
     files.write_json(folder .. "/args.json", request)
 end
 
--- ---- metrics -------------------------------------------------------------------------------------------------------------------------
+-- ---- metrics ------------------------------------------------------------------------------------------------------
 local Metrics = {}
 Metrics.__index = Metrics
 
@@ -134,7 +134,7 @@ function Metrics:add(row)
     self.bytes = self.bytes + #line
 end
 
--- ---- checkpoints ---------------------------------------------------------------------------------------------------------------------
+-- ---- checkpoints --------------------------------------------------------------------------------------------------
 local function save(path, tensors, state)
     files.save_tensors(path, tensors, { format = FORMAT, version = tostring(VERSION), state = files.to_json(state) })
 end
