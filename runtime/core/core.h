@@ -76,7 +76,7 @@ void lc_scope_forget(lc_tensor *t);
 /* ---- device.c -------------------------------------------------------------------------------------------------------- */
 enum { LC_MAX_DEVICES = 17 };
 typedef struct lc_device {
-    char name[24];
+    char name[32];
     const lc_backend *backend; /* NULL: the CPU */
     int index;                 /* the back-end's own number */
 } lc_device;
@@ -87,7 +87,8 @@ extern const lc_host lc_host_services;
 /* ---- table.c --------------------------------------------------------------------------------------------------------- */
 enum { LC_F_INPLACE = 1, LC_F_NODIFF = 2, LC_F_NOGRAD = 4, LC_F_RANDOM = 8, LC_F_MIXED = 16, LC_F_HALF = 32, LC_F_INTERNAL = 64,
        LC_F_STRIDED = 128, LC_F_ROWS = 256, LC_F_POINT = 512, LC_F_BINARY = 1024, LC_F_COMPARE = 2048, LC_F_VIEW = 4096,
-       LC_F_GRAD = 8192 /* a pointwise gradient kernel */ };
+       LC_F_GRAD = 8192 /* a pointwise gradient kernel */, LC_F_OPERANDS = 16384, LC_F_RESULT = 32768,
+       LC_F_NEITHER = 65536 };
 
 typedef struct lc_rule lc_rule;
 typedef struct lc_row {
