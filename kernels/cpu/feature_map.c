@@ -1,9 +1,11 @@
-/* feature_map.c: see feature_map.h. Gradients follow PyTorch: the clamp passes where the value is at least eps, ties of a maximum share. */
+/* feature_map.c: see feature_map.h. Gradients follow PyTorch: the clamp passes where the value is at least eps, ties of
+ * a maximum share. */
 #include "feature_map.h"
 
 #include "hybrid_row.h"
 
-/* ---- rows, in double --------------------------------------------------------------------------------------------------- */
+/* ---- rows, in double
+ * --------------------------------------------------------------------------------------------------- */
 static double signed_max(int64_t f, const double *x, double sign) {
     double m = -INFINITY;
     for (int64_t i = 0; i < f; i++) m = LC_MAX(m, sign * x[i]);
@@ -27,7 +29,8 @@ void K(map_row)(int map, int full, int64_t f, const double *x, double *a) {
     for (int64_t i = 0; i < f; i++) a[i] = map == MAP_RELU ? LC_MAX(x[i], 0) : x[i] > 0 ? 1 + x[i] : exp(x[i]);
 }
 
-static void row_exp_backward(int map, int64_t f, const double *x, double sign, const double *a, const double *da, double *dx) {
+static void row_exp_backward(int map, int64_t f, const double *x, double sign, const double *a, const double *da,
+                             double *dx) {
     double dot = 0, m = signed_max(f, x, sign);
     for (int64_t i = 0; i < f; i++) dot += a[i] * da[i];
     if (map == MAP_SOFTMAX_DIM) {
@@ -49,7 +52,8 @@ void K(map_row_backward)(int map, int full, int64_t f, const double *x, const do
     for (int64_t i = 0; i < f; i++) dx[i] = map == MAP_RELU ? (x[i] > 0 ? da[i] : 0) : x[i] > 0 ? da[i] : a[i] * da[i];
 }
 
-/* ---- one token in real ------------------------------------------------------------------------------------------------- */
+/* ---- one token in real
+ * ------------------------------------------------------------------------------------------------- */
 static void line_exp(int map, int64_t f, real eps, real *y) {
     real sum = row_exp(f, y, row_max(f, y)), by = map == MAP_SOFTMAX_DIM ? 1 / sum : 1;
     for (int64_t i = 0; i < f; i++) y[i] = LC_MAX(y[i] * by, eps);
@@ -69,13 +73,14 @@ void K(map_line)(int map, int full, int64_t f, real eps, real *x, real *y) {
     }
 }
 
-/* ---- tiles, transposed: [f][TILE] -------------------------------------------------------------------------------------- */
+/* ---- tiles, transposed: [f][TILE]
+ * -------------------------------------------------------------------------------------- */
 
 /* One vector of tokens: exp(sign (x - extreme)) over f rows into a, which may be x; returns the sums. */
 static inline vreal column_exp(int64_t f, const real *x, real sign, vreal extreme, real *a) {
     vreal sum = vset(0);
     for (int64_t i = 0; i < f; i++) {
-        vreal e = vexp((vload(x + i * TILE) - extreme) * sign);
+        vreal e = vexp_down((vload(x + i * TILE) - extreme) * sign);
         vstore(a + i * TILE, e);
         sum += e;
     }
@@ -100,7 +105,9 @@ static void tile_exp(int map, int full, int64_t f, real eps, real *a, real *y) {
         vreal low_sum = full ? column_exp(f, a + t, -1, lo, a + f * TILE + t) : one;
         vreal high_sum = column_exp(f, a + t, 1, hi, a + t);
         column_finish(f, map == MAP_SOFTMAX_DIM ? one / high_sum : one, vset(eps), a + t, y + t);
-        if (full) column_finish(f, map == MAP_SOFTMAX_DIM ? one / low_sum : one, vset(eps), a + f * TILE + t, y + f * TILE + t);
+        if (full)
+            column_finish(f, map == MAP_SOFTMAX_DIM ? one / low_sum : one, vset(eps), a + f * TILE + t,
+                          y + f * TILE + t);
     }
 }
 
@@ -112,15 +119,18 @@ void K(map_tile)(int map, int full, int64_t f, real eps, real *a, real *y) {
     }
     for (int64_t n = 0; n < f * TILE; n += VL) {
         vreal x = vload(a + n), v;
-        if (map == MAP_RELU) v = vmax(x, vset(0));
-        else v = vselect(x > 0, 1 + x, vexp(x));
+        if (map == MAP_RELU)
+            v = vmax(x, vset(0));
+        else
+            v = vselect(x > 0, 1 + x, vexp(x));
         vstore(a + n, v);
         vstore(y + n, vmax(v, vset(eps)));
     }
 }
 
 /* One vector of tokens of a half: dx = or += sign * (its gradient). a and dy [f][TILE]. */
-static inline void column_backward(int map, int64_t f, real sign, vreal eps, const real *a, const real *dy, real *dx, int add) {
+static inline void column_backward(int map, int64_t f, real sign, vreal eps, const real *a, const real *dy, real *dx,
+                                   int add) {
     vreal dot = vset(0), ties = vset(0), one = vset(1), zero = vset(0);
     for (int64_t i = 0; i < f; i++) {
         vreal v = vload(a + i * TILE);
@@ -130,8 +140,10 @@ static inline void column_backward(int map, int64_t f, real sign, vreal eps, con
     if (map == MAP_EXP_DIM) dot = dot / ties; /* the extreme itself has the value 1 */
     for (int64_t i = 0; i < f; i++) {
         vreal v = vload(a + i * TILE), d = vselect(v >= eps, vload(dy + i * TILE), zero), r;
-        if (map == MAP_EXP_DIM) r = v * d - vselect(v == one, dot, zero);
-        else r = v * (d - dot);
+        if (map == MAP_EXP_DIM)
+            r = v * d - vselect(v == one, dot, zero);
+        else
+            r = v * (d - dot);
         vstore(dx + i * TILE, add ? vload(dx + i * TILE) + sign * r : sign * r);
     }
 }
@@ -146,8 +158,10 @@ void K(map_tile_backward)(int map, int full, int64_t f, real eps, const real *a,
     }
     for (int64_t n = 0; n < f * TILE; n += VL) {
         vreal v = vload(a + n), slope = vset(1), zero = vset(0);
-        if (map == MAP_RELU) slope = vselect(v > 0, slope, zero);
-        else slope = vmin(v, slope); /* above 1: x > 0 */
+        if (map == MAP_RELU)
+            slope = vselect(v > 0, slope, zero);
+        else
+            slope = vmin(v, slope); /* above 1: x > 0 */
         vstore(dy + n, vselect(v >= eps, vload(dy + n) * slope, zero));
     }
 }

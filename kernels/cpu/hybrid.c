@@ -1,4 +1,5 @@
-/* hybrid.c: the entry points of hybrid attention: takes the call apart and picks the plain twin or the chunked kernels. */
+/* hybrid.c: the entry points of hybrid attention: takes the call apart and picks the plain twin or the chunked kernels.
+ */
 #include "hybrid.h"
 
 static int plain_wanted(const lc_kargs *k) { return k->host && k->host->option(LC_OPTION_PLAIN_HYBRID); }

@@ -1,6 +1,7 @@
-/* hybrid.h: what the files of hybrid and softmax attention share: the call taken apart, the geometry of window and linear keys, and the
- * places of the rows. Positions p count from the first real token (start[b]), so p = pos + i - start for row i of a call. Query p
- * attends with softmax to keys lo(p) .. p and linearly to keys 0 .. lo(p) - 1. Softmax attention is the case without a linear term. */
+/* hybrid.h: what the files of hybrid and softmax attention share: the call taken apart, the geometry of window and
+ * linear keys, and the places of the rows. Positions p count from the first real token (start[b]), so p = pos + i -
+ * start for row i of a call. Query p attends with softmax to keys lo(p) .. p and linearly to keys 0 .. lo(p) - 1.
+ * Softmax attention is the case without a linear term. */
 #ifndef LC_HYBRID_H
 #define LC_HYBRID_H
 
@@ -22,7 +23,15 @@ typedef struct hybrid {
 /* x points at q, k, v, mq, mk, bq, bk, factors, start in this order. */
 static inline int hybrid_open(hybrid *a, const lc_kargs *k, const lc_view *x) {
     const int32_t *i = k->i;
-    *a = (hybrid){.q = x, .k = x + 1, .v = x + 2, .mq = x + 3, .mk = x + 4, .bq = x + 5, .bk = x + 6, .factors = x + 7, .start = x + 8};
+    *a = (hybrid){.q = x,
+                  .k = x + 1,
+                  .v = x + 2,
+                  .mq = x + 3,
+                  .mk = x + 4,
+                  .bq = x + 5,
+                  .bk = x + 6,
+                  .factors = x + 7,
+                  .start = x + 8};
     a->map = i[0], a->full = i[1], a->skip = i[2], a->window = i[3], a->kind = i[4], a->affine = i[5];
     a->eps = k->f[1], a->feature_eps = k->f[2];
     a->b = a->q->dim[0], a->h = a->q->dim[1], a->t = a->q->dim[2], a->d = a->q->dim[3], a->g = a->k->dim[1];
@@ -95,7 +104,8 @@ int K(chunked_forward)(const lc_kargs *k, const hybrid *a);
 size_t K(chunked_forward_work)(const lc_kargs *k, const hybrid *a);
 int K(stateful_forward)(const lc_kargs *k, const hybrid *a); /* hybrid_state.c */
 size_t K(stateful_forward_work)(const lc_kargs *k, const hybrid *a);
-/* Results y[0..7] as in hybrid_attention_backward; g, y and the saved row values are given apart, z NULL for softmax attention. */
+/* Results y[0..7] as in hybrid_attention_backward; g, y and the saved row values are given apart, z NULL for softmax
+ * attention. */
 typedef struct saved {
     const lc_view *g, *y, *c, *argmax, *z;
 } saved;

@@ -1,21 +1,21 @@
-/* hybrid_backward.c: gradients of hybrid attention (and softmax attention), in tiles, linear in length; nothing but row values was
- * kept. With u_ij the weights before division, z_i the denominator and delta_i = g_i . y_i:
- *     du_ij = (g_i . v_j - delta_i) / z_i.
- * Queries walk forward with the state S = sum f(k_j) v_j, Z = sum f(k_j): df(q_i) = lambda (S g_i - Z delta_i) / z_i. Keys walk backward
- * with the suffix R = sum f(q_i) g_i lambda / z_i, P = sum f(q_i) delta_i lambda / z_i: df(k_j) = R v_j - P.
- * All weights of a row times their du sum to 0, so x_i = f(q_i) . df(q_i) is what the row maximum gets (it goes to the key at the maximum),
- * and the factors' gradient needs no window at all: attention transfer costs the linear part alone. */
+/* hybrid_backward.c: gradients of hybrid attention (and softmax attention), in tiles, linear in length; nothing but row
+ * values was kept. With u_ij the weights before division, z_i the denominator and delta_i = g_i . y_i: du_ij = (g_i .
+ * v_j - delta_i) / z_i. Queries walk forward with the state S = sum f(k_j) v_j, Z = sum f(k_j): df(q_i) = lambda (S g_i
+ * - Z delta_i) / z_i. Keys walk backward with the suffix R = sum f(q_i) g_i lambda / z_i, P = sum f(q_i) delta_i lambda
+ * / z_i: df(k_j) = R v_j - P. All weights of a row times their du sum to 0, so x_i = f(q_i) . df(q_i) is what the row
+ * maximum gets (it goes to the key at the maximum), and the factors' gradient needs no window at all: attention
+ * transfer costs the linear part alone. */
 #include "hybrid_forward.h"
 
 typedef struct job {
     const lc_kargs *k;
     const hybrid *call;
     saved from;
-    int64_t panels, segments, keys; /* keys: rows of k */
+    int64_t panels, segments, keys;             /* keys: rows of k */
     int linear_q, linear_k, window_q, window_k; /* parts that some wanted result needs */
-    real *delta, *x;                /* [b, h, t] */
-    real *gm[2], *gb[2], *xs;       /* [b, h, segments][f][dp], [b, h, segments], same: sums of one segment */
-    real *rows[3];                  /* gk, gv [b, h, keys, d], gmk [b, h, t, F]: of one query head, where heads share a row */
+    real *delta, *x;                            /* [b, h, t] */
+    real *gm[2], *gb[2], *xs; /* [b, h, segments][f][dp], [b, h, segments], same: sums of one segment */
+    real *rows[3];            /* gk, gv [b, h, keys, d], gmk [b, h, t, F]: of one query head, where heads share a row */
     char *scratch;
     size_t scratch_bytes;
 } job;
@@ -42,10 +42,13 @@ static void load_rows(const job *j, const span *at, int64_t h, int64_t c, rows *
     }
 }
 
-/* ---- weights of one pair of panels ------------------------------------------------------------------------------------- */
+/* ---- weights of one pair of panels
+ * ------------------------------------------------------------------------------------- */
 
-/* Window: p [keys][TILE] = u / z and ds [keys][TILE] = scale * (gradient of the score), for key panel kp and query panel c. */
-static void window_weights(const hybrid *a, const rows *r, const panel *q, const panel *k, real gamma, real *p, real *ds) {
+/* Window: p [keys][TILE] = u / z and ds [keys][TILE] = scale * (gradient of the score), for key panel kp and query
+ * panel c. */
+static void window_weights(const hybrid *a, const rows *r, const panel *q, const panel *k, real gamma, real *p,
+                           real *ds) {
     int64_t dp = padded(a->d), c = q->index, kp = k->index, base = (kp - c) * TILE;
     real scale = (real)a->scale;
     for (int64_t jb = 0; jb < TILE; jb += 8) {
@@ -62,7 +65,7 @@ static void window_weights(const hybrid *a, const rows *r, const panel *q, const
         vint lo = vint_load(r->lo + i), me = vint_iota((lane_int)i);
         for (int64_t j = j0; j < j1; j++) {
             real *pp = p + j * TILE + i, *dd = ds + j * TILE + i;
-            vreal e = vexp(vload(pp) * scale - max) * by;
+            vreal e = vexp_down(vload(pp) * scale - max) * by;
             if (j < open_from || j > open_to) {
                 vint key = vint_set((lane_int)(j + base));
                 e = vselect((lo <= key) & (key <= me), e, vset(0));
@@ -74,12 +77,14 @@ static void window_weights(const hybrid *a, const rows *r, const panel *q, const
 }
 
 /* Linear: du [keys][TILE] = lambda (v . g - delta) / z where the key is linear, else 0, rows 0 .. n - 1. */
-static void linear_du(const hybrid *a, const rows *r, const panel *q, const panel *k, real lambda, int64_t n, real *du) {
+static void linear_du(const hybrid *a, const rows *r, const panel *q, const panel *k, real lambda, int64_t n,
+                      real *du) {
     int64_t dp = padded(a->d), base = (k->index - q->index) * TILE;
     for (int64_t jb = 0; jb < n; jb += 8) {
         int64_t from, to;
         columns(a, 1, q->index, k->index, jb, &from, &to);
-        if (to > from) K(tile_gemm)(8, to - from, a->d, k->v + jb * dp, dp, 1, q->vt + from, TILE, du + jb * TILE + from, TILE, 0);
+        if (to > from)
+            K(tile_gemm)(8, to - from, a->d, k->v + jb * dp, dp, 1, q->vt + from, TILE, du + jb * TILE + from, TILE, 0);
     }
     for (int64_t i = 0; i < TILE; i += VL) {
         vint lo = vint_load(r->lo + i);
@@ -92,7 +97,8 @@ static void linear_du(const hybrid *a, const rows *r, const panel *q, const pane
 }
 
 /* The same seen from the keys: du [queries][TILE keys], from query row i0 on. */
-static void linear_du_keys(const hybrid *a, const rows *r, const panel *q, const panel *k, real lambda, int64_t i0, real *du) {
+static void linear_du_keys(const hybrid *a, const rows *r, const panel *q, const panel *k, real lambda, int64_t i0,
+                           real *du) {
     int64_t dp = padded(a->d), base = (k->index - q->index) * TILE;
     for (int64_t ib = i0; ib < TILE; ib += 8) {
         int64_t from, to;
@@ -104,13 +110,15 @@ static void linear_du_keys(const hybrid *a, const rows *r, const panel *q, const
         real by = r->rz[i] * lambda, delta = r->delta[i];
         for (int64_t j = 0; j < TILE; j += VL) {
             real *at = du + i * TILE + j;
-            vstore(at, vselect(vint_iota((lane_int)(j + base)) < (lane_int)r->lo[i], (vload(at) - delta) * by, vset(0)));
+            vstore(at,
+                   vselect(vint_iota((lane_int)(j + base)) < (lane_int)r->lo[i], (vload(at) - delta) * by, vset(0)));
         }
     }
 }
 
 /* gv [TILE][dp] += linear weights / z times g, of one panel of queries; t [keys][TILE] is scratch. */
-static void linear_values(const hybrid *a, const rows *r, const panel *q, const panel *k, real lambda, real *t, real *gv) {
+static void linear_values(const hybrid *a, const rows *r, const panel *q, const panel *k, real lambda, real *t,
+                          real *gv) {
     int64_t dp = padded(a->d), base = (k->index - q->index) * TILE;
     for (int64_t jb = 0; jb < TILE; jb += 8) {
         int64_t from, to;
@@ -129,12 +137,14 @@ static void linear_values(const hybrid *a, const rows *r, const panel *q, const 
     }
 }
 
-/* ---- what both walks do with the gradient of the features ---------------------------------------------------------------- */
+/* ---- what both walks do with the gradient of the features
+ * ---------------------------------------------------------------- */
 typedef struct sums {
     double bias, x; /* of one segment */
 } sums;
 
-static void put_ready(const hybrid *a, scratch *s, const side *d, const panel *p, int64_t from, int64_t to, real *rows, int64_t stride) {
+static void put_ready(const hybrid *a, scratch *s, const side *d, const panel *p, int64_t from, int64_t to, real *rows,
+                      int64_t stride) {
     int64_t fp = padded(a->F);
     K(tile_transpose_back)(a->F, s->t, d->row, fp);
     for (int64_t n = from; n < to; n++)
@@ -163,7 +173,8 @@ static int64_t argmax_of(const job *j, const span *at, int64_t h, int64_t i) {
     return ((const int32_t *)v->data)[at->b * v->stride[0] + h * v->stride[1] + i * v->stride[2]];
 }
 
-/* ---- queries ----------------------------------------------------------------------------------------------------------- */
+/* ---- queries
+ * ----------------------------------------------------------------------------------------------------------- */
 static void row_deltas(const job *j, const span *at, int64_t h, const panel *q, int64_t from, int64_t to) {
     int64_t d = j->call->d, dp = padded(d);
     for (int64_t n = from; n < to; n++) {
@@ -179,7 +190,8 @@ static void row_deltas(const job *j, const span *at, int64_t h, const panel *q, 
 }
 
 /* s->t = gradient of the features of queries; returns 0 when no key is linear here. */
-static int query_features(const job *j, scratch *s, const span *at, rows *r, const panel *q, int64_t absorbed, int has_state, real lambda) {
+static int query_features(const job *j, scratch *s, const span *at, rows *r, const panel *q, int64_t absorbed,
+                          int has_state, real lambda) {
     const hybrid *a = j->call;
     int64_t dp = padded(a->d), end = hybrid_lo(a, LC_MIN(q->index * TILE + TILE, at->p1) - 1);
     if (!a->F || end <= 0) return 0;
@@ -187,9 +199,11 @@ static int query_features(const job *j, scratch *s, const span *at, rows *r, con
         K(tile_gemm)(a->F, TILE, a->d, s->s, dp, 1, q->vt, TILE, s->t, TILE, 0);
         for (int64_t i = 0; i < TILE; i += VL) {
             vreal by = vload(r->rz + i) * lambda, delta = vload(r->delta + i);
-            for (int64_t e = 0; e < a->F; e++) vstore(s->t + e * TILE + i, (vload(s->t + e * TILE + i) - delta * s->z[e]) * by);
+            for (int64_t e = 0; e < a->F; e++)
+                vstore(s->t + e * TILE + i, (vload(s->t + e * TILE + i) - delta * s->z[e]) * by);
         }
-    } else memset(s->t, 0, (size_t)(a->F * TILE) * sizeof(real));
+    } else
+        memset(s->t, 0, (size_t)(a->F * TILE) * sizeof(real));
     for (int64_t kp = absorbed; kp * TILE < end; kp++) {
         const panel *k = K(side_panel)(&s->k, kp, HAS_F | HAS_V);
         int64_t n = round_up(LC_MIN(end - kp * TILE, TILE), 8);
@@ -204,8 +218,8 @@ static int query_features(const job *j, scratch *s, const span *at, rows *r, con
     return 1;
 }
 
-static void query_window(const job *j, scratch *s, const span *at, int64_t h, const rows *r, const panel *q, int64_t from, int64_t to,
-                         real gamma) {
+static void query_window(const job *j, scratch *s, const span *at, int64_t h, const rows *r, const panel *q,
+                         int64_t from, int64_t to, real gamma) {
     const hybrid *a = j->call;
     int64_t dp = padded(a->d), c = q->index;
     for (int64_t kp = hybrid_lo(a, c * TILE + from) / TILE; kp <= c; kp++) {
@@ -215,7 +229,8 @@ static void query_window(const job *j, scratch *s, const span *at, int64_t h, co
         for (int64_t ib = 0; ib < TILE; ib += 8) {
             int64_t k0, k1;
             keys_of(a, 0, c, kp, ib, &k0, &k1);
-            if (k1 > k0) K(tile_gemm)(8, dp, k1 - k0, ds + k0 * TILE + ib, 1, TILE, k->x + k0 * dp, dp, s->y + ib * dp, dp, 1);
+            if (k1 > k0)
+                K(tile_gemm)(8, dp, k1 - k0, ds + k0 * TILE + ib, 1, TILE, k->x + k0 * dp, dp, s->y + ib * dp, dp, 1);
         }
     }
     for (int64_t n = from; n < to && !a->softmax; n++)
@@ -225,7 +240,8 @@ static void query_window(const job *j, scratch *s, const span *at, int64_t h, co
         }
 }
 
-static void query_tile(const job *j, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed, int *has_state, sums *sum) {
+static void query_tile(const job *j, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed,
+                       int *has_state, sums *sum) {
     const hybrid *a = j->call;
     double gamma = hybrid_gamma(a, h), lambda = hybrid_lambda(a, gamma);
     int64_t from = LC_MAX(at->p0 - c * TILE, 0), to = LC_MIN(at->p1 - c * TILE, TILE), dp = padded(a->d);
@@ -242,7 +258,9 @@ static void query_tile(const job *j, scratch *s, const span *at, int64_t h, int6
         if (query_features(j, s, at, &r, q, *absorbed, *has_state, (real)lambda)) {
             if (a->map == MAP_NONE) {
                 const lc_view *m = &j->k->y[GMQ];
-                if (m->data) put_ready(a, s, &s->q, q, from, to, row_at(m, at->b, h, 0) + at->q_shift * m->stride[2], m->stride[2]);
+                if (m->data)
+                    put_ready(a, s, &s->q, q, from, to, row_at(m, at->b, h, 0) + at->q_shift * m->stride[2],
+                              m->stride[2]);
             } else if (wanted(j, GQ) || wanted(j, GMQ) || wanted(j, GBQ))
                 through_map(a, s, &s->q, q, wanted(j, GQ) ? s->y : NULL, wanted(j, GMQ) || wanted(j, GBQ), sum);
         } else if (a->map == MAP_NONE && wanted(j, GMQ))
@@ -262,7 +280,8 @@ static void query_tile(const job *j, scratch *s, const span *at, int64_t h, int6
         memcpy(row_at(&j->k->y[GQ], at->b, h, c * TILE + n + at->q_shift), s->y + n * dp, (size_t)a->d * sizeof(real));
 }
 
-/* ---- keys -------------------------------------------------------------------------------------------------------------- */
+/* ---- keys
+ * -------------------------------------------------------------------------------------------------------------- */
 
 /* R, P (in s->s, s->z) take in a panel of queries. */
 static void absorb_queries(const job *j, scratch *s, const span *at, int64_t h, int64_t c, real lambda) {
@@ -283,9 +302,10 @@ static void absorb_queries(const job *j, scratch *s, const span *at, int64_t h, 
     K(tile_gemm)(a->F, dp, TILE, s->t, TILE, 1, q->v, dp, s->s, dp, 1);
 }
 
-/* s->t = gradient of the features of keys, s->y2 += the linear part of gv. Returns 0 when no query sees them linearly. */
-static int key_features(const job *j, scratch *s, const span *at, int64_t h, const panel *k, int64_t absorbed, int has_suffix,
-                        int features, real lambda) {
+/* s->t = gradient of the features of keys, s->y2 += the linear part of gv. Returns 0 when no query sees them linearly.
+ */
+static int key_features(const job *j, scratch *s, const span *at, int64_t h, const panel *k, int64_t absorbed,
+                        int has_suffix, int features, real lambda) {
     const hybrid *a = j->call;
     int64_t dp = padded(a->d), c = k->index, first = hybrid_hi(a, c * TILE);
     if (!a->F || first >= at->p1) return 0;
@@ -295,7 +315,8 @@ static int key_features(const job *j, scratch *s, const span *at, int64_t h, con
             for (int64_t n = 0; n < a->F * TILE; n += VL) vstore(s->t + n, vload(s->t + n) - s->z[n / TILE]);
         }
         if (wanted(j, GV)) K(tile_gemm)(TILE, dp, a->F, k->f, 1, TILE, s->s, dp, s->y2, dp, 1);
-    } else memset(s->t, 0, (size_t)(a->F * TILE) * sizeof(real));
+    } else
+        memset(s->t, 0, (size_t)(a->F * TILE) * sizeof(real));
     for (int64_t qp = LC_MAX(first, at->p0) / TILE; qp < absorbed; qp++) {
         const panel *q = K(side_panel)(&s->q, qp, HAS_F | HAS_V);
         int64_t i0 = LC_MAX(first - qp * TILE, 0) / 8 * 8;
@@ -323,8 +344,12 @@ static void key_window(const job *j, scratch *s, const span *at, int64_t h, cons
             int64_t from, to;
             columns(a, 0, qp, c, jb, &from, &to);
             if (to <= from) continue;
-            if (wanted(j, GV)) K(tile_gemm)(8, dp, to - from, p + jb * TILE + from, TILE, 1, q->v + from * dp, dp, s->y2 + jb * dp, dp, 1);
-            if (wanted(j, GK)) K(tile_gemm)(8, dp, to - from, ds + jb * TILE + from, TILE, 1, q->x + from * dp, dp, s->y + jb * dp, dp, 1);
+            if (wanted(j, GV))
+                K(tile_gemm)
+                (8, dp, to - from, p + jb * TILE + from, TILE, 1, q->v + from * dp, dp, s->y2 + jb * dp, dp, 1);
+            if (wanted(j, GK))
+                K(tile_gemm)
+                (8, dp, to - from, ds + jb * TILE + from, TILE, 1, q->x + from * dp, dp, s->y + jb * dp, dp, 1);
         }
         for (int64_t n = 0; n < TILE && !a->softmax && wanted(j, GK); n++) {
             if (r.x[n] == 0) continue;
@@ -345,7 +370,8 @@ static real *key_rows(const job *j, int which, int64_t b, int64_t h, int64_t *st
     return row_at(v, b, which == 2 ? h / a->mk_group : h / a->group, 0);
 }
 
-static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed, int *has_suffix, sums *sum) {
+static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed, int *has_suffix,
+                     sums *sum) {
     const hybrid *a = j->call;
     double gamma = hybrid_gamma(a, h), lambda = hybrid_lambda(a, gamma);
     int64_t to = LC_MIN(at->p1 - c * TILE, TILE), dp = padded(a->d), stride;
@@ -362,7 +388,8 @@ static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_
             if (a->map) through_map(a, s, &s->k, k, wanted(j, GK) ? s->y : NULL, wanted(j, GMK) || wanted(j, GBK), sum);
         }
     } else if (gm)
-        for (int64_t n = 0; n < to; n++) memset(gm + (c * TILE + n + at->k_shift) * stride, 0, (size_t)a->F * sizeof(real));
+        for (int64_t n = 0; n < to; n++)
+            memset(gm + (c * TILE + n + at->k_shift) * stride, 0, (size_t)a->F * sizeof(real));
     if (j->window_k) key_window(j, s, at, h, K(side_panel)(&s->k, c, HAS_XT | HAS_V), (real)gamma);
     for (int which = 0; which < 2; which++) {
         real *out = key_rows(j, which, at->b, h, &stride), *tile = which ? s->y2 : s->y;
@@ -371,7 +398,8 @@ static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_
     }
 }
 
-/* ---- walks ------------------------------------------------------------------------------------------------------------- */
+/* ---- walks
+ * ------------------------------------------------------------------------------------------------------------- */
 typedef struct walk {
     job *j;
     int keys; /* which walk */
@@ -417,6 +445,7 @@ static void walk_head(const walk *w, scratch *s, int64_t head, int64_t from, int
     int64_t absorbed = w->keys ? first + n : 0;
     K(side_open)(&s->q, a, &at, 0, h, a->q, j->from.g, wanted(j, GQ));
     K(side_open)(&s->k, a, &at, 1, h, a->k, a->v, wanted(j, GK));
+    s->q.step = s->k.step = w->keys ? -1 : 1;
     memset(s->s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s->z, 0, (size_t)a->F * sizeof(real));
     if (from == 0) zero_padding(j, &at, h, w->keys);
     for (int64_t step = 0; step < steps; step++) {
@@ -427,13 +456,17 @@ static void walk_head(const walk *w, scratch *s, int64_t head, int64_t from, int
             for (int64_t u = 0; u < 2; u++) {
                 int64_t c = u ? n - 1 - seg : seg;
                 if (2 * seg >= n || (u && c == seg)) break;
-                if (w->keys) key_tile(j, s, &at, h, first + c, &absorbed, &has, &sum);
-                else query_tile(j, s, &at, h, first + c, &absorbed, &has, &sum);
+                if (w->keys)
+                    key_tile(j, s, &at, h, first + c, &absorbed, &has, &sum);
+                else
+                    query_tile(j, s, &at, h, first + c, &absorbed, &has, &sum);
             }
         } else
             for (int64_t c = 0; c < c1 - c0; c++)
-                if (w->keys) key_tile(j, s, &at, h, first + c1 - 1 - c, &absorbed, &has, &sum);
-                else query_tile(j, s, &at, h, first + c0 + c, &absorbed, &has, &sum);
+                if (w->keys)
+                    key_tile(j, s, &at, h, first + c1 - 1 - c, &absorbed, &has, &sum);
+                else
+                    query_tile(j, s, &at, h, first + c0 + c, &absorbed, &has, &sum);
         put_sums(j, s, head * n_seg + seg, w->keys, &sum);
     }
 }
@@ -449,13 +482,15 @@ static void walk_body(void *ctx, int64_t begin, int64_t end, int thread) {
     scratch s;
     carve_scratch(w->j, &memory, w->keys, &s);
     while (begin < end) {
-        int64_t head = begin / w->j->segments, from = begin % w->j->segments, to = LC_MIN(w->j->segments, from + end - begin);
+        int64_t head = begin / w->j->segments, from = begin % w->j->segments,
+                to = LC_MIN(w->j->segments, from + end - begin);
         walk_head(w, &s, head, from, to);
         begin += to - from;
     }
 }
 
-/* ---- sums over segments and heads ---------------------------------------------------------------------------------------- */
+/* ---- sums over segments and heads
+ * ---------------------------------------------------------------------------------------- */
 static void finish_weights(const job *j, int64_t h) {
     const hybrid *a = j->call;
     int64_t n = a->f * padded(a->d);
@@ -485,7 +520,8 @@ static void finish_weights(const job *j, int64_t h) {
 static void finish_rows(const job *j, int which, int64_t b) {
     const hybrid *a = j->call;
     const lc_view *out = &j->k->y[which == 2 ? GMK : GK + which];
-    int64_t group = which == 2 ? a->mk_group : a->group, n = which == 2 ? a->t : j->keys, width = which == 2 ? a->F : a->d;
+    int64_t group = which == 2 ? a->mk_group : a->group, n = which == 2 ? a->t : j->keys,
+            width = which == 2 ? a->F : a->d;
     if (!j->rows[which]) return;
     for (int64_t g = 0; g < a->h / group; g++)
         for (int64_t i = 0; i < n; i++) {
@@ -501,12 +537,15 @@ static void finish_body(void *ctx, int64_t begin, int64_t end, int thread) {
     const job *j = ctx;
     (void)thread;
     for (int64_t i = begin; i < end; i++) {
-        if (i < j->call->h) finish_weights(j, i);
-        else finish_rows(j, (int)((i - j->call->h) % 3), (i - j->call->h) / 3);
+        if (i < j->call->h)
+            finish_weights(j, i);
+        else
+            finish_rows(j, (int)((i - j->call->h) % 3), (i - j->call->h) / 3);
     }
 }
 
-/* ---- entry ------------------------------------------------------------------------------------------------------------- */
+/* ---- entry
+ * ------------------------------------------------------------------------------------------------------------- */
 static size_t plan(job *j, const lc_kargs *k, const hybrid *a) {
     arena w = {k->work, 0};
     size_t heads = (size_t)(a->b * a->h), one;
@@ -515,7 +554,8 @@ static size_t plan(job *j, const lc_kargs *k, const hybrid *a) {
     j->panels = LC_MAX((a->t + LC_MAX(a->offset, 0) + TILE - 1) / TILE, 1), j->segments = segments_of(a, j->panels);
     int maps = a->F && a->map != MAP_NONE, factors = wanted(j, GFACTORS) && a->window;
     int gk = wanted(j, GK) || wanted(j, GMK) || wanted(j, GBK);
-    j->linear_q = a->F && (wanted(j, GQ) || wanted(j, GMQ) || wanted(j, GBQ) || factors || (wanted(j, GK) && a->window));
+    j->linear_q =
+        a->F && (wanted(j, GQ) || wanted(j, GMQ) || wanted(j, GBQ) || factors || (wanted(j, GK) && a->window));
     j->linear_k = a->F && (gk || wanted(j, GV));
     j->window_q = a->window && wanted(j, GQ), j->window_k = a->window && (wanted(j, GK) || wanted(j, GV));
     j->delta = carve(&w, heads * (size_t)a->t * sizeof(real)), j->x = carve(&w, heads * (size_t)a->t * sizeof(real));
@@ -526,7 +566,8 @@ static size_t plan(job *j, const lc_kargs *k, const hybrid *a) {
     }
     if (factors) j->xs = carve(&w, one * sizeof(real));
     for (int which = 0; which < 2; which++)
-        if (a->group > 1 && wanted(j, GK + which)) j->rows[which] = carve(&w, heads * (size_t)(j->keys * a->d) * sizeof(real));
+        if (a->group > 1 && wanted(j, GK + which))
+            j->rows[which] = carve(&w, heads * (size_t)(j->keys * a->d) * sizeof(real));
     if (a->mk_group > 1 && wanted(j, GMK)) j->rows[2] = carve(&w, heads * (size_t)(a->t * a->F) * sizeof(real));
     for (int keys = 0; keys < 2; keys++) {
         arena measure = {0};

@@ -1,6 +1,7 @@
-/* hybrid_forward.c: hybrid attention (and softmax attention) forward, tile by tile of TILE queries. A tile's softmax keys are scored
- * panel by panel, transposed: [keys][queries]. Its linear keys are those already summed into the state S [F][dp], Z [F], all below
- * a panel boundary, and the panels between that boundary and the window, whose weights are masked products. */
+/* hybrid_forward.c: hybrid attention (and softmax attention) forward, tile by tile of TILE queries. A tile's softmax
+ * keys are scored panel by panel, transposed: [keys][queries]. Its linear keys are those already summed into the state
+ * S [F][dp], Z [F], all below a panel boundary, and the panels between that boundary and the window, whose weights are
+ * masked products. */
 #include "hybrid_forward.h"
 
 typedef struct tile {
@@ -27,15 +28,18 @@ static void score(const hybrid *a, scratch *s, const tile *t, int64_t k0, int64_
             int64_t from, to;
             columns(a, 0, t->c, kp, jb, &from, &to);
             if (to > from)
-                K(tile_gemm)(8, to - from, a->d, k->xt + jb, 1, TILE, q->xt + from, TILE, s->u + ((kp - k0) * TILE + jb) * TILE + from,
-                             TILE, 0);
+                K(tile_gemm)
+                (8, to - from, a->d, k->xt + jb, 1, TILE, q->xt + from, TILE,
+                 s->u + ((kp - k0) * TILE + jb) * TILE + from, TILE, 0);
         }
     }
 }
 
-/* One vector of queries from column i: scales and masks rows j0 .. j1 - 1 of u (key j + base, counted from the tile's panel), takes
- * the running maximum on, and leaves exp(score - maximum) in u. Returns the factor for what was summed before. */
-static inline vreal column_softmax(tile *t, int64_t i, real scale, real *u, int64_t j0, int64_t j1, int64_t base) {
+/* One vector of queries from column i: scales and masks rows j0 .. j1 - 1 of u (key j + base, counted from the tile's
+ * panel), takes the running maximum on, and leaves exp(score - maximum) in u. Returns the factor for what was summed
+ * before. */
+static inline vreal column_softmax(const hybrid *a, tile *t, int64_t i, real *u, int64_t j0, int64_t j1, int64_t base) {
+    real scale = (real)a->scale;
     vreal old = vload(t->max + i), max = old, sum = vset(0), none = vset(-INFINITY);
     vint at = vint_load(t->at + i), lo = vint_load(t->lo + i), me = vint_iota((lane_int)i);
     int64_t open_from = t->lo[i + VL - 1] - base, open_to = i - base; /* no mask needed between, inclusive */
@@ -44,13 +48,15 @@ static inline vreal column_softmax(tile *t, int64_t i, real scale, real *u, int6
         vint key = vint_set((lane_int)(j + base));
         if (j < open_from || j > open_to) x = vselect((lo <= key) & (key <= me), x, none);
         vstore(u + j * TILE + i, x);
-        vint more = x > max;
-        at = (more & key) | (~more & at);
+        if (!a->softmax) {
+            vint more = x > max;
+            at = (more & key) | (~more & at);
+        }
         max = vmax(max, x);
     }
-    vreal shift = vselect(max == none, vset(0), max), keep = vexp(old - shift);
+    vreal shift = vselect(max == none, vset(0), max), keep = vexp(old - shift); /* 0 from -inf */
     for (int64_t j = j0; j < j1; j++) {
-        vreal e = vexp(vload(u + j * TILE + i) - shift);
+        vreal e = vexp_down(vload(u + j * TILE + i) - shift);
         vstore(u + j * TILE + i, e);
         sum += e;
     }
@@ -71,7 +77,8 @@ static void add_values(const hybrid *a, int linear, int64_t c, int64_t kp, const
     for (int64_t ib = 0; ib < TILE; ib += 8) {
         int64_t from, to;
         keys_of(a, linear, c, kp, ib, &from, &to);
-        if (to > from) K(tile_gemm)(8, dp, to - from, u + from * TILE + ib, 1, TILE, v + from * dp, dp, y + ib * dp, dp, 1);
+        if (to > from)
+            K(tile_gemm)(8, dp, to - from, u + from * TILE + ib, 1, TILE, v + from * dp, dp, y + ib * dp, dp, 1);
     }
 }
 
@@ -83,8 +90,9 @@ static void window_part(const hybrid *a, scratch *s, tile *t) {
         real keep[TILE];
         score(a, s, t, k0, k1);
         for (int64_t i = 0; i < TILE; i += VL) {
-            int64_t g = i / GRAIN * GRAIN, j0 = LC_MAX(t->lo[g] - base, 0) / 8 * 8, j1 = LC_MIN(g + GRAIN - base, (k1 - k0) * TILE);
-            vstore(keep + i, column_softmax(t, i, (real)a->scale, s->u, j0, LC_MAX(j1, j0), base));
+            int64_t g = i / GRAIN * GRAIN, j0 = LC_MAX(t->lo[g] - base, 0) / 8 * 8,
+                    j1 = LC_MIN(g + GRAIN - base, (k1 - k0) * TILE);
+            vstore(keep + i, column_softmax(a, t, i, s->u, j0, LC_MAX(j1, j0), base));
         }
         if (k0 > first) scale_rows(keep, s->y, dp);
         for (int64_t kp = k0; kp < k1; kp++)
@@ -98,7 +106,8 @@ static void linear_weights(const hybrid *a, scratch *s, tile *t, int64_t kp, con
     for (int64_t jb = 0; jb < TILE; jb += 8) {
         int64_t from, to;
         columns(a, 1, t->c, kp, jb, &from, &to);
-        if (to > from) K(tile_gemm)(8, to - from, a->F, fk + jb, 1, TILE, fq + from, TILE, s->t + jb * TILE + from, TILE, 0);
+        if (to > from)
+            K(tile_gemm)(8, to - from, a->F, fk + jb, 1, TILE, fq + from, TILE, s->t + jb * TILE + from, TILE, 0);
     }
     for (int64_t i = 0; i < TILE; i += VL) {
         int64_t end = LC_MIN(round_up(LC_MAX(t->lo[i / GRAIN * GRAIN + GRAIN - 1] - base, 0), 8), TILE);
@@ -143,8 +152,11 @@ static void put_rows(const lc_kargs *k, const hybrid *a, const span *at, int64_t
     for (int64_t p = t->p_first; p <= t->p_last; p++) {
         int64_t n = p - t->c * TILE, i = p + at->q_shift;
         real *to = row_at(&k->y[0], at->b, h, i), by = 1 / t->den[n];
-        for (int64_t e = 0; e < a->d; e++) to[e] = y[n * dp + e] * by;
-        if (c->data) *row_at(c, at->b, h, i) = a->softmax ? t->max[n] + (real)log((double)t->den[n]) : a->window ? t->max[n] : 0;
+        int64_t e = 0;
+        for (; e + VL <= a->d; e += VL) vstore(to + e, vload(y + n * dp + e) * by);
+        for (; e < a->d; e++) to[e] = y[n * dp + e] * by;
+        if (c->data)
+            *row_at(c, at->b, h, i) = a->softmax ? t->max[n] + (real)log((double)t->den[n]) : a->window ? t->max[n] : 0;
         if (a->softmax) continue;
         if (arg->data)
             ((int32_t *)arg->data)[at->b * arg->stride[0] + h * arg->stride[1] + i * arg->stride[2]] =
@@ -182,14 +194,18 @@ void K(absorb)(const hybrid *a, scratch *s, int64_t index, int64_t n) {
     }
 }
 
-void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed,
-                     int *has_state) {
+void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span *at, int64_t h, int64_t c,
+                     int64_t *absorbed, int *has_state) {
     double gamma = hybrid_gamma(a, h), lambda = hybrid_lambda(a, gamma);
     int64_t dp = padded(a->d);
     tile t;
     tile_open(&t, a, at, c);
     int64_t boundary = LC_MIN(hybrid_lo(a, t.p_first), t.p_first) / TILE;
     for (; a->F && *absorbed < boundary; ++*absorbed, *has_state = 1) K(absorb)(a, s, *absorbed, TILE);
+    for (int64_t p = t.p_first; p <= t.p_last; p++) { /* the rows to write, far apart */
+        const char *row = (const char *)row_at(&k->y[0], at->b, h, p + at->q_shift);
+        for (int64_t n = 0; n < a->d * (int64_t)sizeof(real); n += 64) __builtin_prefetch(row + n, 1, 2);
+    }
     memset(s->y, 0, (size_t)(TILE * dp) * sizeof(real));
     if (a->window) {
         window_part(a, s, &t);
@@ -202,7 +218,8 @@ void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span 
     put_rows(k, a, at, h, &t, s->y);
 }
 
-/* ---- a call without state ---------------------------------------------------------------------------------------------- */
+/* ---- a call without state
+ * ---------------------------------------------------------------------------------------------- */
 static void forward_body(void *ctx, int64_t begin, int64_t end, int thread) {
     const forward_job *job = ctx;
     const hybrid *a = job->call;
@@ -210,7 +227,8 @@ static void forward_body(void *ctx, int64_t begin, int64_t end, int thread) {
     arena w = {(char *)job->k->work + (size_t)thread * job->scratch_bytes, 0};
     K(scratch_carve)(&w, a, 1, (int)reach(a, job->panels), job->n_u, 0, &s);
     while (begin < end) {
-        int64_t head = begin / job->segments, from = begin % job->segments, to = LC_MIN(job->segments, from + end - begin);
+        int64_t head = begin / job->segments, from = begin % job->segments,
+                to = LC_MIN(job->segments, from + end - begin);
         int64_t h = head % a->h, absorbed = 0, first, n;
         int has_state = 0;
         span at;

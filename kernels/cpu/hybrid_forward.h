@@ -1,4 +1,5 @@
-/* hybrid_forward.h: the forward tile, shared by the call without state (hybrid_forward.c) and the one with (hybrid_state.c). */
+/* hybrid_forward.h: the forward tile, shared by the call without state (hybrid_forward.c) and the one with
+ * (hybrid_state.c). */
 #ifndef LC_HYBRID_FORWARD_H
 #define LC_HYBRID_FORWARD_H
 
@@ -12,7 +13,8 @@ typedef struct forward_job {
     size_t scratch_bytes;
 } forward_job;
 
-/* Parts of a head: enough of them to keep threads level, from the shapes alone, so that results do not depend on the threads. */
+/* Parts of a head: enough of them to keep threads level, from the shapes alone, so that results do not depend on the
+ * threads. */
 static inline int64_t segments_of(const hybrid *a, int64_t panels) {
     if (a->kind == KIND_CAUSAL) return (panels + 1) / 2;
     return LC_MAX(LC_MIN(32 / LC_MAX(a->b * a->h, 1), panels / 2), 1);
@@ -26,10 +28,10 @@ static inline void whole_span(const hybrid *a, int64_t b, span *at) {
     at->p1 = LC_MAX(a->t + a->offset - start, at->p0);
 }
 
-/* One tile of queries: panel c of the heads that s->q and s->k point at. Panels before *absorbed are in the state already; the tile
- * takes the state as far as it may. */
-void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed,
-                     int *has_state);
+/* One tile of queries: panel c of the heads that s->q and s->k point at. Panels before *absorbed are in the state
+ * already; the tile takes the state as far as it may. */
+void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span *at, int64_t h, int64_t c,
+                     int64_t *absorbed, int *has_state);
 /* Rows of the results before the first token. */
 void K(put_padding)(const lc_kargs *k, const hybrid *a, const span *at, int64_t h);
 /* The state takes in the first n keys of a panel. */

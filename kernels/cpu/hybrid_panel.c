@@ -23,15 +23,17 @@ void K(scratch_carve)(arena *at, const hybrid *a, int nq, int nk, int n_u, int b
     carve_side(at, a, nq, backward, &s->q);
     carve_side(at, a, nk, backward, &s->k);
     s->s = carve(at, (size_t)(a->F * dp) * sizeof(real)), s->z = carve(at, (size_t)a->F * sizeof(real));
-    s->u = carve(at, (size_t)(n_u * TILE * TILE) * sizeof(real)), s->t = carve(at, (size_t)(rows * TILE) * sizeof(real));
+    s->u = carve(at, (size_t)(n_u * TILE * TILE) * sizeof(real)),
+    s->t = carve(at, (size_t)(rows * TILE) * sizeof(real));
     s->y = carve(at, tile), s->y2 = carve(at, tile);
     s->q.row = s->k.row = carve(at, (size_t)(padded(a->F) * TILE) * sizeof(real));
     s->gm = backward ? carve(at, (size_t)(a->f * dp) * sizeof(real)) : NULL;
 }
 
-void K(side_open)(side *s, const hybrid *call, const span *at, int is_key, int64_t h, const lc_view *x, const lc_view *v,
-                  int transposed_w) {
+void K(side_open)(side *s, const hybrid *call, const span *at, int is_key, int64_t h, const lc_view *x,
+                  const lc_view *v, int transposed_w) {
     s->call = call, s->at = at, s->is_key = is_key, s->h = h, s->x = x, s->v = v, s->cache = NULL;
+    s->step = 1;
     s->hx = is_key ? h / call->group : h;
     for (int i = 0; i < s->n_slots; i++) s->slots[i].index = -1;
     if (!call->F || call->map == MAP_NONE) return;
@@ -53,7 +55,8 @@ static void valid_rows(const side *s, int64_t index, int64_t *from, int64_t *to)
     *to = LC_MAX(LC_MIN(s->at->p1 - index * TILE, TILE), *from);
 }
 
-/* Row of x (which 0), v (1) or ready features (2) at position p. A slot of the cache is laid out as hybrid_state.c says. */
+/* Row of x (which 0), v (1) or ready features (2) at position p. A slot of the cache is laid out as hybrid_state.c
+ * says. */
 static const real *token_row(const side *s, int which, int64_t p) {
     const span *at = s->at;
     const hybrid *a = s->call;
@@ -67,12 +70,36 @@ static const real *token_row(const side *s, int which, int64_t p) {
     return row_at(v, at->b, head, p + (s->is_key ? at->k_shift : at->q_shift));
 }
 
+/* Rows of one head lie far apart, so no hardware looks ahead for them: ask for the next panel while this one is worked
+ * on. */
+static void fetch_ahead(const side *s, int which, int64_t index) {
+    int64_t from, end, bytes = s->call->d * (int64_t)sizeof(real);
+    if (index < 0 || !s->step) return;
+    valid_rows(s, index, &from, &end);
+    for (int64_t i = from; i < end; i++) {
+        const char *row = (const char *)token_row(s, which, index * TILE + i);
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+    }
+}
+
 static void load_rows(const side *s, int which, int64_t index, real *to) {
     int64_t d = s->call->d, dp = padded(d), from, end, p = index * TILE;
     valid_rows(s, index, &from, &end);
     memset(to, 0, (size_t)(from * dp) * sizeof(real));
     memset(to + end * dp, 0, (size_t)((TILE - end) * dp) * sizeof(real));
     for (int64_t i = from; i < end; i++) copy_row(to + i * dp, token_row(s, which, p + i), d, dp);
+    fetch_ahead(s, which, index + s->step);
+}
+
+/* [dp][TILE] straight from the rows, where they are whole and evenly spaced; returns 0 where not. */
+static int transpose_in_place(const side *s, int which, int64_t index, real *to) {
+    int64_t d = s->call->d, from, end, p = index * TILE;
+    const lc_view *v = which ? s->v : s->x;
+    valid_rows(s, index, &from, &end);
+    if (d % VL || from || end < TILE || (s->is_key && p < s->at->cached)) return 0;
+    K(tile_transpose)(d, token_row(s, which, p), v->stride[2], to);
+    fetch_ahead(s, which, index + s->step);
+    return 1;
 }
 
 /* map none: [F][TILE] from rows of F. */
@@ -114,13 +141,19 @@ panel *K(side_panel)(side *s, int64_t index, int parts) {
     int64_t dp = padded(s->call->d);
     if (p->index != index) p->index = index, p->has = 0;
     if (parts & HAS_F && s->call->map != MAP_NONE) parts |= HAS_XT;
-    if (parts & HAS_XT) parts |= HAS_X;
-    if (parts & HAS_VT) parts |= HAS_V;
     int missing = parts & ~p->has;
-    if (missing & HAS_X) load_rows(s, 0, index, p->x);
-    if (missing & HAS_XT) K(tile_transpose)(dp, p->x, dp, p->xt);
-    if (missing & HAS_V) load_rows(s, 1, index, p->v);
-    if (missing & HAS_VT) K(tile_transpose)(dp, p->v, dp, p->vt);
+    for (int which = 0; which < 2; which++) { /* x, v */
+        int rows = which ? HAS_V : HAS_X, columns = which ? HAS_VT : HAS_XT;
+        real *r = which ? p->v : p->x, *c = which ? p->vt : p->xt;
+        if (missing & columns && !((parts | p->has) & rows)) {
+            if (transpose_in_place(s, which, index, c))
+                missing &= ~columns;
+            else
+                missing |= rows, parts |= rows;
+        }
+        if (missing & rows) load_rows(s, which, index, r);
+        if (missing & columns) K(tile_transpose)(dp, r, dp, c);
+    }
     if (missing & HAS_F) features(s, p);
     p->has |= parts;
     return p;

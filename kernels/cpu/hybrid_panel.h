@@ -1,6 +1,7 @@
-/* hybrid_panel.h: the sequence in panels of TILE tokens. A `side` is the queries or the keys of one head; it loads panels on demand,
- * part by part, into a ring of slots, from the call's tensors or, for keys of earlier chunks, from the cache, and computes their
- * features. Rows outside the sequence are zeros and so are their features. Owns the scratch memory of one thread. */
+/* hybrid_panel.h: the sequence in panels of TILE tokens. A `side` is the queries or the keys of one head; it loads
+ * panels on demand, part by part, into a ring of slots, from the call's tensors or, for keys of earlier chunks, from
+ * the cache, and computes their features. Rows outside the sequence are zeros and so are their features. Owns the
+ * scratch memory of one thread. */
 #ifndef LC_HYBRID_PANEL_H
 #define LC_HYBRID_PANEL_H
 
@@ -10,10 +11,10 @@
 /* Where the tokens of one sequence lie. */
 typedef struct span {
     int64_t b;
-    int64_t p0, p1;         /* positions of the queries: p0 .. p1 - 1; keys end at p1 too */
+    int64_t p0, p1;           /* positions of the queries: p0 .. p1 - 1; keys end at p1 too */
     int64_t q_shift, k_shift; /* row of position p: p + shift */
-    int64_t cached;         /* keys before this position lie in the cache */
-    int64_t k_min;          /* keys before this one are in the state already */
+    int64_t cached;           /* keys before this position lie in the cache */
+    int64_t k_min;            /* keys before this one are in the state already */
     int64_t slot;
 } span;
 
@@ -22,30 +23,31 @@ enum { HAS_X = 1, HAS_XT = 2, HAS_V = 4, HAS_VT = 8, HAS_F = 16 };
 typedef struct panel {
     int64_t index;
     int has;
-    real *x, *v;        /* [TILE][dp] */
-    real *xt, *vt;      /* [dp][TILE] */
-    real *f, *a;        /* [F][TILE]: features; before the clamp (backward only, else = f) */
+    real *x, *v;   /* [TILE][dp] */
+    real *xt, *vt; /* [dp][TILE] */
+    real *f, *a;   /* [F][TILE]: features; before the clamp (backward only, else = f) */
 } panel;
 
 typedef struct side {
     const hybrid *call;
     const span *at;
     int is_key, n_slots;
-    int64_t h, hx;          /* query head; head of x and v */
+    int step;      /* which way the panels will be asked for: 1, -1 */
+    int64_t h, hx; /* query head; head of x and v */
     const lc_view *x, *v;
-    const lc_view *cache;   /* of earlier keys; NULL when there is none */
-    real *row;              /* scratch [TILE][Fp] */
-    real *w, *wt;           /* [d][f], the skip's identity added; [f][dp] (backward only) */
+    const lc_view *cache; /* of earlier keys; NULL when there is none */
+    real *row;            /* scratch [TILE][Fp] */
+    real *w, *wt;         /* [d][f], the skip's identity added; [f][dp] (backward only) */
     panel *slots;
 } side;
 
 /* Scratch of one thread. */
 typedef struct scratch {
     side q, k;
-    real *s, *z;            /* state [F][dp], [F] */
-    real *u, *t;            /* [n][TILE], [max(F, TILE)][TILE] */
-    real *y, *y2;           /* [TILE][dp] */
-    real *gm;               /* backward: [f][dp] */
+    real *s, *z;  /* state [F][dp], [F] */
+    real *u, *t;  /* [n][TILE], [max(F, TILE)][TILE] */
+    real *y, *y2; /* [TILE][dp] */
+    real *gm;     /* backward: [f][dp] */
 } scratch;
 
 enum { BLOCK_PANELS = 8 }; /* panels whose scores are held at once */
@@ -55,7 +57,8 @@ static inline int64_t padded(int64_t d) { return round_up(d, VL); }
 /* Carves one thread's scratch with rings of nq and nk panels. n_u: panels of scores. */
 void K(scratch_carve)(arena *at, const hybrid *a, int nq, int nk, int n_u, int backward, scratch *s);
 /* Points a side at a head: weights are copied, the ring is emptied. */
-void K(side_open)(side *s, const hybrid *call, const span *at, int is_key, int64_t h, const lc_view *x, const lc_view *v, int transposed_w);
+void K(side_open)(side *s, const hybrid *call, const span *at, int is_key, int64_t h, const lc_view *x,
+                  const lc_view *v, int transposed_w);
 /* Panel `index` with at least these parts. */
 panel *K(side_panel)(side *s, int64_t index, int parts);
 
@@ -65,7 +68,8 @@ static inline int64_t reach(const hybrid *a, int64_t panels) {
     return LC_MAX(LC_MIN(n, panels), 1);
 }
 
-/* Columns (queries of panel c) that rows jb .. jb + 7 (keys of panel kp) may concern, in whole vectors: with softmax; linearly. */
+/* Columns (queries of panel c) that rows jb .. jb + 7 (keys of panel kp) may concern, in whole vectors: with softmax;
+ * linearly. */
 enum { GRAIN = 16 };
 static inline void columns(const hybrid *a, int linear, int64_t c, int64_t kp, int64_t jb, int64_t *from, int64_t *to) {
     int64_t j0 = kp * TILE + jb, c0 = c * TILE;

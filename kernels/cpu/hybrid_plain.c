@@ -1,8 +1,9 @@
-/* hybrid_plain.c: hybrid attention and its gradient as the formula reads: every weight of every pair, in double, one thread. The twin
- * that the chunked kernels are compared with (option plain_hybrid). Shapes as in the op table. */
+/* hybrid_plain.c: hybrid attention and its gradient as the formula reads: every weight of every pair, in double, one
+ * thread. The twin that the chunked kernels are compared with (option plain_hybrid). Shapes as in the op table. */
 #include "hybrid.h"
 
-/* x [F] and a [F] of one token: what enters the map and its features before the clamp. For map none both are the ready row. */
+/* x [F] and a [F] of one token: what enters the map and its features before the clamp. For map none both are the ready
+ * row. */
 static void token_features(const hybrid *a, int key, int64_t b, int64_t h, int64_t t, double *x, double *out) {
     const lc_view *m = key ? a->mk : a->mq;
     if (a->map == MAP_NONE) {
@@ -21,7 +22,9 @@ static void token_features(const hybrid *a, int key, int64_t b, int64_t h, int64
     K(map_row)(a->map, a->full, a->f, x, out);
 }
 
-static double clamped(const hybrid *a, double x) { return a->map != MAP_NONE && x < a->feature_eps ? a->feature_eps : x; }
+static double clamped(const hybrid *a, double x) {
+    return a->map != MAP_NONE && x < a->feature_eps ? a->feature_eps : x;
+}
 
 static double dot_rows(int64_t n, const real *x, const real *y) {
     double s = 0;
@@ -36,10 +39,10 @@ static double feature_dot(const hybrid *a, const double *fq, const double *fk) {
 }
 
 typedef struct plain {
-    double *xq, *xk, *fq, *fk; /* [t, F] */
-    double *u, *du;            /* [t]: weights of one row and their gradients */
-    double *dfq, *dfk, *tmp;   /* [F], [t, F], [F] */
-    double *acc, *gk, *gv;     /* [d], [t, d], [t, d] */
+    double *xq, *xk, *fq, *fk;        /* [t, F] */
+    double *u, *du;                   /* [t]: weights of one row and their gradients */
+    double *dfq, *dfk, *tmp;          /* [F], [t, F], [F] */
+    double *acc, *gk, *gv;            /* [d], [t, d], [t, d] */
     double *gm[2], *gb[2], *gfactors; /* [h, d, f], [h], [h] */
 } plain;
 
@@ -52,14 +55,17 @@ static size_t plain_carve(const hybrid *a, plain *p, void *base, int backward) {
     p->dfq = carve(&at, (size_t)a->F * 8 * n), p->dfk = carve(&at, tf * n), p->tmp = carve(&at, (size_t)a->F * 8 * n);
     p->acc = carve(&at, (size_t)a->d * 8), p->gk = carve(&at, td), p->gv = carve(&at, td);
     p->gm[0] = carve(&at, m), p->gm[1] = carve(&at, m);
-    p->gb[0] = carve(&at, (size_t)a->h * 8), p->gb[1] = carve(&at, (size_t)a->h * 8), p->gfactors = carve(&at, (size_t)a->h * 8);
+    p->gb[0] = carve(&at, (size_t)a->h * 8), p->gb[1] = carve(&at, (size_t)a->h * 8),
+    p->gfactors = carve(&at, (size_t)a->h * 8);
     return at.used;
 }
 size_t K(hybrid_plain_work)(const hybrid *a) { return plain_carve(a, &(plain){0}, NULL, 0); }
 size_t K(hybrid_plain_backward_work)(const hybrid *a) { return plain_carve(a, &(plain){0}, NULL, 1); }
 
-/* u [i + 1] of row i, scores first, then weights; returns the denominator. c and at: the window's maximum and its key. */
-static double row_weights(const hybrid *a, const plain *p, int64_t b, int64_t h, int64_t s0, int64_t i, double *c, int64_t *at) {
+/* u [i + 1] of row i, scores first, then weights; returns the denominator. c and at: the window's maximum and its key.
+ */
+static double row_weights(const hybrid *a, const plain *p, int64_t b, int64_t h, int64_t s0, int64_t i, double *c,
+                          int64_t *at) {
     int64_t lo = s0 + hybrid_lo(a, i - s0), hk = h / a->group;
     double gamma = hybrid_gamma(a, h), lambda = hybrid_lambda(a, gamma), z = a->window ? 0 : a->eps;
     *c = a->window ? -INFINITY : 0, *at = i;
@@ -85,7 +91,8 @@ static void head_features(const hybrid *a, const plain *p, int64_t b, int64_t h,
 
 static void put_row(const lc_kargs *k, int64_t b, int64_t h, int64_t i, double c, int64_t at, double z) {
     if (k->y[1].data) *row_at(&k->y[1], b, h, i) = (real)c;
-    if (k->y[2].data) ((int32_t *)k->y[2].data)[b * k->y[2].stride[0] + h * k->y[2].stride[1] + i * k->y[2].stride[2]] = (int32_t)at;
+    if (k->y[2].data)
+        ((int32_t *)k->y[2].data)[b * k->y[2].stride[0] + h * k->y[2].stride[1] + i * k->y[2].stride[2]] = (int32_t)at;
     if (k->y[3].data) *row_at(&k->y[3], b, h, i) = (real)z;
 }
 
@@ -119,10 +126,13 @@ int K(hybrid_plain)(const lc_kargs *k, const hybrid *a) {
     return LC_K_OK;
 }
 
-/* ---- backward ---------------------------------------------------------------------------------------------------------- */
+/* ---- backward
+ * ---------------------------------------------------------------------------------------------------------- */
 
-/* Through the map of one token: df [F] to the map's weights and bias, to gx [d] (may be NULL), or for map none to gm_row [F]. */
-static void token_backward(const hybrid *a, const plain *p, int key, int64_t b, int64_t h, int64_t t, double *df, double *gx) {
+/* Through the map of one token: df [F] to the map's weights and bias, to gx [d] (may be NULL), or for map none to
+ * gm_row [F]. */
+static void token_backward(const hybrid *a, const plain *p, int key, int64_t b, int64_t h, int64_t t, double *df,
+                           double *gx) {
     const double *x = (key ? p->xk : p->xq) + t * a->F, *out = (key ? p->fk : p->fq) + t * a->F;
     const lc_view *m = key ? a->mk : a->mq;
     const real *row = key ? row_at(a->k, b, h / a->group, t) : row_at(a->q, b, h, t), *w = weights_at(m, h);
@@ -145,7 +155,8 @@ static void add_row(real *to, const double *from, int64_t n) {
 }
 
 /* Row i: gradients of its weights, then of q_i, of the scores' keys, the values and the features. g [d] is dL/dy_i. */
-static void plain_row_backward(const lc_kargs *k, const hybrid *a, const plain *p, int64_t b, int64_t h, int64_t s0, int64_t i) {
+static void plain_row_backward(const lc_kargs *k, const hybrid *a, const plain *p, int64_t b, int64_t h, int64_t s0,
+                               int64_t i) {
     int64_t hk = h / a->group, lo = s0 + hybrid_lo(a, i - s0), at;
     double gamma = hybrid_gamma(a, h), lambda = hybrid_lambda(a, gamma), c, dot = 0, dgamma = 0, dlambda = 0, dc = 0;
     double z = row_weights(a, p, b, h, s0, i, &c, &at), *gq = p->acc;
@@ -209,7 +220,8 @@ int K(hybrid_plain_backward)(const lc_kargs *k, const hybrid *a) {
             for (int64_t j = s0; j < a->t; j++) {
                 double *df = p.dfk + j * a->F;
                 if (a->F && a->map != MAP_NONE) token_backward(a, &p, 1, b, h, j, df, p.gk + j * a->d);
-                if (a->F && a->map == MAP_NONE && k->y[4].data) add_row(row_at(&k->y[4], b, h / a->mk_group, j), df, a->F);
+                if (a->F && a->map == MAP_NONE && k->y[4].data)
+                    add_row(row_at(&k->y[4], b, h / a->mk_group, j), df, a->F);
                 if (k->y[1].data) add_row(row_at(&k->y[1], b, h / a->group, j), p.gk + j * a->d, a->d);
                 if (k->y[2].data) add_row(row_at(&k->y[2], b, h / a->group, j), p.gv + j * a->d, a->d);
             }

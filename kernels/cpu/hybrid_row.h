@@ -1,11 +1,15 @@
-/* hybrid_row.h: attention of one query at a time, for decoding: products of a row with many rows, straight from where they lie. */
+/* hybrid_row.h: attention of one query at a time, for decoding: products of a row with many rows, straight from where
+ * they lie. */
 #ifndef LC_HYBRID_ROW_H
 #define LC_HYBRID_ROW_H
 
 #include "hybrid_tile.h"
 
-#define LC_XOR16(w)                                                                                                       \
-    {0 ^ w, 1 ^ w, 2 ^ w, 3 ^ w, 4 ^ w, 5 ^ w, 6 ^ w, 7 ^ w, 8 ^ w, 9 ^ w, 10 ^ w, 11 ^ w, 12 ^ w, 13 ^ w, 14 ^ w, 15 ^ w}
+#define LC_XOR16(w)                                                                                                    \
+    {                                                                                                                  \
+        0 ^ w, 1 ^ w, 2 ^ w, 3 ^ w, 4 ^ w, 5 ^ w, 6 ^ w, 7 ^ w, 8 ^ w, 9 ^ w, 10 ^ w, 11 ^ w, 12 ^ w, 13 ^ w, 14 ^ w,  \
+            15 ^ w                                                                                                     \
+    }
 static const lane_int swap_lanes[4][16] = {LC_XOR16(1), LC_XOR16(2), LC_XOR16(4), LC_XOR16(8)};
 
 /* The sum of all lanes in log2(VL) steps. */
@@ -25,7 +29,8 @@ static inline real row_dot(int64_t d, const real *x, const real *y) {
 }
 
 /* out [n] = scale * x . row j, rows `stride` apart; four at a time. */
-static inline void rows_dot(int64_t d, int64_t n, const real *x, const real *rows, int64_t stride, real scale, real *out) {
+static inline void rows_dot(int64_t d, int64_t n, const real *x, const real *rows, int64_t stride, real scale,
+                            real *out) {
     int64_t j = 0;
     for (; j + 4 <= n; j += 4, rows += 4 * stride) {
         vreal s[4] = {{0}, {0}, {0}, {0}};

@@ -1,7 +1,8 @@
-/* hybrid_state.c: hybrid attention that carries a state: prefill in chunks of any size, and decoding. After p tokens the state and zsum
- * hold the keys before lo(p), where the next query's window begins, and the cache holds the last 2 * window keys and values, at
- * (position mod 2 * window). A slot of the cache is k [g, 2 window, d], v [g, 2 window, d] and, for map none, the features
- * [heads of mk, 2 window, F]. Few tokens go one at a time, from where the rows lie; more go through the tiles of hybrid_forward.c. */
+/* hybrid_state.c: hybrid attention that carries a state: prefill in chunks of any size, and decoding. After p tokens
+ * the state and zsum hold the keys before lo(p), where the next query's window begins, and the cache holds the last 2 *
+ * window keys and values, at (position mod 2 * window). A slot of the cache is k [g, 2 window, d], v [g, 2 window, d]
+ * and, for map none, the features [heads of mk, 2 window, F]. Few tokens go one at a time, from where the rows lie;
+ * more go through the tiles of hybrid_forward.c. */
 #include "hybrid_forward.h"
 #include "hybrid_row.h"
 
@@ -25,7 +26,13 @@ static void open_span(const job *j, int64_t b, span *at) {
     int64_t start = start_of(a->start, b, a->t);
     int64_t slot = j->slot->data ? ((const int32_t *)j->slot->data)[b * j->slot->stride[0]] : b;
     int64_t pos = ((const int32_t *)j->pos->data)[slot * j->pos->stride[0]];
-    *at = (span){.b = b, .p0 = pos, .p1 = pos + a->t - start, .q_shift = start - pos, .k_shift = start - pos, .cached = pos, .slot = slot};
+    *at = (span){.b = b,
+                 .p0 = pos,
+                 .p1 = pos + a->t - start,
+                 .q_shift = start - pos,
+                 .k_shift = start - pos,
+                 .cached = pos,
+                 .slot = slot};
     at->k_min = absorbed_at(a, pos);
 }
 
@@ -47,11 +54,13 @@ static real *cached_row(const job *j, const span *at, int which, int64_t head, i
     const hybrid *a = j->call;
     int64_t ring = 2 * a->window, block = a->g * ring * a->d;
     real *slot = (real *)j->cache->data + at->slot * j->cache->stride[0];
-    return slot + (which < 2 ? which * block + (head * ring + p % ring) * a->d : 2 * block + (head * ring + p % ring) * a->F);
+    return slot +
+           (which < 2 ? which * block + (head * ring + p % ring) * a->d : 2 * block + (head * ring + p % ring) * a->F);
 }
 
 /* Row of x at position p, and how many follow at *stride before the place changes. */
-static const real *rows_from(const job *j, const span *at, int which, int64_t head, int64_t p, int64_t to, int64_t *n, int64_t *stride) {
+static const real *rows_from(const job *j, const span *at, int which, int64_t head, int64_t p, int64_t to, int64_t *n,
+                             int64_t *stride) {
     const hybrid *a = j->call;
     if (p < at->cached) {
         *n = LC_MIN(LC_MIN(to, at->cached) - p, 2 * a->window - p % (2 * a->window));
@@ -70,10 +79,11 @@ static void remember(const job *j, const span *at, int which, int64_t head, int6
            (size_t)(which < 2 ? j->call->d : j->call->F) * sizeof(real));
 }
 
-/* ---- one token at a time ------------------------------------------------------------------------------------------------- */
+/* ---- one token at a time
+ * ------------------------------------------------------------------------------------------------- */
 typedef struct token {
-    real *x, *f;    /* [f], [F] */
-    real *u, *y;    /* [2 window], [d] */
+    real *x, *f; /* [f], [F] */
+    real *u, *y; /* [2 window], [d] */
 } token;
 
 static void carve_token(const job *j, arena *w, token *t) {
@@ -94,12 +104,15 @@ static void row_features(const hybrid *a, int key, int64_t h, const real *x, tok
 /* The state of a head takes in keys from .. to - 1. */
 static void row_absorb(const job *j, const span *at, int64_t h, int64_t from, int64_t to, token *t) {
     const hybrid *a = j->call;
-    real *s = row_at(j->state, at->slot, h, 0), *z = (real *)j->zsum->data + at->slot * j->zsum->stride[0] + h * j->zsum->stride[1];
+    real *s = row_at(j->state, at->slot, h, 0),
+         *z = (real *)j->zsum->data + at->slot * j->zsum->stride[0] + h * j->zsum->stride[1];
     for (int64_t p = from; a->F && p < to; p++) {
         int64_t n, stride;
         const real *v = rows_from(j, at, 1, h / a->group, p, p + 1, &n, &stride), *f = t->f;
-        if (a->map == MAP_NONE) f = rows_from(j, at, 2, h / a->mk_group, p, p + 1, &n, &stride);
-        else row_features(a, 1, h, rows_from(j, at, 0, h / a->group, p, p + 1, &n, &stride), t);
+        if (a->map == MAP_NONE)
+            f = rows_from(j, at, 2, h / a->mk_group, p, p + 1, &n, &stride);
+        else
+            row_features(a, 1, h, rows_from(j, at, 0, h / a->group, p, p + 1, &n, &stride), t);
         for (int64_t e = 0; e < a->F; e++) {
             real x = f[e];
             real *row = s + e * j->state->stride[2];
@@ -138,12 +151,15 @@ static void row_step(const job *j, const span *at, int64_t h, int64_t p, token *
     if (a->window) {
         den = row_window(j, at, h, p, q, &max, t) * (real)gamma;
         for (int64_t e = 0; e < a->d; e++) t->y[e] *= (real)gamma;
-    } else row_absorb(j, at, h, p, p + 1, t);
+    } else
+        row_absorb(j, at, h, p, p + 1, t);
     if (a->F && hybrid_lo(a, p) > 0) {
         const real *s = row_at(j->state, at->slot, h, 0);
         const real *z = (const real *)j->zsum->data + at->slot * j->zsum->stride[0] + h * j->zsum->stride[1];
-        if (a->map == MAP_NONE) f = row_at(a->mq, at->b, h, i);
-        else row_features(a, 0, h, q, t);
+        if (a->map == MAP_NONE)
+            f = row_at(a->mq, at->b, h, i);
+        else
+            row_features(a, 0, h, q, t);
         for (int64_t e = 0; e < a->F; e++) t->x[e] = f[e] * (real)lambda;
         rows_sum(a->d, a->F, t->x, s, j->state->stride[2], t->y);
         den += row_dot(a->F, t->x, z);
@@ -174,15 +190,18 @@ static void rows_body(void *ctx, int64_t begin, int64_t end, int thread) {
     }
 }
 
-/* ---- tiles ------------------------------------------------------------------------------------------------------------- */
+/* ---- tiles
+ * ------------------------------------------------------------------------------------------------------------- */
 static void move_state(const job *j, const span *at, int64_t h, scratch *s, int store) {
     const hybrid *a = j->call;
     int64_t dp = padded(a->d);
     real *z = (real *)j->zsum->data + at->slot * j->zsum->stride[0] + h * j->zsum->stride[1];
     for (int64_t e = 0; e < a->F; e++) {
         real *row = row_at(j->state, at->slot, h, e);
-        if (store) memcpy(row, s->s + e * dp, (size_t)a->d * sizeof(real)), z[e] = s->z[e];
-        else copy_row(s->s + e * dp, row, a->d, dp), s->z[e] = z[e];
+        if (store)
+            memcpy(row, s->s + e * dp, (size_t)a->d * sizeof(real)), z[e] = s->z[e];
+        else
+            copy_row(s->s + e * dp, row, a->d, dp), s->z[e] = z[e];
     }
 }
 
@@ -204,7 +223,8 @@ static void tiles_body(void *ctx, int64_t begin, int64_t end, int thread) {
         K(side_open)(&s.k, a, &at, 1, h, a->k, a->v, 0);
         s.k.cache = a->window ? j->cache : NULL;
         move_state(j, &at, h, &s, 0);
-        for (int64_t c = at.p0 / TILE; c * TILE < at.p1; c++) K(forward_tile)(j->k, a, &s, &at, h, c, &absorbed, &has_state);
+        for (int64_t c = at.p0 / TILE; c * TILE < at.p1; c++)
+            K(forward_tile)(j->k, a, &s, &at, h, c, &absorbed, &has_state);
         for (; a->F && absorbed < last / TILE; absorbed++) K(absorb)(a, &s, absorbed, TILE);
         if (a->F && last % TILE && last > at.k_min) K(absorb)(a, &s, last / TILE, last % TILE);
         move_state(j, &at, h, &s, 1);
@@ -222,17 +242,27 @@ static void cache_body(void *ctx, int64_t begin, int64_t end, int thread) {
         span at;
         open_span(j, n / (a->g + features), &at);
         for (int64_t p = LC_MAX(at.p0, at.p1 - 2 * a->window); p < at.p1; p++) {
-            if (head < a->g) remember(j, &at, 0, head, p), remember(j, &at, 1, head, p);
-            else remember(j, &at, 2, head - a->g, p);
+            if (head < a->g)
+                remember(j, &at, 0, head, p), remember(j, &at, 1, head, p);
+            else
+                remember(j, &at, 2, head - a->g, p);
         }
     }
 }
 
-/* ---- entry ------------------------------------------------------------------------------------------------------------- */
+/* ---- entry
+ * ------------------------------------------------------------------------------------------------------------- */
 static int plan(job *j, const lc_kargs *k, const hybrid *a) {
-    *j = (job){.k = k, .call = a, .state = k->x + 9, .zsum = k->x + 10, .cache = k->x + 11, .slot = k->x + 12, .pos = k->x + 13};
+    *j = (job){.k = k,
+               .call = a,
+               .state = k->x + 9,
+               .zsum = k->x + 10,
+               .cache = k->x + 11,
+               .slot = k->x + 12,
+               .pos = k->x + 13};
     if (!j->zsum->data || !j->pos->data || (a->window && !j->cache->data)) return LC_K_UNSUPPORTED;
-    if (j->state->dtype != LC_K_REAL || j->zsum->dtype != LC_K_REAL || (a->window && j->cache->dtype != LC_K_REAL)) return LC_K_UNSUPPORTED;
+    if (j->state->dtype != LC_K_REAL || j->zsum->dtype != LC_K_REAL || (a->window && j->cache->dtype != LC_K_REAL))
+        return LC_K_UNSUPPORTED;
     j->one_by_one = a->t <= FEW || (k->host->option(LC_OPTION_PLAIN_HYBRID));
     j->alone = a->t == 1;
     j->panels = (a->t + 2 * a->window) / TILE + 3;
@@ -240,8 +270,10 @@ static int plan(job *j, const lc_kargs *k, const hybrid *a) {
     arena w = {0};
     scratch s;
     token t;
-    if (j->one_by_one) carve_token(j, &w, &t);
-    else K(scratch_carve)(&w, a, 1, (int)reach(a, j->panels), j->n_u, 0, &s);
+    if (j->one_by_one)
+        carve_token(j, &w, &t);
+    else
+        K(scratch_carve)(&w, a, 1, (int)reach(a, j->panels), j->n_u, 0, &s);
     j->scratch_bytes = w.used;
     return LC_K_OK;
 }

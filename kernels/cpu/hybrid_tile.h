@@ -1,6 +1,6 @@
-/* hybrid_tile.h: products, transposes and row copies of small tiles that fit the caches: what the chunked attention kernels are made
- * of. A tile holds TILE = 64 tokens; "transposed" means [features][TILE], so that what is done for each token is done for VL tokens
- * at once. */
+/* hybrid_tile.h: products, transposes and row copies of small tiles that fit the caches: what the chunked attention
+ * kernels are made of. A tile holds TILE = 64 tokens; "transposed" means [features][TILE], so that what is done for
+ * each token is done for VL tokens at once. */
 #ifndef LC_HYBRID_TILE_H
 #define LC_HYBRID_TILE_H
 
@@ -27,19 +27,42 @@ static inline vint vint_iota(lane_int from) {
     return v;
 }
 
-/* C [m, n] = A B, or += when add: A(i, p) at a[i * ra + p * ca], p < k; B [k, n] and C rows ldb and ldc apart; n a multiple of VL. */
-void K(tile_gemm)(int64_t m, int64_t n, int64_t k, const real *a, int64_t ra, int64_t ca, const real *b, int64_t ldb, real *c,
-                  int64_t ldc, int add);
+/* C [m, n] = A B, or += when add: A(i, p) at a[i * ra + p * ca], p < k; B [k, n] and C rows ldb and ldc apart; n a
+ * multiple of VL. */
+void K(tile_gemm)(int64_t m, int64_t n, int64_t k, const real *a, int64_t ra, int64_t ca, const real *b, int64_t ldb,
+                  real *c, int64_t ldc, int add);
 
-/* to [cols][TILE] = from [TILE][ld] transposed; ld a multiple of VL, of which cols rounded up to VL are read and written. */
+/* to [cols][TILE] = from [TILE][ld] transposed; ld a multiple of VL, of which cols rounded up to VL are read and
+ * written. */
 void K(tile_transpose)(int64_t cols, const real *from, int64_t ld, real *to);
-/* The way back: to [TILE][ld] from [cols][TILE]; rows of `to` past cols up to a multiple of VL get what follows in `from`. */
+/* The way back: to [TILE][ld] from [cols][TILE]; rows of `to` past cols up to a multiple of VL get what follows in
+ * `from`. */
 void K(tile_transpose_back)(int64_t cols, const real *from, real *to, int64_t ld);
 
 /* One row of d, padded with zeros to dp. */
 static inline void copy_row(real *to, const real *from, int64_t d, int64_t dp) {
-    memcpy(to, from, (size_t)d * sizeof(real));
-    for (int64_t e = d; e < dp; e++) to[e] = 0;
+    int64_t e = 0;
+    for (; e + VL <= d; e += VL) vstore(to + e, vload(from + e));
+    for (; e < d; e++) to[e] = from[e];
+    for (; e < dp; e++) to[e] = 0;
 }
+
+/* exp of x <= 0, not below exp(-87.3) in float; above 0 the result is of no use. NaN stays NaN. */
+#if LC_DOUBLE
+static inline vreal vexp_down(vreal x) { return vexp(x); }
+#else
+static inline vreal vexp_down(vreal x) {
+    vreal c = vmax(vset(-87.3f), x), m = c * 1.44269504f + 12582912.f, n = m - 12582912.f;
+    vreal r = c - n * 0.693359375f + n * 2.12194440e-4f;
+    vreal p = vset(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    return p * (vreal)(((vint)m << 23) + 0x3f800000);
+}
+#endif
 
 #endif

@@ -1,5 +1,6 @@
-/* test_attention.c: the CPU's attention kernels against their plain twins, finite differences, themselves in chunks and themselves
- * on other numbers of threads, for every instruction set of this machine and in double. Shapes are drawn at random from a fixed seed. */
+/* test_attention.c: the CPU's attention kernels against their plain twins, finite differences, themselves in chunks and
+ * themselves on other numbers of threads, for every instruction set of this machine and in double. Shapes are drawn at
+ * random from a fixed seed. */
 #include <math.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -14,7 +15,8 @@
 
 #include "../../kernels/kernel.h"
 
-/* ---- a host ------------------------------------------------------------------------------------------------------------ */
+/* ---- a host
+ * ------------------------------------------------------------------------------------------------------------ */
 static int n_threads = 2, plain;
 
 typedef struct share {
@@ -43,7 +45,8 @@ static int host_threads(void) { return n_threads; }
 static int host_option(int which) { return which <= LC_OPTION_PLAIN_HYBRID ? plain : 0; }
 static const lc_host host = {host_parallel, host_threads, host_option};
 
-/* ---- tensors ----------------------------------------------------------------------------------------------------------- */
+/* ---- tensors
+ * ----------------------------------------------------------------------------------------------------------- */
 enum { POOL = 4096 };
 static void *pool[POOL];
 static int n_pool;
@@ -75,8 +78,7 @@ static lc_view tensor(int dtype, int ndim, const int64_t *dim) {
     v.data = keep((size_t)n * item(dtype));
     return v;
 }
-#define TENSOR(dtype, ...) \
-    tensor(dtype, (int)(sizeof((int64_t[]){__VA_ARGS__}) / 8), (int64_t[]){__VA_ARGS__})
+#define TENSOR(dtype, ...) tensor(dtype, (int)(sizeof((int64_t[]){__VA_ARGS__}) / 8), (int64_t[]){__VA_ARGS__})
 
 /* [b, h, t, d], in memory [b, t, h, d] when `swapped`. */
 static lc_view rows4(int dtype, int64_t b, int64_t h, int64_t t, int64_t d, int swapped) {
@@ -99,13 +101,18 @@ static int64_t place(const lc_view *v, int64_t n) {
 }
 static double get(const lc_view *v, int64_t n) {
     int64_t at = place(v, n);
-    return v->dtype == LC_K_F64 ? ((double *)v->data)[at] : v->dtype == LC_K_I32 ? ((int32_t *)v->data)[at] : ((float *)v->data)[at];
+    return v->dtype == LC_K_F64   ? ((double *)v->data)[at]
+           : v->dtype == LC_K_I32 ? ((int32_t *)v->data)[at]
+                                  : ((float *)v->data)[at];
 }
 static void put(const lc_view *v, int64_t n, double x) {
     int64_t at = place(v, n);
-    if (v->dtype == LC_K_F64) ((double *)v->data)[at] = x;
-    else if (v->dtype == LC_K_I32) ((int32_t *)v->data)[at] = (int32_t)x;
-    else ((float *)v->data)[at] = (float)x;
+    if (v->dtype == LC_K_F64)
+        ((double *)v->data)[at] = x;
+    else if (v->dtype == LC_K_I32)
+        ((int32_t *)v->data)[at] = (int32_t)x;
+    else
+        ((float *)v->data)[at] = (float)x;
 }
 static void randomise(const lc_view *v, double scale) {
     for (int64_t n = 0; n < numel(v); n++) put(v, n, scale * normal());
@@ -134,7 +141,8 @@ static double difference(const lc_view *a, const lc_view *b, double floor) {
     return d / m;
 }
 
-/* ---- calls ------------------------------------------------------------------------------------------------------------- */
+/* ---- calls
+ * ------------------------------------------------------------------------------------------------------------- */
 typedef struct target {
     const char *isa;
     int is_double;
@@ -181,9 +189,10 @@ typedef struct problem { /* inputs of the forward, in the op's order; gradients 
 } problem;
 
 static void say(const shape *s, const target *t, const char *what) {
-    print_message("%s: %s%s b %d h %d g %d t %d d %d f %d map %d full %d skip %d bias %d window %d kind %d affine %d pad %d\n", what, t->isa,
-                  t->is_double ? " double" : "", (int)s->b, (int)s->h, (int)s->g, (int)s->t, (int)s->d, (int)s->f, s->map, s->full, s->skip,
-                  s->bias, s->window, s->kind, s->affine, s->pad);
+    print_message(
+        "%s: %s%s b %d h %d g %d t %d d %d f %d map %d full %d skip %d bias %d window %d kind %d affine %d pad %d\n",
+        what, t->isa, t->is_double ? " double" : "", (int)s->b, (int)s->h, (int)s->g, (int)s->t, (int)s->d, (int)s->f,
+        s->map, s->full, s->skip, s->bias, s->window, s->kind, s->affine, s->pad);
 }
 
 static problem make(const shape *s, const target *t) {
@@ -194,10 +203,12 @@ static problem make(const shape *s, const target *t) {
     if (s->map == NONE && !s->no_features) {
         p.x[3] = rows4(dt, s->b, s->h, s->t, s->f, s->swapped);
         p.x[4] = rows4(dt, s->b, s->shared_mk ? s->g : s->h, s->t, s->f, s->swapped);
-    } else if (!s->no_features) p.x[3] = TENSOR(dt, s->h, s->d, s->f), p.x[4] = TENSOR(dt, s->h, s->d, s->f);
+    } else if (!s->no_features)
+        p.x[3] = TENSOR(dt, s->h, s->d, s->f), p.x[4] = TENSOR(dt, s->h, s->d, s->f);
     if (s->bias) p.x[5] = TENSOR(dt, s->h), p.x[6] = TENSOR(dt, 1, s->h, 1, 1);
     if (s->window) p.x[7] = TENSOR(dt, 1, s->h, 1, 1);
-    for (int n = 0; n < 8; n++) randomise(&p.x[n], n == 3 || n == 4 ? (s->map == NONE ? 1 : 1.2 / sqrt((double)s->d)) : 1);
+    for (int n = 0; n < 8; n++)
+        randomise(&p.x[n], n == 3 || n == 4 ? (s->map == NONE ? 1 : 1.2 / sqrt((double)s->d)) : 1);
     for (int n = 3; s->map == NONE && n < 5; n++)
         for (int64_t e = 0; e < numel(&p.x[n]); e++) put(&p.x[n], e, fabs(get(&p.x[n], e)) + 0.05);
     if (s->pad) {
@@ -205,7 +216,8 @@ static problem make(const shape *s, const target *t) {
         for (int64_t b = 0; b < s->b; b++) put(&p.x[8], b, (double)pick(0, s->t));
     }
     p.y[0] = rows4(dt, s->b, s->h, s->t, s->d, 1);
-    p.y[1] = TENSOR(dt, s->b, s->h, s->t), p.y[2] = TENSOR(LC_K_I32, s->b, s->h, s->t), p.y[3] = TENSOR(dt, s->b, s->h, s->t);
+    p.y[1] = TENSOR(dt, s->b, s->h, s->t), p.y[2] = TENSOR(LC_K_I32, s->b, s->h, s->t),
+    p.y[3] = TENSOR(dt, s->b, s->h, s->t);
     p.g = rows4(dt, s->b, s->h, s->t, s->d, s->swapped);
     randomise(&p.g, 1);
     for (int n = 0; n < 8; n++)
@@ -243,7 +255,8 @@ static shape random_shape(void) {
     return s;
 }
 
-static void hold(const target *t, const shape *s, const char *what, const lc_view *a, const lc_view *b, double limit, double floor) {
+static void hold(const target *t, const shape *s, const char *what, const lc_view *a, const lc_view *b, double limit,
+                 double floor) {
     double d = difference(a, b, floor);
     if (d <= limit) return;
     say(s, t, what);
@@ -287,7 +300,8 @@ static void test_fast_and_plain(void **state) {
     }
 }
 
-/* ---- gradients against differences --------------------------------------------------------------------------------------- */
+/* ---- gradients against differences
+ * --------------------------------------------------------------------------------------- */
 static double loss(const target *t, problem *p) { /* y . g */
     double sum = 0;
     forward(t, p);
@@ -316,7 +330,8 @@ static void test_finite_differences(void **state) {
                     put(&p.x[n], e, x);
                     if (fabs((up - down) / (2 * h) - expected) <= 2e-5 * (1 + fabs(expected))) continue;
                     say(&s, t, grad_name[n]);
-                    fail_msg("%s[%d]: %.9g, by differences %.9g", grad_name[n], (int)e, expected, (up - down) / (2 * h));
+                    fail_msg("%s[%d]: %.9g, by differences %.9g", grad_name[n], (int)e, expected,
+                             (up - down) / (2 * h));
                 }
         }
         drop_all();
@@ -324,7 +339,8 @@ static void test_finite_differences(void **state) {
     plain = 0;
 }
 
-/* ---- in chunks ----------------------------------------------------------------------------------------------------------- */
+/* ---- in chunks
+ * ----------------------------------------------------------------------------------------------------------- */
 typedef struct memory {
     lc_view state, zsum, cache, slot, pos;
 } memory;
@@ -411,7 +427,8 @@ static void test_bad_slot(void **state) {
     drop_all();
 }
 
-/* ---- softmax ----------------------------------------------------------------------------------------------------------- */
+/* ---- softmax
+ * ----------------------------------------------------------------------------------------------------------- */
 typedef struct softmax_problem {
     lc_view q, k, v, start, length, y, lse, g, grad[3];
     double f[1];
@@ -437,7 +454,8 @@ static void softmax_case(const target *t) {
     int64_t keys = s.t + (pick(0, 1) ? pick(0, 200) : 0);
     if (!pick(0, 2)) s.t = pick(1, 6);
     softmax_problem a = {.f = {pick(0, 1) ? 0 : 0.3}, .i = {s.window > 200 ? 0 : s.window}}, b;
-    a.q = rows4(dt, s.b, s.h, s.t, s.d, s.swapped), a.k = rows4(dt, s.b, s.g, keys, s.d, s.swapped), a.v = rows4(dt, s.b, s.g, keys, s.d, s.swapped);
+    a.q = rows4(dt, s.b, s.h, s.t, s.d, s.swapped), a.k = rows4(dt, s.b, s.g, keys, s.d, s.swapped),
+    a.v = rows4(dt, s.b, s.g, keys, s.d, s.swapped);
     a.g = rows4(dt, s.b, s.h, s.t, s.d, s.swapped);
     a.y = rows4(dt, s.b, s.h, s.t, s.d, 1), a.lse = TENSOR(dt, s.b, s.h, s.t);
     randomise(&a.q, 1), randomise(&a.k, 1), randomise(&a.v, 1), randomise(&a.g, 1);
@@ -466,7 +484,9 @@ static void softmax_case(const target *t) {
         double scale = 0;
         for (int n = 0; n < 3; n++)
             for (int64_t e = 0; e < numel(&b.grad[n]); e++) scale = fmax(scale, fabs(get(&b.grad[n], e)));
-        for (int n = 0; n < 3; n++) hold(t, &s, n ? n > 1 ? "softmax gv" : "softmax gk" : "softmax gq", &a.grad[n], &b.grad[n], 20 * tolerance(t), 1e-2 * scale);
+        for (int n = 0; n < 3; n++)
+            hold(t, &s, n ? n > 1 ? "softmax gv" : "softmax gk" : "softmax gq", &a.grad[n], &b.grad[n],
+                 20 * tolerance(t), 1e-2 * scale);
     }
     drop_all();
 }
@@ -486,8 +506,13 @@ static void test_softmax_differences(void **state) {
     seed = 5;
     for (int i = 0; i < 10; i++) {
         int64_t n = pick(1, 12), d = pick(1, 7), more = pick(0, 5);
-        softmax_problem p = {.f = {0}, .i = {(int)pick(0, 4)}, .q = TENSOR(LC_K_F64, 1, 2, n, d), .k = TENSOR(LC_K_F64, 1, 1, n + more, d),
-                             .v = TENSOR(LC_K_F64, 1, 1, n + more, d), .y = TENSOR(LC_K_F64, 1, 2, n, d), .lse = TENSOR(LC_K_F64, 1, 2, n)};
+        softmax_problem p = {.f = {0},
+                             .i = {(int)pick(0, 4)},
+                             .q = TENSOR(LC_K_F64, 1, 2, n, d),
+                             .k = TENSOR(LC_K_F64, 1, 1, n + more, d),
+                             .v = TENSOR(LC_K_F64, 1, 1, n + more, d),
+                             .y = TENSOR(LC_K_F64, 1, 2, n, d),
+                             .lse = TENSOR(LC_K_F64, 1, 2, n)};
         lc_view *x[3] = {&p.q, &p.k, &p.v};
         p.g = like(&p.q);
         for (int m = 0; m < 3; m++) randomise(x[m], 1), p.grad[m] = like(x[m]);
@@ -508,11 +533,13 @@ static void test_softmax_differences(void **state) {
     }
 }
 
-/* ---- the number of threads changes nothing ------------------------------------------------------------------------------- */
+/* ---- the number of threads changes nothing
+ * ------------------------------------------------------------------------------- */
 static void test_threads(void **state) {
     (void)state;
     const target *t = supported("avx512") ? &targets[3] : supported("avx2") ? &targets[2] : &targets[1];
-    shape s = {.b = 1, .h = 6, .g = 2, .t = 500, .d = 64, .f = 32, .map = SOFTMAX_DIM, .full = 1, .window = 64, .swapped = 1};
+    shape s = {
+        .b = 1, .h = 6, .g = 2, .t = 500, .d = 64, .f = 32, .map = SOFTMAX_DIM, .full = 1, .window = 64, .swapped = 1};
     for (s.kind = 0; s.kind < 2; s.kind++) {
         problem p = make(&s, t), q = p;
         for (int n = 0; n < 4; n++) q.y[n] = like(&p.y[n]);
@@ -530,8 +557,9 @@ static void test_threads(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_fast_and_plain), cmocka_unit_test(test_finite_differences), cmocka_unit_test(test_chunks),
-        cmocka_unit_test(test_bad_slot),       cmocka_unit_test(test_softmax),            cmocka_unit_test(test_softmax_differences),
+        cmocka_unit_test(test_fast_and_plain), cmocka_unit_test(test_finite_differences),
+        cmocka_unit_test(test_chunks),         cmocka_unit_test(test_bad_slot),
+        cmocka_unit_test(test_softmax),        cmocka_unit_test(test_softmax_differences),
         cmocka_unit_test(test_threads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
