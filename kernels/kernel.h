@@ -67,7 +67,7 @@ enum { LC_OPTION_PLAIN_ATTENTION, LC_OPTION_PLAIN_HYBRID, LC_OPTION_PLAIN_LINEAR
 typedef struct lc_kargs {
     lc_view x[LC_KARGS_IN];
     lc_view y[LC_KARGS_OUT];
-    int32_t n_x, n_y; /* slots that the row has; the rest of x and y is not filled */
+    int32_t n_x, n_y; /* slots that the row has; data is NULL in the rest */
     const lc_view *list;
     int32_t n_list;
     const double *f;  /* scalars in the order of the row's signature, as in lc_args */

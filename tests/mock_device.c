@@ -114,7 +114,7 @@ static size_t ask_work(const lc_kargs *k, int op) {
 }
 
 /* One pair of functions an op, since a kernel is not told its op. */
-enum { INPLACE = 0, NODIFF = 0, NOGRAD = 0, RANDOM = 0, MIXED = 0, INTERNAL = 0, STRIDED = 0, ROWS = 0, HALF = 1 };
+enum { INPLACE = 0, NODIFF = 0, NOGRAD = 0, RANDOM = 0, MIXED = 0, INTERNAL = 0, STRIDED = 0, ROWS = 0, OPERANDS = 0, RESULT = 0, NEITHER = 0, HALF = 1 };
 #define PAIR(op, flags)                                                                          \
     static int run_##op(const lc_kargs *k) { return run_kernel(k, LC_OP_##op, ((flags) & HALF)); } \
     static size_t work_##op(const lc_kargs *k) { return ask_work(k, LC_OP_##op); }

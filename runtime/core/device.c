@@ -173,7 +173,7 @@ static int named_device(const char *name) {
 }
 
 int lc_device_find(const char *name) {
-    char kind[16] = "", full[32];
+    char kind[16] = "", full[40];
     int index = 0;
     if (sscanf(name, "%15[a-z]:%d", kind, &index) < 1 || strlen(name) > 20) {
         lc_fail(LC_EDEVICE, "no device \"%.40s\"; devices are cpu, cuda, cuda:1", name);

@@ -234,6 +234,8 @@ static lc_status launch(lc_frame *c, lc_tensor *const *y, int device) {
         fill_view(&k.y[i], y[i]);
         if (y[i] && y[i]->dtype == LC_F64) is_double = true;
     }
+    for (int i = r->n_x; i < LC_KARGS_IN; i++) k.x[i].data = NULL; /* one kernel may serve rows of different width */
+    for (int i = r->n_y; i < LC_KARGS_OUT; i++) k.y[i].data = NULL;
     if (r->has_list) {
         if (c->n_list > STACK_LIST && !(list = lc_alloc((size_t)c->n_list, sizeof *list))) return LC_ENOMEM;
         for (int i = 0; i < c->n_list; i++) {

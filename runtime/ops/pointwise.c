@@ -3,14 +3,22 @@
 
 static lc_status like_first(lc_frame *c) { return lc_out_like(c, 0, c->x[0]); }
 
+static void save(const lc_frame *c, uint32_t *save_x, uint32_t *save_y) {
+    if (c->row->flags & (LC_F_RESULT | LC_F_NEITHER)) *save_x = 0;
+    if (c->row->flags & (LC_F_OPERANDS | LC_F_NEITHER)) *save_y = 0;
+}
+
+/* What was not kept is not read either: the gradient stands in for it, which has the right shape. */
+static lc_tensor *kept(const lc_back *b, lc_tensor *t) { return t ? t : b->g[0]; }
+
 static lc_status unary_backward(lc_back *b) {
     lc_expr e = {.rc = LC_OK};
     const lc_node *n = b->node;
     lc_frame c;
     lc_frame_init(&c, n->op + 1);
     c.x[0] = b->g[0];
-    c.x[1] = n->x[0];
-    c.x[2] = n->y[0];
+    c.x[1] = kept(b, n->x[0]);
+    c.x[2] = kept(b, n->y[0]);
     for (int i = 0; i < c.row->n_f; i++) c.f[i] = n->f[i];
     x_give(&e, b, 0, x_run(&e, &c));
     return x_done(&e);
@@ -39,15 +47,15 @@ static lc_status binary_backward(lc_back *b) {
         lc_frame c;
         lc_frame_init(&c, n->op + 1 + side);
         c.x[0] = b->g[0];
-        c.x[1] = n->x[0];
-        c.x[2] = n->x[1];
-        c.x[3] = n->y[0];
+        c.x[1] = kept(b, n->x[0]);
+        c.x[2] = kept(b, n->x[1]);
+        c.x[3] = kept(b, n->y[0]);
         x_give(&e, b, side, x_sum_to(&e, x_run(&e, &c), &n->edge[side]));
     }
     return x_done(&e);
 }
 
-const lc_rule lc_rule_unary = {.shape = like_first, .backward = unary_backward, .save_x = 1, .save_y = 1};
-const lc_rule lc_rule_binary = {.shape = binary_shape, .backward = binary_backward, .save_x = 3, .save_y = 1};
+const lc_rule lc_rule_unary = {.shape = like_first, .backward = unary_backward, .save_x = 1, .save_y = 1, .save = save};
+const lc_rule lc_rule_binary = {.shape = binary_shape, .backward = binary_backward, .save_x = 3, .save_y = 1, .save = save};
 const lc_rule lc_rule_compare = {.shape = compare_shape};
 const lc_rule lc_rule_pointwise_grad = {.shape = like_first};

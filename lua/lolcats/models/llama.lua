@@ -179,22 +179,17 @@ end
 --- layer's output), teacher = true (a student computes with its teacher's softmax attention).
 function Model:forward(ids, opts)
     opts = opts or {}
+    if opts.state and lc.grad_enabled() then return lc.no_grad(self.forward, self, ids, opts) end -- a state has no gradient
     ids = self:check_ids(ids)
     local ctx = self:context(ids, opts)
     local was = self.as_teacher
     self.as_teacher = opts.teacher or was
     local x = lc.embedding(self.embed, ids)
     if x.dtype ~= self.dtype then x = x:to(self.dtype) end
-    local keep = lc.grad_enabled()
-    for _, layer in ipairs(self.layers) do
-        if keep or opts.hidden then
-            x = self:layer_forward(layer, x, ctx)
-        else
-            local before = x
-            x = lc.scope(self.layer_forward, self, layer, x, ctx)
-            before:drop()
-        end
-        if opts.hidden then opts.hidden[layer.index] = x end
+    for _, layer in ipairs(self.layers) do -- a scope each: with gradients on, the tape alone holds what the backward needs
+        local before = x
+        x = lc.scope(self.layer_forward, self, layer, x, ctx)
+        if opts.hidden then opts.hidden[layer.index] = x else before:drop() end
     end
     self.as_teacher = was
     if opts.state then self:advance(opts.state, ctx.t) end
