@@ -64,32 +64,29 @@ local function total(t)
 end
 
 -- ---- the GEMM rate ---------------------------------------------------------------------------------------------------------------------
--- Products of M rows with the model's own weights, in the mix of one layer.
+-- Products of M rows with the model's own weights, in the mix of a layer; medians, as for the steps.
 local function gemm_rate()
-    local shapes, seconds, work = { "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj" }, 0, 0
-    local best = {}
+    local names, layers, times = { "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj" }, math.min(L, 8), {}
     lc.no_grad(lc.scope, function()
         local inputs = {}
-        for _ = 1, 4 do
-            for i = 1, math.min(L, 8) do
-                local layer = model.layers[i]
-                for _, name in ipairs(shapes) do
-                    local w = layer.proj[name].weight
+        for _ = 1, 5 do
+            for i = 1, layers do
+                for _, name in ipairs(names) do
+                    local w = model.layers[i].proj[name].weight
                     local inp = w:size(2)
                     inputs[inp] = inputs[inp] or lc.randn(M, inp, { dtype = model.dtype })
                     local t0 = lc.now()
                     lc.linear(inputs[inp], w):drop()
-                    local t = lc.now() - t0
-                    best[name .. i] = math.min(best[name .. i] or math.huge, t)
+                    times[name] = times[name] or {}
+                    table.insert(times[name], lc.now() - t0)
                 end
             end
         end
-        for i = 1, math.min(L, 8) do
-            for _, name in ipairs(shapes) do
-                seconds, work = seconds + best[name .. i], work + 2 * M * model.layers[i].proj[name].weight:numel()
-            end
-        end
     end)
+    local seconds, work = 0, 0
+    for _, name in ipairs(names) do
+        seconds, work = seconds + median(times[name]), work + 2 * M * model.layers[1].proj[name].weight:numel()
+    end
     return work / seconds
 end
 
@@ -106,7 +103,7 @@ local result = { model = args.model, seq = T, batch = B, dtype = args.dtype, thr
                  version = lc.version }
 
 local function time(name, step, optim)
-    local seconds, loss = {}, nil
+    local seconds, loss, before = {}, nil, gemm_rate()
     for i = 0, args.steps do
         local t0 = lc.now()
         loss = lc.scope(step)
@@ -120,7 +117,7 @@ local function time(name, step, optim)
     local best = math.huge
     for _, s in ipairs(seconds) do best = math.min(best, s) end
     local s = median(seconds)
-    local rate = gemm_rate()
+    local rate = (before + gemm_rate()) / 2
     local count = total(flops[name])
     result[name] = { seconds = s, best_seconds = best, tok_s = M / s, gflop = count / 1e9, gflop_parts = {}, gflops = count / s / 1e9,
                      gemm_gflops = rate / 1e9, gemm_share = count / s / rate, peak_rss_mb = lc.peak_rss() / 2 ^ 20, loss = loss }

@@ -443,6 +443,16 @@ t.test("recipes/distill_mistral.lua --tiny: both stages, the table, a summary, a
     local again, table_again = shell(command)
     t.eq(again, 0)
     t.eq(table_again, said, "a finished run shows the same table")
+    -- the benchmarks run on it too
+    local code, json, why = shell(("%s %sbench/train_cpu.lua --model %s/model --seq 64 --steps 1 --json"):format(quote(me), here, quote(out)))
+    t.eq(code, 0, why)
+    local r = files.parse_json(json, "train_cpu")
+    t.ok(r.transfer.tok_s > 0 and r.lora.gemm_share > 0 and r.lora.peak_rss_mb > 0)
+    code, json, why = shell(("%s %sbench/decode_cpu.lua --model %s/model --prompt 8 --tokens 8 --runs 1 --positions 20,40 --json")
+        :format(quote(me), here, quote(out)))
+    t.eq(code, 0, why)
+    r = files.parse_json(json, "decode_cpu")
+    t.ok(r.softmax.tok_s > 0 and r.linear.read_share > 0 and #r.positions == 2)
 end)
 
 t.test("plots: axes, curves and legend; log scale; nothing to draw", function()
