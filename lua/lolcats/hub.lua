@@ -19,8 +19,8 @@ function M.cache_dir() return (env "XDG_CACHE_HOME" or home() .. "/.cache") .. "
 
 --- The folder of the Hugging Face cache.
 function M.hf_cache()
-    return env "HF_HUB_CACHE" or env "HUGGINGFACE_HUB_CACHE" or
-           (env "HF_HOME" or (env "XDG_CACHE_HOME" or home() .. "/.cache") .. "/huggingface") .. (env "HF_HOME" and "/hub" or "/hub")
+    local direct = env "HF_HUB_CACHE" or env "HUGGINGFACE_HUB_CACHE"
+    return direct or (env "HF_HOME" or (env "XDG_CACHE_HOME" or home() .. "/.cache") .. "/huggingface") .. "/hub"
 end
 
 --- The snapshot folder of a Hub id in the local cache, or nil and what was looked for.

@@ -120,7 +120,7 @@ function Student:transfer(ids, opts)
     local each = {}
     local total = lc.no_grad(lc.scope, function()
         local ctx = self:context(ids, opts)
-        local losses = lc.zeros({ #self.layers }, { dtype = self.dtype == "f64" and "f64" or "f32", device = self.device })
+        local losses = lc.zeros({ #self.layers }, { dtype = self.dtype, device = self.device })
         local x = lc.embedding(self.embed, ids)
         if x.dtype ~= self.dtype then x = x:to(self.dtype) end
         for i = 1, last do

@@ -80,7 +80,7 @@ local function apply(model, sign)
             if l and l.on == (sign > 0) then
                 lc.scope(function()
                     local delta = l.b:detach():matmul(l.a:detach())
-                    p.weight:add_(delta:to(p.weight.dtype), sign * l.scale)
+                    p.weight:add_(delta, sign * l.scale)
                 end)
                 l.on = sign < 0
             end

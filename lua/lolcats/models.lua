@@ -15,7 +15,8 @@ local DTYPES = { f32 = "f32", float32 = "f32", bf16 = "bf16", bfloat16 = "bf16",
 local function read_opts(opts)
     local dtype = DTYPES[opts.dtype or "f32"]
     if not dtype then lc.fail("dtype '%s' is not one that a model can be loaded in: f32, bf16, f16, f64", tostring(opts.dtype)) end
-    return { dtype = dtype, device = opts.device or "cpu", check = opts.check }
+    -- halves are for frozen matrices; activations, norms and whatever is trained stay in f32
+    return { dtype = dtype, compute = dtype == "f64" and "f64" or "f32", device = opts.device or "cpu", check = opts.check }
 end
 
 -- A string or {content = ...}, as tokenizer_config.json has them.
@@ -69,7 +70,7 @@ local function load_folder(dir, opts)
     local file = files.open_tensors(dir)
     local w = weights.load({ file = file, format = "safetensors", path = dir }, c, opts)
     file:close()
-    local model_opts = { dtype = opts.dtype, device = opts.device, source = opts.source or dir, special = {} }
+    local model_opts = { dtype = opts.compute, device = opts.device, source = opts.source or dir, special = {} }
     if files.exists(dir .. "/tokenizer.json") then model_opts.tokenizer = lc.tokenizer(dir .. "/tokenizer.json") end
     local tc = optional_json(dir .. "/tokenizer_config.json")
     local gc = optional_json(dir .. "/generation_config.json")
@@ -104,14 +105,14 @@ function M.load_gguf(path, opts)
         special.eos_token = c.eos_token_id and tokenizer:token(c.eos_token_id)
         add_ids(special.stop, ids_of(meta "tokenizer.ggml.eot_token_id"))
     end
-    local model = llama.new(c, w, { dtype = opts.dtype, device = opts.device, source = opts.source or path, special = special,
+    local model = llama.new(c, w, { dtype = opts.compute, device = opts.device, source = opts.source or path, special = special,
                                     tokenizer = tokenizer, chat_template = meta "tokenizer.chat_template" })
     file:close()
     return model
 end
 
---- Loads a model. name: a folder, a GGUF or safetensors file, a Hub id in the local cache, or "smollm2". opts: dtype ("f32",
---- "bf16", "f16", "f64"), device, revision, check = false (do not look for NaN); for a saved student also base, map, trust_code.
+--- Loads a model. name: a folder, a GGUF or safetensors file, a Hub id in the local cache, or "smollm2". opts: dtype of the weight
+--- matrices ("f32", "bf16", "f16": activations stay f32; "f64": all of it), device, revision, check = false (do not look for NaN); for a saved student also base, map, trust_code.
 function M.load(name, opts)
     opts = opts or {}
     local path = hub.resolve(name, opts)
@@ -141,7 +142,7 @@ function M.new(raw, opts)
     c.initializer_range = raw.initializer_range
     local stop = {}
     add_ids(stop, ids_of(c.eos_token_id))
-    return llama.new(c, weights.random(c, how), { dtype = how.dtype, device = how.device, tokenizer = opts.tokenizer,
+    return llama.new(c, weights.random(c, how), { dtype = how.compute, device = how.device, tokenizer = opts.tokenizer,
                                                   special = { stop = stop } })
 end
 

@@ -39,7 +39,7 @@ local function make_layers(model)
     return layers
 end
 
---- A model over weights by checkpoint name. opts: dtype, device, tokenizer, chat_template, source.
+--- A model over weights by checkpoint name. opts: dtype (of activations: f32 or f64), device, tokenizer, chat_template, source.
 function M.new(c, w, opts)
     local model = setmetatable({
         config = c, weights = w, dtype = opts.dtype, device = opts.device, tokenizer = opts.tokenizer,
@@ -48,8 +48,7 @@ function M.new(c, w, opts)
     model.embed, model.norm = w["model.embed_tokens.weight"], w["model.norm.weight"]
     model.head = w["lm_head.weight"] or model.embed
     model.layers = make_layers(model)
-    local fine = opts.dtype == "f64" and "f64" or "f32"
-    model.inv_freq = lc.keep(lc.tensor(config.inv_freq(c), { dtype = fine, device = opts.device }))
+    model.inv_freq = lc.keep(lc.tensor(config.inv_freq(c), { dtype = opts.dtype, device = opts.device }))
     return model
 end
 
@@ -105,9 +104,6 @@ function Model:context(ids, opts)
     end
     ctx.pos = pos
     ctx.cos, ctx.sin = lc.rope_table(pos, self.inv_freq)
-    if self.dtype ~= "f32" and self.dtype ~= "f64" then
-        ctx.cos, ctx.sin = ctx.cos:to(self.dtype), ctx.sin:to(self.dtype)
-    end
     return ctx
 end
 
@@ -285,13 +281,12 @@ end
 function Model:new_state(batch, opts)
     batch = batch or 1
     local c = self.config
-    local fine = self.dtype == "f64" and "f64" or "f32"
     local state = { seen = 0, batch = batch, layers = {}, as_teacher = opts and opts.teacher }
     state.pos = lc.keep(lc.zeros({ batch }, { dtype = "i32", device = self.device }))
     for i, layer in ipairs(self.layers) do
         if layer.student and not state.as_teacher then
             state.layers[i] = attention.hybrid_state(layer, batch, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-                                                     { dtype = fine, device = self.device })
+                                                     { dtype = self.dtype, device = self.device })
         else
             state.layers[i] = {}
         end
@@ -384,7 +379,7 @@ function Model:__tostring()
     local c = self.config
     return ("%s: %d layers, hidden %d, heads %d/%d of %d, vocabulary %d, %s on %s%s"):format(
         self.is_student and "linearized " .. c.model_type or c.model_type, c.num_hidden_layers, c.hidden_size,
-        c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, self.dtype, self.device,
+        c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, self.embed.dtype, self.device,
         self.source and " (" .. self.source .. ")" or "")
 end
 

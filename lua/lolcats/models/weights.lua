@@ -109,7 +109,7 @@ local function missing(src, c, plan)
     end
 end
 
---- Loads all weights. src: {file = opened tensors, format =, path =}. opts: dtype, device, check.
+--- Loads all weights. src: {file = opened tensors, format =, path =}. opts: dtype (of matrices), compute (of norms), device, check.
 --- Returns name -> tensor, and the fused storages under "model.layers.N.self_attn.qkv" and "model.layers.N.mlp.gate_up".
 function M.load(src, c, opts)
     local plan = M.plan(c)
@@ -133,7 +133,7 @@ function M.fill(c, plan, opts, put)
             for _, part in ipairs(group.parts) do rows = rows + part[2] end
             local shape = group.cols and { rows, group.cols } or { rows }
             lc.scope(function()
-                local whole = lc.empty(shape, { dtype = opts.dtype })
+                local whole = lc.empty(shape, { dtype = group.cols and opts.dtype or opts.compute })
                 local at = 1
                 for _, part in ipairs(group.parts) do
                     put(part[1], whole:narrow(1, at, part[2]))
@@ -179,7 +179,7 @@ function M.save(model, dir)
     end
     files.save_tensors(dir .. "/model.safetensors", out, { format = "pt" })
     local json = require("lolcats.models.config").to_json(model.config)
-    json.torch_dtype = ({ f32 = "float32", bf16 = "bfloat16", f16 = "float16", f64 = "float64" })[model.dtype]
+    json.torch_dtype = ({ f32 = "float32", bf16 = "bfloat16", f16 = "float16", f64 = "float64" })[model.embed.dtype]
     files.write_json(dir .. "/config.json", json)
 end
 
