@@ -14,7 +14,7 @@ function M.repeat_heads(x, h)
     return x:unsqueeze(3):expand(b, g, h / g, t, d):reshape(b, h, t, d)
 end
 
--- ---- softmax ---------------------------------------------------------------------------------------------------------------
+-- ---- softmax --------------------------------------------------------------------------------------------------------
 --- Causal softmax attention. state: a cache made by M.softmax_state, or nil. ctx.start: first real token of each row.
 function M.softmax(q, k, v, ctx)
     local state = ctx.state
@@ -46,7 +46,7 @@ function M.reserve(state, k, n, need)
     end
 end
 
--- ---- the hybrid on the fused op ----------------------------------------------------------------------------------------------
+-- ---- the hybrid on the fused op -------------------------------------------------------------------------------------
 --- Fresh state of one layer for `batch` rows, for prefill in chunks and decoding.
 function M.hybrid_state(layer, batch, heads, groups, dim, opts)
     local a = layer.student
@@ -105,7 +105,7 @@ function M.window_only(a, q, k, v, ctx)
                                            affine = a.affine, factors = a.factors, start = ctx.start }))
 end
 
--- ---- plain twins -----------------------------------------------------------------------------------------------------------
+-- ---- plain twins ----------------------------------------------------------------------------------------------------
 -- First key of the softmax window of query position i, both as float tensors or numbers.
 local function window_start(i, kind, w)
     if kind == "sliding" then return (i - (w - 1)):clamp { min = 0 } end

@@ -5,7 +5,7 @@ local files = require "lolcats.files"
 
 local M = {}
 
--- ---- perplexity ------------------------------------------------------------------------------------------------------------------
+-- ---- perplexity -----------------------------------------------------------------------------------------------------
 --- Perplexity of a list of token ids. opts: seq (window, 1024), stride (seq: windows side by side; less: each window counts only
 --- its new tokens, with the rest as context), limit (windows), bos (an id put before each window), forward (options of
 --- model:forward), progress(done, all).
@@ -53,7 +53,7 @@ function M.perplexity_rows(model, rows, opts)
     return { ppl = math.exp(total / count), ppl_chunk_mean = mean, tokens = count, loss = total / count }
 end
 
--- ---- scoring a continuation --------------------------------------------------------------------------------------------------------
+-- ---- scoring a continuation -----------------------------------------------------------------------------------------
 local function encode(model, s, bos)
     local ids = model.tokenizer:encode(s, { special = bos or false, parse = true })
     local id = model.config.bos_token_id
@@ -122,7 +122,7 @@ function M.loglikelihoods(model, requests, opts)
     return out
 end
 
--- ---- tasks -----------------------------------------------------------------------------------------------------------------------
+-- ---- tasks ----------------------------------------------------------------------------------------------------------
 local function question(text) return "Question: " .. text .. "\nAnswer:" end
 
 -- Each gives the requests of an item as {context, continuation} texts, the choices whose length norms, and the right one from 1.

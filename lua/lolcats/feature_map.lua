@@ -56,6 +56,7 @@ end
 --- starts as a copy of the q side). dtype and device are those of the frozen weights.
 function Map:instance(heads, dim, where, like)
     local inst = setmetatable({}, self.meta)
+    inst.options = where and where.options or {}
     if like then
         for _, p in ipairs(like:parameters()) do
             inst[p.name] = lc.param(lc.no_grad(function() return p.tensor:detach():clone() end))
@@ -83,7 +84,7 @@ end
 -- (M.from_file, M.from_source) carries that file's text; any other one is cut out of the script that holds it.
 local reading
 
---- Declares a map: doc, init(self, heads, dim), forward(self, x, ctx). See examples/custom_feature_map.lua.
+--- Declares a map: doc, init(self, heads, dim), forward(self, x, ctx); self.options holds what lc.linearize got as map_options. See examples/custom_feature_map.lua.
 function M.feature_map(def)
     if type(def) ~= "table" or type(def.forward) ~= "function" then
         lc.fail("lc.feature_map wants a table with a function `forward` (and usually `init` and `doc`)")
@@ -108,7 +109,7 @@ end
 
 function M.is_map(v) return type(v) == "table" and getmetatable(v) == Map end
 
--- ---- activations of the built-in maps --------------------------------------------------------------------------------------
+-- ---- activations of the built-in maps -------------------------------------------------------------------------------
 local activation = {}
 
 function activation.softmax_dim(x, full)
@@ -215,7 +216,7 @@ end
 --- Features that the op makes of f learned outputs.
 function M.width(map, f) return (doubles[map.op] and map.full) and 2 * f or f end
 
--- ---- maps in files ---------------------------------------------------------------------------------------------------------
+-- ---- maps in files --------------------------------------------------------------------------------------------------
 --- Runs the text of a map file, which must return what lc.feature_map returned.
 function M.from_source(text, where)
     local chunk, err = loadstring(text, "@" .. where)

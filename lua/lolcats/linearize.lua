@@ -18,9 +18,9 @@ local Student = setmetatable({}, { __index = llama.Model })
 Student.__index = Student
 Student.__tostring = llama.Model.__tostring
 
--- ---- making a student --------------------------------------------------------------------------------------------------------
+-- ---- making a student -----------------------------------------------------------------------------------------------
 local KNOWN = { map = true, window = true, kind = true, feature_dim = true, window_factor = true, affine = true, skip = true,
-                bias = true, full = true, init = true, softmax_layers = true, train_window_factor = true, like = true }
+                bias = true, full = true, init = true, softmax_layers = true, train_window_factor = true, map_options = true }
 
 local function settings(teacher, opts)
     for k in pairs(opts) do
@@ -48,7 +48,8 @@ end
 
 --- A student that shares the teacher's frozen weights. opts: map (name, file or lc.feature_map), window (64), kind ("terrace",
 --- "sliding", "linear"), feature_dim, full, bias, skip, init ("identity", "kaiming", "normal"), window_factor, affine,
---- softmax_layers (positions of layers that keep their softmax attention), train_window_factor.
+--- softmax_layers (positions of layers that keep their softmax attention), train_window_factor, map_options (plain values that a
+--- custom map finds as self.options).
 function M.linearize(teacher, opts)
     opts = opts or {}
     if type(teacher) ~= "table" or not teacher.layers then lc.fail("lc.linearize wants a model, got a %s", type(teacher)) end
@@ -59,7 +60,7 @@ function M.linearize(teacher, opts)
     teacher:freeze()
     local student = setmetatable(teacher:share(), Student)
     student.is_student, student.teacher, student.map = true, teacher, map
-    local c, where = teacher.config, { dtype = teacher.dtype, device = teacher.device }
+    local c, where = teacher.config, { dtype = teacher.dtype, device = teacher.device, options = opts.map_options }
     local h, d = c.num_attention_heads, c.head_dim
     for i, layer in ipairs(student.layers) do
         if not keep[i] then
@@ -78,13 +79,13 @@ function M.linearize(teacher, opts)
     student.settings = {
         kind = kind, window = window, map = map.name, feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias,
         skip = opts.skip, init = opts.init, affine = opts.affine, window_factor = opts.window_factor,
-        softmax_layers = opts.softmax_layers, train_window_factor = opts.train_window_factor,
+        softmax_layers = opts.softmax_layers, train_window_factor = opts.train_window_factor, map_options = opts.map_options,
     }
     for _, p in ipairs(student:map_params()) do p.tensor:set_name(p.name) end
     return student
 end
 
--- ---- attention transfer --------------------------------------------------------------------------------------------------------
+-- ---- attention transfer ---------------------------------------------------------------------------------------------
 -- One layer's pair on the teacher's own q, k, v: the student's output against the teacher's. Gradients reach the maps only.
 local function pair_loss(a, q, k, v, y_true, ctx, mse, xent)
     if xent == 0 then
@@ -105,7 +106,7 @@ end
 --- One micro-step of attention transfer: mse (1000) times the mean squared error between the student's and the teacher's
 --- attention outputs, plus xent (0) times the cross entropy of their weights, averaged over layers; loss and backward layer by
 --- layer, so memory is that of one layer. Gradients add up in the parameters. opts: scale (of loss and gradient; 1 /
---- accumulation), mse, xent, start (left padding), plain = true (the quadratic form), backward = false (only the loss).
+--- accumulation), mse, xent, start (left padding), plain = true (maps computed in Lua), backward = false (only the loss).
 --- Returns the loss and a table of each layer's.
 function Student:transfer(ids, opts)
     opts = opts or {}
@@ -201,7 +202,7 @@ function Student:plain(f, ...)
     return unpack(out, 2, table.maxn(out))
 end
 
--- ---- files -----------------------------------------------------------------------------------------------------------------
+-- ---- files ----------------------------------------------------------------------------------------------------------
 --- What was trained, by name: feature maps, window factors, adapters.
 function Student:trained()
     local out = self:map_params()
@@ -219,8 +220,7 @@ function Student:save(dir)
                     shape = { layers = #self.layers, hidden_size = self.config.hidden_size } }
     if self.map.custom then
         local text, why = maps.source_of(self.map)
-        about.custom_map = { name = self.map.name, doc = self.map.doc, options = self.map.options,
-                             source = text and "feature_map.lua" or nil, no_source = why }
+        about.custom_map = { name = self.map.name, doc = self.map.doc, source = text and "feature_map.lua" or nil, no_source = why }
         if text then files.write(dir .. "/feature_map.lua", text) end
     end
     files.save_tensors(dir .. "/student.safetensors", tensors, { format = FORMAT })
@@ -259,6 +259,11 @@ function M.load(dir, opts)
     local base = opts.base or about.base
     if not base then lc.fail("%s does not say what it was made from; give the base model as base =", dir) end
     if type(base) == "string" then
+        local ok, found = pcall(require("lolcats.hub").resolve, base)
+        if not ok then
+            lc.fail("%s was made from '%s', which cannot be loaded here (%s); give the base model as base =", dir, base,
+                    tostring(type(found) == "table" and found.message or found))
+        end
         base = require("lolcats.models").load(base, { dtype = opts.dtype, device = opts.device })
     end
     local set = {}

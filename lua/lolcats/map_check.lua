@@ -33,7 +33,7 @@ local function context(side, t, hidden)
     return { side = side, layer = 1, pos = lc.arange(0, t, 1, { dtype = "i32" }), hidden = hidden }
 end
 
--- ---- single properties -------------------------------------------------------------------------------------------------------
+-- ---- single properties ----------------------------------------------------------------------------------------------
 local function check_positive(v, inst, x, ctx)
     local y = inst:features(x, ctx)
     local bad, low = lc.count_nonfinite(y):item(), y:amin():item()
@@ -100,7 +100,7 @@ local function check_rows(v, inst, x, hidden)
         ("changing one row changes the features of others by %.3g"):format(worst))
 end
 
--- ---- the three forms ---------------------------------------------------------------------------------------------------------
+-- ---- the three forms ------------------------------------------------------------------------------------------------
 local function record(map, fq, fk, h, kind, window, affine)
     local a = { map = map, fq = fq, fk = fk, kind = kind, window = window, affine = affine, generic = true }
     if window > 0 then a.factors = lc.full({ 1, h, 1, 1 }, -1, { dtype = "f64" }) end

@@ -53,7 +53,7 @@ local function add_ids(set, list)
     for _, id in ipairs(list) do set[id] = true end
 end
 
--- ---- a Hugging Face folder -----------------------------------------------------------------------------------------------------
+-- ---- a Hugging Face folder ------------------------------------------------------------------------------------------
 local function load_folder(dir, opts)
     if not files.exists(dir .. "/config.json") then
         local gguf
@@ -87,7 +87,7 @@ local function load_folder(dir, opts)
     return llama.new(c, w, model_opts)
 end
 
--- ---- GGUF ------------------------------------------------------------------------------------------------------------------
+-- ---- GGUF -----------------------------------------------------------------------------------------------------------
 function M.load_gguf(path, opts)
     local file = files.open_tensors(path)
     local function meta(key) return file:meta(key) end

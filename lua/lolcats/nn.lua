@@ -40,7 +40,7 @@ end
 --- Normally distributed weights for a model made from nothing.
 function M.normal_(x, std) return x:normal_(0, std) end
 
--- ---- flat buffers ------------------------------------------------------------------------------------------------------------
+-- ---- flat buffers ---------------------------------------------------------------------------------------------------
 local ALIGN = 16 -- elements; a parameter starts on a cache line
 
 local Flat = {}

@@ -11,7 +11,7 @@ Session.__index = Session
 
 local PREFILL_CHUNK = 512
 
--- ---- random numbers of one generation ------------------------------------------------------------------------------------------
+-- ---- random numbers of one generation -------------------------------------------------------------------------------
 -- A generator of its own per session, so that sampling never disturbs (nor depends on) the training stream.
 local function uniform_source(seed)
     local s = bit.tobit(seed or os.time())
@@ -31,7 +31,7 @@ local function uniform_source(seed)
     return draw
 end
 
--- ---- feeding ---------------------------------------------------------------------------------------------------------------------
+-- ---- feeding --------------------------------------------------------------------------------------------------------
 --- A session on a model. opts: teacher = true (a student's session with its teacher's softmax attention).
 function M.new(model, opts)
     return setmetatable({ model = model, ids = {}, teacher = opts and opts.teacher, state = model:new_state(1, opts) }, Session)
@@ -86,7 +86,7 @@ function Session:rest_of(ids)
     return rest
 end
 
--- ---- text that streams -----------------------------------------------------------------------------------------------------------
+-- ---- text that streams ----------------------------------------------------------------------------------------------
 local BROKEN = "\239\191\189" -- what a cut character decodes to
 
 -- Bytes at the end of s that may be the start of a longer UTF-8 character.
@@ -155,7 +155,7 @@ local function stopper(stops)
     end
 end
 
--- ---- generating ------------------------------------------------------------------------------------------------------------------
+-- ---- generating -----------------------------------------------------------------------------------------------------
 local function picker(self, opts)
     local how = { temperature = opts.temperature or 0, top_k = opts.top_k or 0, top_p = opts.top_p or 1, min_p = opts.min_p or 0,
                   repetition = opts.repetition or 1 }
@@ -254,7 +254,7 @@ function M.generate(model, prompt, opts)
     return a, b, c
 end
 
--- ---- chat ------------------------------------------------------------------------------------------------------------------------
+-- ---- chat -----------------------------------------------------------------------------------------------------------
 local Chat = {}
 Chat.__index = Chat
 

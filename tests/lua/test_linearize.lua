@@ -328,6 +328,21 @@ t.test("the source of a map inside a script is cut out of it", function()
     t.ok(lc.load(scratch .. "/unsaved", { map = bound }))
 end)
 
+t.test("options of a custom map are stored with it", function()
+    files.write(scratch .. "/power.lua", [[
+        local lc = require "lolcats"
+        return lc.feature_map { forward = function(self, x) return (x:abs() + 0.1) ^ (self.options.power or 1) end }
+    ]])
+    local s = lc.linearize(lc.load(scratch .. "/base"), { map = scratch .. "/power.lua", window = 4, map_options = { power = 3 } })
+    local one = lc.linearize(lc.load(scratch .. "/base"), { map = scratch .. "/power.lua", window = 4 })
+    t.ok((s:logits(ids(20)) - one:logits(ids(20))):abs():amax():item() > 1e-4)
+    s:save(scratch .. "/powered")
+    t.close(lc.load(scratch .. "/powered", { trust_code = true }):logits(ids(20)), s:logits(ids(20)), 0)
+    s.source = "gone/away"
+    s:save(scratch .. "/homeless")
+    t.errors(function() lc.load(scratch .. "/homeless", { trust_code = true }) end, "made from 'gone/away'.*give the base model")
+end)
+
 t.test("damaged checkpoints are named", function()
     files.make_dirs(scratch .. "/bad")
     files.write(scratch .. "/bad/student.json", "{")

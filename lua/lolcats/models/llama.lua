@@ -89,7 +89,7 @@ function Model:projections()
     return out
 end
 
--- ---- pieces of a forward -----------------------------------------------------------------------------------------------------
+-- ---- pieces of a forward --------------------------------------------------------------------------------------------
 --- What all layers of one forward share. opts: start (left padding, int32 [b]), state (a session's).
 function Model:context(ids, opts)
     opts = opts or {}
@@ -170,7 +170,7 @@ function Model:layer_forward(layer, x, ctx)
     return self:finish(layer, x, self:attend(layer, q, k, v, n, ctx), ctx)
 end
 
--- ---- what callers use --------------------------------------------------------------------------------------------------------
+-- ---- what callers use -----------------------------------------------------------------------------------------------
 --- Final hidden states [b, t, H], after the last norm, of token ids. opts: start, state, hidden (a table to fill with each
 --- layer's output), teacher = true (a student computes with its teacher's softmax attention).
 function Model:forward(ids, opts)
@@ -192,17 +192,15 @@ function Model:forward(ids, opts)
     return lc.rms_norm(x, self.norm, self.config.rms_norm_eps)
 end
 
---- Ids as a tensor, checked against the vocabulary.
+--- Ids as a tensor, checked against the vocabulary where they can be looked at without waiting for a device.
 function Model:check_ids(ids)
-    local given = ids
     ids = nn.ids(ids, self.device)
     if self.device == "cpu" then
-        local p, n, top = ids:contiguous():data(), ids:numel(), self.config.vocab_size
-        if not lc.is_tensor(given) or ids:is_contiguous() then
-            for i = 0, n - 1 do
-                if p[i] < 0 or p[i] >= top then
-                    lc.fail("token id %d at position %d is outside the vocabulary (0 to %d)", p[i], i % ids:size(2) + 1, top - 1)
-                end
+        local row = ids:contiguous()
+        local p, top = row:data(), self.config.vocab_size
+        for i = 0, row:numel() - 1 do
+            if p[i] < 0 or p[i] >= top then
+                lc.fail("token id %d at position %d is outside the vocabulary (0 to %d)", p[i], i % ids:size(2) + 1, top - 1)
             end
         end
     end
@@ -276,7 +274,7 @@ function Model:nll(ids, labels, opts)
     end)
 end
 
--- ---- state -------------------------------------------------------------------------------------------------------------------
+-- ---- state ----------------------------------------------------------------------------------------------------------
 --- State for prefill in chunks and decoding: a key/value cache for softmax layers, a state of constant size for hybrid ones.
 function Model:new_state(batch, opts)
     batch = batch or 1
@@ -309,7 +307,7 @@ function Model:drop_state(state)
     end
 end
 
--- ---- parameters ----------------------------------------------------------------------------------------------------------------
+-- ---- parameters -----------------------------------------------------------------------------------------------------
 --- Every parameter as {name=, tensor=} in a fixed order: weights, feature maps, adapters. pattern: a Lua pattern on the name;
 --- trainable = true: only those that require a gradient.
 function Model:params(pattern, trainable)
