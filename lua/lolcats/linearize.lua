@@ -60,12 +60,13 @@ function M.linearize(teacher, opts)
     teacher:freeze()
     local student = setmetatable(teacher:share(), Student)
     student.is_student, student.teacher, student.map = true, teacher, map
-    local c, where = teacher.config, { dtype = teacher.dtype, device = teacher.device, options = opts.map_options }
+    local c, where = teacher.config, { dtype = teacher.dtype, device = teacher.device }
+    local how = { dtype = teacher.dtype, device = teacher.device, options = opts.map_options }
     local h, d = c.num_attention_heads, c.head_dim
     for i, layer in ipairs(student.layers) do
         if not keep[i] then
-            local fq = map:instance(h, d, where)
-            local a = { map = map, fq = fq, fk = map:instance(h, d, where, fq), kind = kind, window = window,
+            local fq = map:instance(h, d, how)
+            local a = { map = map, fq = fq, fk = map:instance(h, d, how, fq), kind = kind, window = window,
                         affine = opts.affine or false }
             if window > 0 then
                 local value = opts.window_factor or START_FACTOR
