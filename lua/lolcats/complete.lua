@@ -25,6 +25,7 @@ local function keys_of(v, put)
       if type(k) == "string" then put(k, type(x) == "function" and "method" or "field") end
     end
     local meta = getmetatable(v)
+    for k in pairs(type(meta) == "table" and rawget(meta, "__names") or {}) do put(k, "method") end
     v = type(meta) == "table" and rawget(meta, "__index") or nil
   end
 end
@@ -40,7 +41,7 @@ local function value_of(chain, env)
   local name = chain:match("^[%a_][%w_]*")
   if not name then return nil end
   local v = rawget(env, name)
-  if v == nil then v = name == "lc" and env.lc or rawget(_G, name) end
+  if v == nil then v = name == "lc" and package.loaded["lolcats"] or rawget(_G, name) end
   local i = #name + 1
   while i <= #chain and v ~= nil do
     local field = chain:match("^%.([%a_][%w_]*)", i)

@@ -135,6 +135,7 @@ function help.names()
   for name in pairs(ok and lc or {}) do
     if type(name) == "string" then put(name) end
   end
+  for name in pairs(ok and getmetatable(lc).__names or {}) do put(name) end
   return names
 end
 

@@ -64,7 +64,8 @@ local elsewhere = {
   plateau = {"lolcats.optim", "plateau"},
 }
 
-setmetatable(lc, {__index = function(t, name)
+-- __names: for completion and help, which must not load a module to know its name
+setmetatable(lc, {__names = elsewhere, __index = function(t, name)
   local entry = elsewhere[name]
   if not entry then
     local near = type(name) == "string" and bridge.nearest(name, t, elsewhere)

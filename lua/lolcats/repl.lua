@@ -70,7 +70,8 @@ local function pack(...) return {n = select("#", ...), ...} end
 local function compile(text, chunk)
   local f, why = loadstring("return " .. text, chunk)
   if f then
-    f = loadstring("local values = __pack(" .. text .. "\n) return values", chunk)
+    local close = text:find("--", 1, true) and "\n)" or ")" -- a comment must end, else all stays on its line
+    f = loadstring("local values = __pack(" .. text .. close .. " return values", chunk)
     if f then return f, true end
   end
   f, why = loadstring(repl.keep_locals(text), chunk)

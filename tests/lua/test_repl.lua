@@ -95,7 +95,7 @@ t.test("completion", function()
   t.ok(set.forward and not set.q_proj)
   t.ok(offered("x:soft", env)["softmax"] and offered("x:resh", env)["reshape"])
   t.ok(offered("x.sha", env)["shape"] and not offered("x:sha", env)["shape"])
-  t.ok(offered("?soft", env)["softmax"])
+  t.ok(offered("?soft", env)["softmax"] and offered("?lineari", env)["linearize"] and offered("lc.lineari", env)["linearize"])
   t.ok(offered(":he", env)["help"])
   t.ok(offered("whi", env)["while"])
   t.eq(#select(2, offered("nothing.here", env)), 0)
@@ -145,11 +145,11 @@ end)
 
 t.test("errors do not end the session", function()
   local out, err, status = session("error 'no'", "x:matmul(3)", "prnt(1)", "x @ x", "lc.zeros(2, 3):matmul(lc.zeros(7, 2))", "error {}",
-    "error()", "lc.zeros(2):nothing()", "lc.scope(function() lc.zeros(2) error('inside') end)", "1 + 1")
+    "error()", "lc.zeros(2):nothing() -- c", "lc.lineraize", "lc.scope(function() lc.zeros(2) error('inside') end)", "1 + 1")
   t.eq(out, "2\n")
   t.eq(status, 0)
   for _, part in ipairs {
-    "stdin:1: no", "undefined variable 'x'", "did you mean 'print'?", "x:matmul(y)", "stdin:1: matmul: inner dims differ", "f32[7 x 2]", "inside",
+    "stdin:1: no", "undefined variable 'x'", "did you mean 'print'?", "x:matmul(y)", "stdin:1: matmul: inner dims differ", "f32[7 x 2]", "inside", "stdin:1: lc has no",
   } do
     t.ok(err:find(part, 1, true), part .. " in\n" .. err)
   end
