@@ -1,12 +1,13 @@
--- cli.lua: a recipe's arguments. lc.args declares them once, with their defaults and help; from that come types, --help, the
--- overlay of a YAML file (--config) and errors with a suggestion. Owns nothing else: running files is main.lua's.
+-- cli.lua: a recipe's arguments. lc.args declares them once, with their defaults and help; from that come types,
+-- --help, the overlay of a YAML file (--config) and errors with a suggestion. Owns nothing else: running files is
+-- main.lua's.
 local cli = {}
 
 -- Stands for a default where there is none: the user must give the argument.
 cli.required = setmetatable({}, {__tostring = function() return "required" end})
 
--- What the last lc.args resolved to: {name=, file=, source=, order={names}, values={name=value}, argv={...}}, or nil. A run folder
--- stores it.
+-- What the last lc.args resolved to: {name=, file=, source=, order={names}, values={name=value}, argv={...}}, or nil. A
+-- run folder stores it.
 cli.current = nil
 
 -- Set by --trust-code: code that came with a checkpoint may run.
@@ -98,7 +99,8 @@ end
 local function source_order(names, text)
   local place = {}
   for _, name in ipairs(names) do
-    place[name] = text and (text:find("%f[%w_]" .. name .. "%s*=%s*{") or text:find('"' .. name .. '"', 1, true)) or math.huge
+    local at = text and (text:find("%f[%w_]" .. name .. "%s*=%s*{") or text:find('"' .. name .. '"', 1, true))
+    place[name] = at or math.huge
   end
   table.sort(names, function(a, b)
     if place[a] ~= place[b] then return place[a] < place[b] end
@@ -106,7 +108,8 @@ local function source_order(names, text)
   end)
 end
 
--- {"summary", {"name", default, "help"[, choices]}, ..., name = {default, "help"[, choices]}} -> list of specs with .by_name, .summary.
+-- {"summary", {"name", default, "help"[, choices]}, ..., name = {default, "help"[, choices]}} -> list of specs with
+-- .by_name, .summary.
 local function declare(spec, text)
   local options = {by_name = {}, summary = ""}
   for _, row in ipairs(spec) do
@@ -134,7 +137,9 @@ local function spelled(name) return (name:gsub("_", "-")) end
 
 ---- values ---------------------------------------------------------------------------------------------------------------
 
-local truth = {["true"] = true, yes = true, on = true, ["1"] = true, ["false"] = false, no = false, off = false, ["0"] = false}
+local truth = {
+  ["true"] = true, yes = true, on = true, ["1"] = true, ["false"] = false, no = false, off = false, ["0"] = false,
+}
 
 local function show(v)
   if v == true then return "yes" elseif v == false then return "no" end
@@ -152,7 +157,8 @@ local function to_number(v)
   return n
 end
 
--- One value (a string of the command line, or a value of a YAML file) as the option's type; nil and why when it does not fit.
+-- One value (a string of the command line, or a value of a YAML file) as the option's type; nil and why when it does
+-- not fit.
 local function convert(spec, v, item)
   local kind = item or spec.type
   local out
@@ -217,7 +223,10 @@ local function read_config(options, path, values)
   if type(tree) ~= "table" or #tree > 0 then cli.usage("%s: expected a map of options", path) end
   for key, v in pairs(tree) do
     local spec = type(key) == "string" and find(options, key)
-    if not spec then cli.usage("%s: unknown option '%s'%s", path, tostring(key), did_you_mean(tostring(key), names_of(options))) end
+    if not spec then
+      key = tostring(key)
+      cli.usage("%s: unknown option '%s'%s", path, key, did_you_mean(key, names_of(options)))
+    end
     if v ~= files.null then
       local value, why = convert(spec, v)
       if value == nil then cli.usage("%s: %s %s", path, key, why) end
@@ -250,7 +259,9 @@ local function read_option(options, argv, i, values, given)
     i = i + 1
     value = argv[i]
     if value == nil then cli.usage("--%s needs a value", word) end
-    if value:match("^%-%-%a") then cli.usage("--%s needs a value; %s is an option (--%s=%s if it is meant)", word, value, word, value) end
+    if value:match("^%-%-%a") then
+      cli.usage("--%s needs a value; %s is an option (--%s=%s if it is meant)", word, value, word, value)
+    end
   end
   local v, why = convert(spec, value)
   if v == nil then cli.usage("--%s %s", word, why) end
@@ -357,7 +368,8 @@ function cli.help_text(options, name)
       head = "--" .. spelled(spec.name) .. " " .. (spec.choices and "CHOICE" or kinds[spec.type] or "TEXT")
     end
     if spec.positional then
-      usage = usage .. (spec.default == cli.required and " %s%s" or " [%s%s]"):format(spec.name:upper(), spec.type == "list" and ".." or "")
+      local form = spec.default == cli.required and " %s%s" or " [%s%s]"
+      usage = usage .. form:format(spec.name:upper(), spec.type == "list" and ".." or "")
     end
     if spec.default == cli.required then note = "required"
     elseif spec.type == "boolean" then note = spec.default and "default yes" or nil
@@ -393,7 +405,8 @@ end
 local function strict(values, options)
   local function unknown(_, name)
     if options.by_name[name] then return nil end
-    error(("args.%s is not declared by lc.args%s"):format(tostring(name), did_you_mean(tostring(name), names_of(options), "args.")), 2)
+    name = tostring(name)
+    error(("args.%s is not declared by lc.args%s"):format(name, did_you_mean(name, names_of(options), "args.")), 2)
   end
   return setmetatable(values, {
     __index = unknown,
@@ -404,8 +417,8 @@ local function strict(values, options)
   })
 end
 
--- Resolves `argv` by the declaration `spec` (see lc.args) without ending the program; returns the values, or nil and the help
--- text when help was asked for. Usage errors are raised. `source` is the text in which the declaration stands.
+-- Resolves `argv` by the declaration `spec` (see lc.args) without ending the program; returns the values, or nil and
+-- the help text when help was asked for. Usage errors are raised. `source` is the text in which the declaration stands.
 function cli.parse(spec, argv, name, source)
   local options = declare(spec, source)
   local values, wish = resolve(options, argv)
@@ -416,10 +429,10 @@ end
 -- Declares a recipe's arguments and reads them from the command line.
 --   lc.args {"what the recipe does", {"window", 64, "tokens that keep softmax attention"}, ...}
 --   lc.args {"what the recipe does", window = {64, "tokens that keep softmax attention"}, ...}
--- A row is a name, a default, a help text and, if only some values are allowed, a list of them. The default gives the type: number,
--- boolean (--flag, --no-flag), string, or a list (--name a,b). lc.required as the default: must be given. Further keys of a row:
--- type, min, max, positional. --help prints all this and ends; --config FILE.yaml is laid under the command line.
--- Returns a table of the values; other names in it are errors.
+-- A row is a name, a default, a help text and, if only some values are allowed, a list of them. The default gives the
+-- type: number, boolean (--flag, --no-flag), string, or a list (--name a,b). lc.required as the default: must be given.
+-- Further keys of a row: type, min, max, positional. --help prints all this and ends; --config FILE.yaml is laid under
+-- the command line. Returns a table of the values; other names in it are errors.
 function cli.args(spec)
   local script = cli.script or {}
   local argv = {}
@@ -434,7 +447,9 @@ function cli.args(spec)
     order[i] = option.name
     copy[option.name] = values[option.name]
   end
-  cli.current = {name = script.name, file = script.file, source = script.source, order = order, values = copy, argv = argv}
+  cli.current = {
+    name = script.name, file = script.file, source = script.source, order = order, values = copy, argv = argv,
+  }
   return values
 end
 

@@ -1,5 +1,5 @@
--- complete.lua: what Tab offers in a session: session variables, table fields, tensor methods, commands, names after ?, and file
--- names inside strings. Looks, never calls.
+-- complete.lua: what Tab offers in a session: session variables, table fields, tensor methods, commands, names after ?,
+-- and file names inside strings. Looks, never calls.
 local program = require "lolcats.program"
 local lexer = require "lolcats.lexer"
 local complete = {}

@@ -1,5 +1,5 @@
--- doctor.lua: what this program found on this machine: processor, libraries, devices and why not, memory, caches. For people who ask
--- why it is slow or why it does not find something; changes nothing.
+-- doctor.lua: what this program found on this machine: processor, libraries, devices and why not, memory, caches. For
+-- people who ask why it is slow or why it does not find something; changes nothing.
 local program = require "lolcats.program"
 local doctor = {}
 
@@ -30,7 +30,10 @@ end
 
 -- The shared libraries in use, by the names they are mapped under.
 local function libraries()
-  local wanted = {["yaml-0"] = true, z = true, yajl = true, ["pcre2-8"] = true, utf8proc = true, edit = true, dnnl = true, ["luajit-5.1"] = true}
+  local wanted = {
+    ["yaml-0"] = true, z = true, yajl = true, ["pcre2-8"] = true, utf8proc = true, edit = true, dnnl = true,
+    ["luajit-5.1"] = true,
+  }
   local seen, list = {}, {}
   for name, version in (read_file("/proc/self/maps") or ""):gmatch("/lib([%w%-%.]-)%.so([%d%.]*)\n") do
     if wanted[name] and not seen[name] then

@@ -1,5 +1,5 @@
--- help.lua: what a name means, for lc.help, ?name in a session and `lolcats help NAME`. Ops come from the op table; functions from
--- the comment above them in their Lua source. Nothing is written twice.
+-- help.lua: what a name means, for lc.help, ?name in a session and `lolcats help NAME`. Ops come from the op table;
+-- functions from the comment above them in their Lua source. Nothing is written twice.
 local program = require "lolcats.program"
 local cli = require "lolcats.cli"
 local help = {}
@@ -26,7 +26,8 @@ end
 
 local kinds = {
   T = "tensor", A = "tensor of any dtype", I = "tensor of integers", L = "list of tensors", f = "number", i = "integer",
-  b = "boolean", d = "dim", D = "dims", S = "shape", F = "number or 0-dim tensor", N = "integer or 0-dim tensor", s = "string",
+  b = "boolean", d = "dim", D = "dims", S = "shape", F = "number or 0-dim tensor",
+  N = "integer or 0-dim tensor", s = "string",
 }
 
 local function op_text(op)
@@ -139,8 +140,8 @@ function help.names()
   return names
 end
 
--- The text for a name (a string), or for a function or table itself; without one, an overview. `env` is where names are looked up
--- besides lc.
+-- The text for a name (a string), or for a function or table itself; without one, an overview. `env` is where names are
+-- looked up besides lc.
 function help.text(name, env)
   if name == nil or name == "" then return overview end
   if type(name) == "function" then return function_text("function", name) end

@@ -1,13 +1,14 @@
--- lexer.lua: cuts Lua source into tokens, for the session: which names stand at the outermost level, what is being typed. Knows
--- comments, strings and long brackets; leaves grammar to LuaJIT.
+-- lexer.lua: cuts Lua source into tokens, for the session: which names stand at the outermost level, what is being
+-- typed. Knows comments, strings and long brackets; leaves grammar to LuaJIT.
 local lexer = {}
 
--- How a keyword changes the depth of blocks. `while` and `for` open theirs with `do`, `if` counts once for all its branches.
+-- How a keyword changes the depth of blocks. `while` and `for` open theirs with `do`, `if` counts once for all its
+-- branches.
 lexer.depth = {["function"] = 1, ["do"] = 1, ["if"] = 1, ["repeat"] = 1, ["end"] = -1, ["until"] = -1}
 
 lexer.keywords = {
-  "and", "break", "do", "else", "elseif", "end", "false", "for", "function", "goto", "if", "in", "local", "nil", "not", "or",
-  "repeat", "return", "then", "true", "until", "while",
+  "and", "break", "do", "else", "elseif", "end", "false", "for", "function", "goto", "if", "in", "local", "nil", "not",
+  "or", "repeat", "return", "then", "true", "until", "while",
 }
 
 -- The end of a long bracket that opens at `at`, or nil when none opens there; `open` when it is not closed.
@@ -58,7 +59,8 @@ function lexer.tokens(text)
     elseif long_bracket(text, i) then
       put("string", long_bracket(text, i))
     else
-      put("op", i + (text:match("^[=~<>]=", i) and 1 or text:match("^%.%.%.", i) and 2 or text:match("^%.%.", i) and 1 or 0))
+      local sign = text:match("^[=~<>]=", i) or text:match("^%.%.%.?", i) or c
+      put("op", i + #sign - 1)
     end
   end
 end

@@ -1,5 +1,5 @@
--- main.lua: the command line of the program: which script to run and how it ends. Called by runtime/program/main.c with the
--- words of the command line; returns the exit status (0, 1 error, 2 usage, 3 environment, 130 interrupted).
+-- main.lua: the command line of the program: which script to run and how it ends. Called by runtime/program/main.c with
+-- the words of the command line; returns the exit status (0, 1 error, 2 usage, 3 environment, 130 interrupted).
 local program = require "lolcats.program"
 local cli = require "lolcats.cli"
 
@@ -339,7 +339,8 @@ return function(...)
   elseif opts.source then
     return guard(nil, function()
       local recipe = find_recipe((opts.source:gsub("%.lua$", ""):gsub("^recipes/", "")))
-      local text = recipe and recipe.text or program.source(opts.source) or program.source("lua/lolcats/" .. opts.source .. ".lua")
+      local text = recipe and recipe.text or program.source(opts.source)
+        or program.source("lua/lolcats/" .. opts.source .. ".lua")
       if not text then unknown_recipe(opts.source) end
       io.stdout:write(text)
     end)

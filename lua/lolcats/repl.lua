@@ -1,5 +1,6 @@
--- repl.lua: the interactive session: reads lines (by libedit on a terminal, plainly otherwise), prints expressions, keeps top-level
--- locals, completes names, answers ?name and :commands. An error or Ctrl-C ends the line, never the session.
+-- repl.lua: the interactive session: reads lines (by libedit on a terminal, plainly otherwise), prints expressions,
+-- keeps top-level locals, completes names, answers ?name and :commands. An error or Ctrl-C ends the line, never the
+-- session.
 local program = require "lolcats.program"
 local cli = require "lolcats.cli"
 local lexer = require "lolcats.lexer"
@@ -38,7 +39,8 @@ function repl.explain_syntax(why, text)
   return why
 end
 
--- `local` at the outermost level of a session becomes a variable of the session: Lua would forget it at the end of the line.
+-- `local` at the outermost level of a session becomes a variable of the session: Lua would forget it at the end of the
+-- line.
 function repl.keep_locals(text)
   local out, from, depth = {}, 1, 0
   local tokens = lexer.tokens(text)
@@ -65,8 +67,8 @@ end
 
 local function pack(...) return {n = select("#", ...), ...} end
 
--- The chunk for a line of a session: f and whether it is an expression, whose values f returns packed; or nil, why, and whether
--- more lines may mend it. No tail call: an error's place would be lost with the frame.
+-- The chunk for a line of a session: f and whether it is an expression, whose values f returns packed; or nil, why, and
+-- whether more lines may mend it. No tail call: an error's place would be lost with the frame.
 local function compile(text, chunk)
   local f, why = loadstring("return " .. text, chunk)
   if f then
@@ -168,7 +170,8 @@ local function with_trace(e)
   return e
 end
 
--- After an error: scopes that nobody closed are closed, gradients are recorded, a Ctrl-C that did its work is forgotten.
+-- After an error: scopes that nobody closed are closed, gradients are recorded, a Ctrl-C that did its work is
+-- forgotten.
 local function recover()
   program.interrupted()
   if program.drop_scopes() > 0 then
@@ -235,7 +238,8 @@ function commands.mem()
     io.stdout:write(("  %-8s tensors %.1f MB, cached %.1f MB, peak %.1f MB\n"):format(
       device.name, m.live / 2 ^ 20, m.cached / 2 ^ 20, m.peak / 2 ^ 20))
   end
-  io.stdout:write(("  %-8s %.1f MB; peak of the process %.1f MB\n"):format("Lua", collectgarbage "count" / 1024, lc.peak_rss() / 2 ^ 20))
+  io.stdout:write(("  %-8s %.1f MB; peak of the process %.1f MB\n"):format(
+    "Lua", collectgarbage "count" / 1024, lc.peak_rss() / 2 ^ 20))
 end
 
 function commands.who(_, env)
@@ -288,7 +292,8 @@ local function run_command(line, env)
     local names = {}
     for k in pairs(commands) do names[#names + 1] = k end
     local near = name and cli.suggest(name, names)
-    cli.usage("unknown command %s%s", line:match("^%S+"), near and ("; did you mean :%s?"):format(near) or "; :help lists them")
+    cli.usage("unknown command %s%s", line:match("^%S+"),
+      near and ("; did you mean :%s?"):format(near) or "; :help lists them")
   end
   command(rest, env)
 end
@@ -333,7 +338,8 @@ local function greet()
   io.stdout:write(("lolcats %s  %s     :help  :quit\n"):format(program.version, ok and line or jit.version))
 end
 
--- One whole input (perhaps of several lines): a command, ?name, an expression or statements. Returns an exit status to leave.
+-- One whole input (perhaps of several lines): a command, ?name, an expression or statements. Returns an exit status to
+-- leave.
 local function take(text, f, is_expression, env)
   if text:match("^%s*:%a") then return guarded(function() run_command(text:match("^%s*(.-)%s*$"), env) end) end
   if text:match("^%s*%?") then

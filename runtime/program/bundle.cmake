@@ -1,5 +1,6 @@
-# Runs at install: copies the shared libraries that the program needs into lib/lolcats, where the program's RPATH looks first, so
-# that the installed tree can be moved to a machine without them. oneDNN, opened at run time if it is there, stays behind.
+# Runs at install: copies the shared libraries that the program needs into lib/lolcats, where the program's RPATH looks
+# first, so that the installed tree can be moved to a machine without them. oneDNN, opened at run time if it is there,
+# stays behind.
 set(root "$ENV{DESTDIR}${CMAKE_INSTALL_PREFIX}")
 set(into "${root}/lib/lolcats")
 set(skip "ld-linux.*" "libc\\.so.*" "libm\\.so.*" "libdl\\.so.*" "libpthread\\.so.*" "librt\\.so.*" "libasan.*" "libubsan.*")

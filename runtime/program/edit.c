@@ -1,5 +1,5 @@
-/* edit.c: line editing by libedit, with history and completion. The completer is a Lua function, called through the classic API
- * from inside el_gets, itself called from Lua: an ordinary C function calling Lua, no FFI. */
+/* edit.c: line editing by libedit, with history and completion. The completer is a Lua function, called through the
+ * classic API from inside el_gets, itself called from Lua: an ordinary C function calling Lua, no FFI. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,7 +53,8 @@ static void list_candidates(lua_State *L, int n) {
     fflush(stdout);
 }
 
-/* The completer gets the text before the cursor; returns what to insert (or ""), and the candidates to list (or nil). */
+/* The completer gets the text before the cursor; returns what to insert (or ""), and the candidates to list (or
+ * nil). */
 static unsigned char complete(EditLine *e, int key) {
     (void)key;
     lua_State *L = state;

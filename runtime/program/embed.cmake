@@ -1,5 +1,5 @@
-# Writes the C file that carries every Lua file in the program, by .incbin: LIST names the files (relative to SOURCE), OUT is the
-# C file. The text of lolcats.h between its ffi marks goes in as lua/lolcats/header.txt.
+# Writes the C file that carries every Lua file in the program, by .incbin: LIST names the files (relative to SOURCE),
+# OUT is the C file. The text of lolcats.h between its ffi marks goes in as lua/lolcats/header.txt.
 file(READ ${SOURCE}/runtime/lolcats.h header)
 string(FIND "${header}" "/*<ffi>*/" first)
 string(FIND "${header}" "/*</ffi>*/" last)

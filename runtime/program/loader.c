@@ -1,6 +1,6 @@
-/* loader.c: finds Lua sources. Every module, recipe and example is embedded in the program; when the program runs from the tree
- * it was built in (<tree>/build*), or LOLCATS_LUA_PATH names a folder lua/ of one, the tree's files win, so that an edit needs no
- * build. Chunks are named by their path in the tree in both cases: messages are the same. */
+/* loader.c: finds Lua sources. Every module, recipe and example is embedded in the program; when the program runs from
+ * the tree it was built in (<tree>/build*), or LOLCATS_LUA_PATH names a folder lua/ of one, the tree's files win, so
+ * that an edit needs no build. Chunks are named by their path in the tree in both cases: messages are the same. */
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,5 +1,6 @@
-/* main.c: starts LuaJIT, opens the module "lolcats.program" and hands the command line to lua/lolcats/main.lua, whose number is
- * the exit status: 0, 1 error, 2 usage, 3 environment, 130 interrupted. Everything a user sees of the command line is there. */
+/* main.c: starts LuaJIT, opens the module "lolcats.program" and hands the command line to lua/lolcats/main.lua, whose
+ * number is the exit status: 0, 1 error, 2 usage, 3 environment, 130 interrupted. Everything a user sees of the command
+ * line is there. */
 #include <errno.h>
 #include <locale.h>
 #include <stdio.h>

@@ -1,7 +1,7 @@
-/* signals.c: Ctrl-C. The first one asks: it sets lc_interrupt, at which the next op fails with LC_EINTR, and a count hook, which
- * stops Lua code that calls no op. LuaJIT runs no hook inside compiled code, so a compiled loop without ops goes on; a second
- * Ctrl-C, within a second or while the first still waits, ends the program at once with status 130. Files survive that: they are
- * written aside and renamed. */
+/* signals.c: Ctrl-C. The first one asks: it sets lc_interrupt, at which the next op fails with LC_EINTR, and a count
+ * hook, which stops Lua code that calls no op. LuaJIT runs no hook inside compiled code, so a compiled loop without ops
+ * goes on; a second Ctrl-C, within a second or while the first still waits, ends the program at once with status 130.
+ * Files survive that: they are written aside and renamed. */
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -26,8 +26,8 @@ static double seconds(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* Runs before every interpreted instruction once a signal came, until it raises or an op has taken the interrupt. The core's Lua
- * is left alone: its few lines between two calls of C keep scopes and switches in balance. */
+/* Runs before every interpreted instruction once a signal came, until it raises or an op has taken the interrupt. The
+ * core's Lua is left alone: its few lines between two calls of C keep scopes and switches in balance. */
 static void stop_lua(lua_State *L, lua_Debug *ar) {
     if (lc_interrupt && lua_getinfo(L, "S", ar) &&
         (strncmp(ar->source, "@lua/lolcats/core/", 18) == 0 || strncmp(ar->source, "=lolcats", 8) == 0))

@@ -1,7 +1,7 @@
-/* driver_fuzz.c: drives a fuzz target where clang's libFuzzer is not at hand. Takes libFuzzer's arguments that the tests use
- * (-max_total_time=S, -runs=N, -seed=N, files and folders), keeps inputs that reach new code, by
- * gcc's -fsanitize-coverage=trace-pc, and
- * mutates them. The input of a crash is kept as crash-<target>, a file to give the program again. */
+/* driver_fuzz.c: drives a fuzz target where clang's libFuzzer is not at hand. Takes libFuzzer's arguments that the
+ * tests use (-max_total_time=S, -runs=N, -seed=N, files and folders), keeps inputs that reach new code, by gcc's
+ * -fsanitize-coverage=trace-pc, and mutates them. The input of a crash is kept as crash-<target>, a file to give the
+ * program again. */
 #include <dirent.h>
 #include <stdint.h>
 #include <stdio.h>

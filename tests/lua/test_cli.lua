@@ -1,4 +1,5 @@
--- test_cli.lua: the command line: arguments of recipes, exit statuses, messages with suggestions, strict globals, interruption.
+-- test_cli.lua: the command line: arguments of recipes, exit statuses, messages with suggestions, strict globals,
+-- interruption.
 local t = dofile(((arg and arg[0] or ""):match("^(.*/)") or "") .. "harness.lua")
 local cli = require "lolcats.cli"
 local program = require "lolcats.program"

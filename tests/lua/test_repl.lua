@@ -1,5 +1,5 @@
--- test_repl.lua: the interactive session, through a pipe (plain lines) and, where `script` is at hand, through a terminal; and its
--- parts: the lexer, kept locals, completion, printing, help.
+-- test_repl.lua: the interactive session, through a pipe (plain lines) and, where `script` is at hand, through a
+-- terminal; and its parts: the lexer, kept locals, completion, printing, help.
 local t = dofile(((arg and arg[0] or ""):match("^(.*/)") or "") .. "harness.lua")
 local repl = require "lolcats.repl"
 local lexer = require "lolcats.lexer"
