@@ -60,12 +60,21 @@ local function distill(d) -- d: defaults of the arguments
             return eval.perplexity_rows(how == "teacher" and teacher or student, held).ppl
         end)
     end
-    -- A sample continues enough text that keys have left the window: within it a student is still its teacher.
-    local context = held[1].ids:reshape(-1):slice(1, 1, math.min(args.seq - 1, math.max(4 * args.window, 64))):totable()
+    -- A sample continues enough text that keys have left the window: within it a student is still its teacher. Where the row is a
+    -- chat, it begins an answer.
+    local ids, labels = held[1].ids:totable()[1], held[1].labels:totable()[1]
+    local cut = math.min(args.seq - 1, math.max(4 * args.window, 64))
+    for i = cut, 2, -1 do
+        if i > cut / 2 and labels[i] ~= -100 and labels[i - 1] == -100 then
+            cut = i - 1
+            break
+        end
+    end
+    local context = { unpack(ids, 1, cut) }
     local function sample(name, model)
         if args.sample == 0 or not model.tokenizer then return "" end
         return results:once(name, function()
-            local how = { max_new = args.sample, temperature = 0 }
+            local how = { max_new = args.sample, temperature = 0.7, top_p = 0.9, repetition = 1.1, seed = args.seed }
             if args.prompt == "" then return (model:generate(context, how)) end
             if model.chat_template then return (lc.chat(model, how):say(args.prompt)) end
             return (model:generate(args.prompt, how))
@@ -140,7 +149,7 @@ local function distill(d) -- d: defaults of the arguments
         print(("\n> %s"):format((prompt:gsub("%s+", " "))))
         for _, row in ipairs { { "teacher", r.teacher_sample }, { "swapped", r.swapped_sample }, { "transfer", r.transfer_sample },
                                { "LoRA", r.lora_sample } } do
-            print(("  %-9s %s"):format(row[1], (tostring(row[2]):gsub("%s+", " "))))
+            print(("  %-9s %s"):format(row[1], (tostring(row[2]):gsub("[%s%c]+", " "))))
         end
     end
     files.write_json(args.out .. "/summary.json", {
