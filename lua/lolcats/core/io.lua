@@ -139,7 +139,24 @@ end
 
 local ESCAPES = {['"'] = '\\"', ["\\"] = "\\\\", ["\b"] = "\\b", ["\f"] = "\\f", ["\n"] = "\\n", ["\r"] = "\\r",
                  ["\t"] = "\\t"}
+-- Bytes that are no UTF-8 become U+FFFD: what is written here must be readable, whatever a model has said.
+local function valid_utf8(s)
+  if not s:find("[\128-\255]") then return s end
+  local out, at, n = {}, 1, #s
+  while at <= n do
+    local plain = s:match("^[%z\1-\127]+", at)
+    local c = plain or s:match("^[\194-\223][\128-\191]", at) or s:match("^\224[\160-\191][\128-\191]", at)
+      or s:match("^[\225-\236\238\239][\128-\191][\128-\191]", at) or s:match("^\237[\128-\159][\128-\191]", at)
+      or s:match("^\240[\144-\191][\128-\191][\128-\191]", at) or s:match("^[\241-\243][\128-\191][\128-\191][\128-\191]", at)
+      or s:match("^\244[\128-\143][\128-\191][\128-\191]", at)
+    out[#out + 1] = c or "\239\191\189"
+    at = at + (c and #c or 1)
+  end
+  return table.concat(out)
+end
+
 local function quote(s)
+  s = valid_utf8(s)
   return '"' .. s:gsub('[%c"\\\127]', function(c) return ESCAPES[c] or ("\\u%04x"):format(c:byte()) end) .. '"'
 end
 
