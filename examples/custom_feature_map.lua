@@ -1,5 +1,6 @@
--- A feature map of your own: squared ReLU on both half-spaces. `init` makes the parameters of one layer and side, `forward`
--- turns rows into features that must not be negative; gradient, checkpoints and decoding come by themselves.
+-- A feature map of your own: squared ReLU on both half-spaces. `init` makes the parameters of one layer and side,
+-- `forward` turns rows into features that must not be negative; gradient, checkpoints and decoding come by
+-- themselves.
 --   lolcats examples/custom_feature_map.lua          checks the map
 --   lolcats recipes/distill_smollm2.lua --map examples/custom_feature_map.lua
 local lc = require "lolcats"

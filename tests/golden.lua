@@ -1,5 +1,6 @@
--- golden.lua: runs every case in a folder of golden values, in float32 and in float64, and says how many passed. Nothing about
--- the cases is known here but the layout: another folder with other cases of the same kinds works alike.
+-- golden.lua: runs every case in a folder of golden values, in float32 and in float64, and says how many passed.
+-- Nothing about the cases is known here but the layout: another folder with other cases of the same kinds works
+-- alike.
 --   lolcats tests/golden.lua [DIR] [--only kind,kind] [--all] [--verbose] [--set plain_hybrid]
 local lc = require "lolcats"
 local files = require "lolcats.files"

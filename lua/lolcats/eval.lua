@@ -6,10 +6,10 @@ local files = require "lolcats.files"
 local M = {}
 
 -- ---- perplexity -----------------------------------------------------------------------------------------------------
---- Perplexity of a list of token ids. opts: seq (window, 1024), stride (seq: windows side by side; less: each window counts only
---- its new tokens, with the rest as context), limit (windows), bos (an id put before each window), forward (options of
---- model:forward), progress(done, all).
---- Returns {ppl =, loss =, tokens =, windows =, ppl_window_mean =, losses =}: ppl is exp of the mean over all counted tokens.
+--- Perplexity of a list of token ids. opts: seq (window, 1024), stride (seq: windows side by side; less: each window
+--- counts only its new tokens, with the rest as context), limit (windows), bos (an id put before each window),
+--- forward (options of model:forward), progress(done, all). Returns {ppl =, loss =, tokens =, windows =,
+--- ppl_window_mean =, losses =}: ppl is exp of the mean over all counted tokens.
 function M.perplexity(model, ids, opts)
     opts = opts or {}
     local seq = opts.seq or 1024
@@ -61,7 +61,8 @@ local function encode(model, s, bos)
     return ids
 end
 
---- Token ids of a context and its continuation: cut apart after encoding them together; spaces at the context's end go over.
+--- Token ids of a context and its continuation: cut apart after encoding them together; spaces at the context's end
+--- go over.
 function M.encode_pair(model, context, continuation, bos)
     local tail = context:match "%s+$"
     if tail then
@@ -82,8 +83,8 @@ function M.encode_pair(model, context, continuation, bos)
     return head, rest
 end
 
---- Log-likelihoods of several requests {context ids, continuation ids} in one forward. Rows are filled up on the right, which a
---- causal model does not see. Returns a list of {ll =, greedy =, cut =}.
+--- Log-likelihoods of several requests {context ids, continuation ids} in one forward. Rows are filled up on the
+--- right, which a causal model does not see. Returns a list of {ll =, greedy =, cut =}.
 function M.loglikelihoods(model, requests, opts)
     opts = opts or {}
     local limit = opts.max_length or model.config.max_position_embeddings
@@ -125,7 +126,8 @@ end
 -- ---- tasks ----------------------------------------------------------------------------------------------------------
 local function question(text) return "Question: " .. text .. "\nAnswer:" end
 
--- Each gives the requests of an item as {context, continuation} texts, the choices whose length norms, and the right one from 1.
+-- Each gives the requests of an item as {context, continuation} texts, the choices whose length norms, and the right
+-- one from 1.
 local TASKS = {}
 
 TASKS.piqa = { file = "piqa.validation.jsonl", norm = true, item = function(d)
@@ -200,7 +202,8 @@ function M.score_item(model, name, doc, opts)
     return item
 end
 
---- Accuracy of a model on a task. opts: folder, limit, bos (a BOS token before every context), max_length, forward, progress.
+--- Accuracy of a model on a task. opts: folder, limit, bos (a BOS token before every context), max_length, forward,
+--- progress.
 function M.task(model, name, opts)
     opts = opts or {}
     local docs = M.read_task(name, opts.folder, opts.limit)

@@ -1,6 +1,6 @@
--- feature_map.lua: the maps that turn queries and keys into the features of linear attention. A map here is a table with
--- init (makes the parameters of one layer and side) and forward (rows to features); the built-in ones also know the name
--- under which the fused attention op computes them itself. Also reads and writes the source of custom maps.
+-- feature_map.lua: the maps that turn queries and keys into the features of linear attention. A map here is a table
+-- with init (makes the parameters of one layer and side) and forward (rows to features); the built-in ones also know
+-- the name under which the fused attention op computes them itself. Also reads and writes the source of custom maps.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 
@@ -52,8 +52,8 @@ function Instance.features(self, x, ctx)
     return y
 end
 
---- A new instance for `heads` query heads of size `dim`. like: an instance whose values it copies (the k side of a layer
---- starts as a copy of the q side). dtype and device are those of the frozen weights.
+--- A new instance for `heads` query heads of size `dim`. like: an instance whose values it copies (the k side of a
+--- layer starts as a copy of the q side). dtype and device are those of the frozen weights.
 function Map:instance(heads, dim, where, like)
     local inst = setmetatable({}, self.meta)
     inst.options = where and where.options or {}
@@ -84,7 +84,8 @@ end
 -- (M.from_file, M.from_source) carries that file's text; any other one is cut out of the script that holds it.
 local reading
 
---- Declares a map: doc, init(self, heads, dim), forward(self, x, ctx); self.options holds what lc.linearize got as map_options. See examples/custom_feature_map.lua.
+--- Declares a map: doc, init(self, heads, dim), forward(self, x, ctx); self.options holds what lc.linearize got as
+--- map_options. See examples/custom_feature_map.lua.
 function M.feature_map(def)
     if type(def) ~= "table" or type(def.forward) ~= "function" then
         lc.fail("lc.feature_map wants a table with a function `forward` (and usually `init` and `doc`)")
@@ -127,8 +128,9 @@ function activation.pos_elu(x) return x:elu() + 1 end
 function activation.relu(x) return x:relu() end
 
 local doubles = { softmax_dim = true, exp_dim = true }
--- Maps that do not change when all inputs of a row shift alike. The bias is one number a head, so it cancels in them: it stays a
--- parameter, for checkpoints have it, but is left out of the arithmetic, and its gradient is exactly 0 instead of rounding noise.
+-- Maps that do not change when all inputs of a row shift alike. The bias is one number a head, so it cancels in them:
+-- it stays a parameter, for checkpoints have it, but is left out of the arithmetic, and its gradient is exactly 0
+-- instead of rounding noise.
 local shift_free = { softmax_dim = true, exp_dim = true }
 local FEATURE_EPS = 1e-12
 

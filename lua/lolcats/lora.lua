@@ -1,4 +1,5 @@
--- lora.lua: low-rank adapters on a model's projections, with PEFT's arithmetic and names: y = W x + (alpha / r) B (A x).
+-- lora.lua: low-rank adapters on a model's projections, with PEFT's arithmetic and names: y = W x + (alpha / r) B (A
+-- x).
 local lc = require "lolcats"
 
 local M = {}

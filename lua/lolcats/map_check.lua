@@ -1,6 +1,7 @@
--- map_check.lua: lc.check: does a feature map keep its promises? Features must be finite and not negative; the gradient must be
--- that of the function; a row's features must depend on that row alone; and the quadratic, the chunked and the recurrent form
--- of the attention built on it must agree. Everything runs in float64 on small random inputs.
+-- map_check.lua: lc.check: does a feature map keep its promises? Features must be finite and not negative; the
+-- gradient must be that of the function; a row's features must depend on that row alone; and the quadratic, the
+-- chunked and the recurrent form of the attention built on it must agree. Everything runs in float64 on small random
+-- inputs.
 local lc = require "lolcats"
 local maps = require "lolcats.feature_map"
 local attention = require "lolcats.attention"
@@ -158,8 +159,8 @@ local function check_forms(v, map, fq, fk, dim, heads, windows, tolerance)
         worst <= tolerance and ("%d comparisons within %.1e"):format(n, worst) or ("%s differs by %.3g"):format(where, worst))
 end
 
---- Checks a map (lc.feature_map{...}, a built-in name, or a file). opts: heads (2), dim (8), windows ({0, 4, 16}), and the options
---- of a built-in map. Returns a verdict: .ok, .rows, and text by tostring.
+--- Checks a map (lc.feature_map{...}, a built-in name, or a file). opts: heads (2), dim (8), windows ({0, 4, 16}),
+--- and the options of a built-in map. Returns a verdict: .ok, .rows, and text by tostring.
 function M.check(map, opts)
     opts = opts or {}
     map = maps.resolve(map, opts)

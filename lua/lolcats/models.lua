@@ -1,5 +1,6 @@
--- models.lua: lc.load: a model with its tokenizer and chat template from a folder, a file, a Hub id in the local cache, or
--- `smollm2`. Reads config.json + safetensors (one file or shards) and GGUF; a folder saved by student:save too.
+-- models.lua: lc.load: a model with its tokenizer and chat template from a folder, a file, a Hub id in the local
+-- cache, or `smollm2`. Reads config.json + safetensors (one file or shards) and GGUF; a folder saved by student:save
+-- too.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local hub = require "lolcats.hub"
@@ -111,8 +112,9 @@ function M.load_gguf(path, opts)
     return model
 end
 
---- Loads a model. name: a folder, a GGUF or safetensors file, a Hub id in the local cache, or "smollm2". opts: dtype of the weight
---- matrices ("f32", "bf16", "f16": activations stay f32; "f64": all of it), device, revision, check = false (do not look for NaN); for a saved student also base, map, trust_code.
+--- Loads a model. name: a folder, a GGUF or safetensors file, a Hub id in the local cache, or "smollm2". opts: dtype
+--- of the weight matrices ("f32", "bf16", "f16": activations stay f32; "f64": all of it), device, revision, check =
+--- false (do not look for NaN); for a saved student also base, map, trust_code.
 function M.load(name, opts)
     opts = opts or {}
     local path = hub.resolve(name, opts)

@@ -1,11 +1,12 @@
--- nn.lua: what modules share: token ids from whatever a caller holds, the products of a layer with their adapters, and the
--- flat buffers that hold all trained parameters, their gradients and their moments.
+-- nn.lua: what modules share: token ids from whatever a caller holds, the products of a layer with their adapters,
+-- and the flat buffers that hold all trained parameters, their gradients and their moments.
 local lc = require "lolcats"
 local tensors = require "lolcats.core.tensor"
 
 local M = {}
 
---- Token ids as an int32 tensor [b, t]: a table of ids, a table of such tables of one length, or a tensor [t] or [b, t].
+--- Token ids as an int32 tensor [b, t]: a table of ids, a table of such tables of one length, or a tensor [t] or [b,
+--- t].
 function M.ids(ids, device)
     if type(ids) == "table" and not lc.is_tensor(ids) then
         local rows = type(ids[1]) == "table" and ids or { ids }
@@ -27,7 +28,8 @@ function M.ids(ids, device)
     return x
 end
 
---- x W^T of a projection {weight=, lora=}, plus add; an adapter rides on the same sums, so it costs no extra pass over y.
+--- x W^T of a projection {weight=, lora=}, plus add; an adapter rides on the same sums, so it costs no extra pass
+--- over y.
 function M.project(x, p, add)
     local lora = p.lora
     if lora and lora.on then
@@ -46,9 +48,9 @@ local ALIGN = 16 -- elements; a parameter starts on a cache line
 local Flat = {}
 Flat.__index = Flat
 
---- Moves parameters (a list of {name=, tensor=}) into one buffer and their gradients into another, so that one call clips, zeroes
---- and updates all. Fields: data, grad, m, v (1-d tensors of one length, f32 unless the data are f64), params, n (elements
---- that count). The gaps between parameters hold zeros in all four.
+--- Moves parameters (a list of {name=, tensor=}) into one buffer and their gradients into another, so that one call
+--- clips, zeroes and updates all. Fields: data, grad, m, v (1-d tensors of one length, f32 unless the data are f64),
+--- params, n (elements that count). The gaps between parameters hold zeros in all four.
 function M.flatten(params, opts)
     opts = opts or {}
     if #params == 0 then lc.fail("there is nothing to train: no parameter requires a gradient") end

@@ -1,5 +1,6 @@
--- session.lua: a model with its memory of a text. Feeding keeps a key/value cache or a state of constant size; generating streams
--- text in whole UTF-8 characters; a prompt that continues what was fed is not read again. Chat keeps a conversation on top.
+-- session.lua: a model with its memory of a text. Feeding keeps a key/value cache or a state of constant size;
+-- generating streams text in whole UTF-8 characters; a prompt that continues what was fed is not read again. Chat
+-- keeps a conversation on top.
 local lc = require "lolcats"
 local bit = require "bit"
 local text = require "lolcats.core.text"
@@ -41,7 +42,7 @@ end
 function Session:reset()
     self.model:drop_state(self.state)
     self.state = self.model:new_state(1, { teacher = self.teacher })
-    self.ids, self.pending = {}, nil
+    self.ids, self.pending, self.broken = {}, nil, nil
 end
 
 local function feed_inner(self, ids, want)
@@ -54,7 +55,8 @@ local function feed_inner(self, ids, want)
     if want then return want(model:lm_head(x:select(2, -1)):reshape(-1)) end
 end
 
---- Reads ids (a table) after what was read before; want(logits [vocab]) is called on the last position and its result returned.
+--- Reads ids (a table) after what was read before; want(logits [vocab]) is called on the last position and its result
+--- returned.
 function Session:feed(ids, want)
     if self.pending then
         local all = { self.pending }
@@ -63,11 +65,14 @@ function Session:feed(ids, want)
     end
     if #ids == 0 then lc.fail("there is nothing to read: the prompt has no tokens") end
     for _, id in ipairs(ids) do self.ids[#self.ids + 1] = id end
-    return lc.no_grad(lc.scope, feed_inner, self, ids, want)
+    self.broken = true -- until it is read whole; an interruption leaves a state that fits no text
+    local result = lc.no_grad(lc.scope, feed_inner, self, ids, want)
+    self.broken = nil
+    return result
 end
 
---- Makes the session stand right before the last of `ids` and returns the ids still to be read. What was read before is kept when
---- it is a prefix of ids.
+--- Makes the session stand right before the last of `ids` and returns the ids still to be read. What was read before
+--- is kept when it is a prefix of ids.
 function Session:rest_of(ids)
     local have = self.ids
     if self.pending then
@@ -75,7 +80,7 @@ function Session:rest_of(ids)
         for i, id in ipairs(self.ids) do have[i] = id end
         have[#have + 1] = self.pending
     end
-    local same = #have < #ids
+    local same = #have < #ids and not self.broken
     for i = 1, same and #have or 0 do
         if have[i] ~= ids[i] then same = false break end
     end
@@ -102,7 +107,8 @@ local function open_tail(s)
     return 0
 end
 
--- Turns ids into text piece by piece: decodes from a little before the new ids, since a piece may depend on its neighbour.
+-- Turns ids into text piece by piece: decodes from a little before the new ids, since a piece may depend on its
+-- neighbour.
 local function streamer(tok)
     local ids, prefix, read = {}, 0, 0
     local function slice(a, b)
@@ -179,7 +185,8 @@ local function check_options(opts)
     end
 end
 
---- Ids of a prompt: a table of ids as it is; a text by the model's tokenizer, with the special tokens it adds by itself.
+--- Ids of a prompt: a table of ids as it is; a text by the model's tokenizer, with the special tokens it adds by
+--- itself.
 function Session:encode(prompt, opts)
     if type(prompt) == "table" then return prompt end
     local tok = self.model.tokenizer
@@ -187,8 +194,8 @@ function Session:encode(prompt, opts)
     return tok:encode(prompt, opts or { special = true, parse = true })
 end
 
---- Continues a prompt (text or ids, the whole of it: a part that was read before is not read again). opts: max_new (256),
---- temperature (0: greedy), top_k, top_p, min_p, repetition, seed, stop (strings), stop_ids, stream(piece).
+--- Continues a prompt (text or ids, the whole of it: a part that was read before is not read again). opts: max_new
+--- (256), temperature (0: greedy), top_k, top_p, min_p, repetition, seed, stop (strings), stop_ids, stream(piece).
 --- Returns the text, the new ids, and {reason =, prompt_tokens =, read_tokens =, prompt_seconds =, seconds =}.
 function Session:generate(prompt, opts)
     opts = opts or {}
@@ -284,7 +291,8 @@ function Chat:reset()
     self.session:reset()
 end
 
---- One turn: the user's text in, the reply out (and streamed). The state goes on from the last turn; only what is new is read.
+--- One turn: the user's text in, the reply out (and streamed). The state goes on from the last turn; only what is new
+--- is read.
 function Chat:say(user, opts)
     local set = {}
     for k, v in pairs(self.opts) do if k ~= "system" then set[k] = v end end

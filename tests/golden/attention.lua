@@ -1,6 +1,6 @@
--- attention.lua: single attentions. The quadratic form gives features, weights, both losses and the gradients of their sum; the
--- fused op, with the map inside and on ready features, is held against the same outputs, and its gradients against those of
--- the quadratic form for the squared error alone.
+-- attention.lua: single attentions. The quadratic form gives features, weights, both losses and the gradients of
+-- their sum; the fused op, with the map inside and on ready features, is held against the same outputs, and its
+-- gradients against those of the quadratic form for the squared error alone.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local maps = require "lolcats.feature_map"

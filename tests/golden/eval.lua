@@ -1,4 +1,5 @@
--- eval.lua: multiple-choice items as lm-evaluation-harness scores them: token counts, log-likelihoods, greedy flags, accuracies.
+-- eval.lua: multiple-choice items as lm-evaluation-harness scores them: token counts, log-likelihoods, greedy flags,
+-- accuracies.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local eval = require "lolcats.eval"

@@ -1,5 +1,5 @@
--- model.lua: tiny whole models: softmax logits and hidden states; and for each student the transfer loss and its gradients, ten
--- AdamW steps, student logits, ten LoRA steps, and logits of a decode after a prefill.
+-- model.lua: tiny whole models: softmax logits and hidden states; and for each student the transfer loss and its
+-- gradients, ten AdamW steps, student logits, ten LoRA steps, and logits of a decode after a prefill.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local nn = require "lolcats.nn"

@@ -1,5 +1,5 @@
--- models.lua: real models against another implementation: logits, layer outputs, token losses, gradients, greedy texts, digests of
--- dequantised tensors, chats. Tolerances are those of each JSON.
+-- models.lua: real models against another implementation: logits, layer outputs, token losses, gradients, greedy
+-- texts, digests of dequantised tensors, chats. Tolerances are those of each JSON.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local ffi = require "ffi"

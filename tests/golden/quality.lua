@@ -1,5 +1,6 @@
--- quality.lua: the reference recipe on the real 135M model, whole: packed Alpaca records in the given order, transfer steps, then
--- LoRA steps from the given start, with perplexity on held-out rows at each mark. Every perplexity within 0.5 %.
+-- quality.lua: the reference recipe on the real 135M model, whole: packed Alpaca records in the given order, transfer
+-- steps, then LoRA steps from the given start, with perplexity on held-out rows at each mark. Every perplexity within
+-- 0.5 %.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local nn = require "lolcats.nn"

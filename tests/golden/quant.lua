@@ -1,5 +1,5 @@
--- quant.lua: readers of tensor files: dequantised values, metadata of every kind, odd files that are valid, and broken ones that
--- must give an error.
+-- quant.lua: readers of tensor files: dequantised values, metadata of every kind, odd files that are valid, and
+-- broken ones that must give an error.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 

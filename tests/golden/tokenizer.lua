@@ -1,5 +1,5 @@
--- tokenizer.lua: texts to ids and ids to texts, exactly. Tokenizers that come as a file this library does not read are skipped by
--- name.
+-- tokenizer.lua: texts to ids and ids to texts, exactly. Tokenizers that come as a file this library does not read
+-- are skipped by name.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 

@@ -1,4 +1,5 @@
--- test_linearize.lua: students on small random models: transfer, layer-local backward, LoRA, custom maps, checkpoints, decoding.
+-- test_linearize.lua: students on small random models: transfer, layer-local backward, LoRA, custom maps,
+-- checkpoints, decoding.
 local t = dofile((arg and arg[0] or ""):match("^(.*/)") .. "harness.lua")
 local lc = require "lolcats"
 local files = require "lolcats.files"

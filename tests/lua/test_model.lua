@@ -1,4 +1,5 @@
--- test_model.lua: loading, refusing, forward, state, generation and chat plumbing on small random models and on made-up files.
+-- test_model.lua: loading, refusing, forward, state, generation and chat plumbing on small random models and on
+-- made-up files.
 local t = dofile((arg and arg[0] or ""):match("^(.*/)") .. "harness.lua")
 local lc = require "lolcats"
 local files = require "lolcats.files"

@@ -1,5 +1,5 @@
--- models/config.lua: one description of a Llama or Mistral decoder, from a Hugging Face config.json or from a GGUF's metadata,
--- and its rotary frequencies. What this library cannot compute exactly is refused here, by name.
+-- models/config.lua: one description of a Llama or Mistral decoder, from a Hugging Face config.json or from a GGUF's
+-- metadata, and its rotary frequencies. What this library cannot compute exactly is refused here, by name.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 

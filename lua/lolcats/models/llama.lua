@@ -1,6 +1,7 @@
--- models/llama.lua: the forward of a Llama or Mistral decoder over the ops: RMSNorm, rotary embedding, grouped heads, SwiGLU,
--- tied or own head. A layer's attention is softmax, or the student's when the model has been linearized. Hidden states are
--- [b, t, d]; positions and rotary tables are made once a forward; the head runs only where its result is asked for.
+-- models/llama.lua: the forward of a Llama or Mistral decoder over the ops: RMSNorm, rotary embedding, grouped heads,
+-- SwiGLU, tied or own head. A layer's attention is softmax, or the student's when the model has been linearized.
+-- Hidden states are [b, t, d]; positions and rotary tables are made once a forward; the head runs only where its
+-- result is asked for.
 local lc = require "lolcats"
 local nn = require "lolcats.nn"
 local attention = require "lolcats.attention"
@@ -39,7 +40,8 @@ local function make_layers(model)
     return layers
 end
 
---- A model over weights by checkpoint name. opts: dtype (of activations: f32 or f64), device, tokenizer, chat_template, source.
+--- A model over weights by checkpoint name. opts: dtype (of activations: f32 or f64), device, tokenizer,
+--- chat_template, source.
 function M.new(c, w, opts)
     local model = setmetatable({
         config = c, weights = w, dtype = opts.dtype, device = opts.device, tokenizer = opts.tokenizer,
@@ -96,7 +98,7 @@ function Model:context(ids, opts)
     local b, t = ids:size(1), ids:size(2)
     local seen = opts.state and opts.state.seen or 0
     local pos = lc.arange(seen, seen + t, 1, { dtype = "i32", device = self.device })
-    local ctx = { b = b, t = t, seen = seen, state = opts.state, window = self.config.sliding_window }
+    local ctx = { b = b, t = t, seen = seen, state = opts.state, teacher = opts.teacher, window = self.config.sliding_window }
     if opts.start then
         ctx.start = lc.is_tensor(opts.start) and opts.start or lc.tensor(opts.start, { dtype = "i32", device = self.device })
         local shift = ctx.start:to("f32"):reshape(b, 1)
@@ -144,7 +146,7 @@ function Model:attend(layer, q, k, v, n, ctx)
     local state = ctx.state and ctx.state.layers[layer.index]
     local call = { start = ctx.start, state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = n,
                    pos_tensor = ctx.state and ctx.state.pos, window = ctx.window }
-    if layer.student and not self.as_teacher then return attention.hybrid(layer.student, q, k, v, call) end
+    if layer.student and not ctx.teacher then return attention.hybrid(layer.student, q, k, v, call) end
     return attention.softmax(q, k, v, call)
 end
 
@@ -171,15 +173,13 @@ function Model:layer_forward(layer, x, ctx)
 end
 
 -- ---- what callers use -----------------------------------------------------------------------------------------------
---- Final hidden states [b, t, H], after the last norm, of token ids. opts: start, state, hidden (a table to fill with each
---- layer's output), teacher = true (a student computes with its teacher's softmax attention).
+--- Final hidden states [b, t, H], after the last norm, of token ids. opts: start, state, hidden (a table to fill with
+--- each layer's output), teacher = true (a student computes with its teacher's softmax attention).
 function Model:forward(ids, opts)
     opts = opts or {}
     if opts.state and lc.grad_enabled() then return lc.no_grad(self.forward, self, ids, opts) end -- a state has no gradient
     ids = self:check_ids(ids)
     local ctx = self:context(ids, opts)
-    local was = self.as_teacher
-    self.as_teacher = opts.teacher or was
     local x = lc.embedding(self.embed, ids)
     if x.dtype ~= self.dtype then x = x:to(self.dtype) end
     for _, layer in ipairs(self.layers) do -- a scope each: with gradients on, the tape alone holds what the backward needs
@@ -187,7 +187,6 @@ function Model:forward(ids, opts)
         x = lc.scope(self.layer_forward, self, layer, x, ctx)
         if opts.hidden then opts.hidden[layer.index] = x else before:drop() end
     end
-    self.as_teacher = was
     if opts.state then self:advance(opts.state, ctx.t) end
     return lc.rms_norm(x, self.norm, self.config.rms_norm_eps)
 end
@@ -242,8 +241,9 @@ local function labelled_rows(labels, ids)
     return rows, out
 end
 
---- Next-token loss: position i predicts labels[i + 1]; labels of -100 do not count. labels default to ids. Also returns each
---- counted row's loss, its argmax and the number of rows. The head is computed on counted rows only and never whole.
+--- Next-token loss: position i predicts labels[i + 1]; labels of -100 do not count. labels default to ids. Also
+--- returns each counted row's loss, its argmax and the number of rows. The head is computed on counted rows only and
+--- never whole.
 function Model:loss(ids, labels, opts)
     ids = self:check_ids(ids)
     local rows, wanted = labelled_rows(labels or ids, ids)
@@ -252,8 +252,8 @@ function Model:loss(ids, labels, opts)
     return self:loss_at(x, rows, wanted)
 end
 
---- Cross entropy of hidden states x [b, t, H] at flat rows (from 0) against labels. A head that is trained itself needs the logits
---- whole, and then there are no losses of single rows.
+--- Cross entropy of hidden states x [b, t, H] at flat rows (from 0) against labels. A head that is trained itself
+--- needs the logits whole, and then there are no losses of single rows.
 function Model:loss_at(x, rows, wanted)
     local where = { dtype = "i32", device = self.device }
     local flat = x:reshape(-1, x:size(-1))
@@ -275,7 +275,8 @@ function Model:nll(ids, labels, opts)
 end
 
 -- ---- state ----------------------------------------------------------------------------------------------------------
---- State for prefill in chunks and decoding: a key/value cache for softmax layers, a state of constant size for hybrid ones.
+--- State for prefill in chunks and decoding: a key/value cache for softmax layers, a state of constant size for
+--- hybrid ones.
 function Model:new_state(batch, opts)
     batch = batch or 1
     local c = self.config
@@ -308,8 +309,8 @@ function Model:drop_state(state)
 end
 
 -- ---- parameters -----------------------------------------------------------------------------------------------------
---- Every parameter as {name=, tensor=} in a fixed order: weights, feature maps, adapters. pattern: a Lua pattern on the name;
---- trainable = true: only those that require a gradient.
+--- Every parameter as {name=, tensor=} in a fixed order: weights, feature maps, adapters. pattern: a Lua pattern on
+--- the name; trainable = true: only those that require a gradient.
 function Model:params(pattern, trainable)
     local out = {}
     local function add(name, t)

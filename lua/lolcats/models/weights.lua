@@ -1,5 +1,6 @@
--- models/weights.lua: a decoder's weights from safetensors, GGUF, or nothing (random), straight into the storages that the
--- model computes with: q, k and v are row views of one storage, gate and up of another, each under its checkpoint name.
+-- models/weights.lua: a decoder's weights from safetensors, GGUF, or nothing (random), straight into the storages
+-- that the model computes with: q, k and v are row views of one storage, gate and up of another, each under its
+-- checkpoint name.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 
@@ -47,7 +48,8 @@ function M.plan(c)
     return plan
 end
 
--- The name under which a weight stands in the file. A tied matrix is stored once, and some writers keep the head's name for it.
+-- The name under which a weight stands in the file. A tied matrix is stored once, and some writers keep the head's
+-- name for it.
 local function stored_name(src, c, name)
     if src.format == "gguf" then return M.gguf_name(name) end
     if name == "model.embed_tokens.weight" and c.tie_word_embeddings and not src.file:has(name) and src.file:has "lm_head.weight" then
@@ -109,8 +111,9 @@ local function missing(src, c, plan)
     end
 end
 
---- Loads all weights. src: {file = opened tensors, format =, path =}. opts: dtype (of matrices), compute (of norms), device, check.
---- Returns name -> tensor, and the fused storages under "model.layers.N.self_attn.qkv" and "model.layers.N.mlp.gate_up".
+--- Loads all weights. src: {file = opened tensors, format =, path =}. opts: dtype (of matrices), compute (of norms),
+--- device, check. Returns name -> tensor, and the fused storages under "model.layers.N.self_attn.qkv" and
+--- "model.layers.N.mlp.gate_up".
 function M.load(src, c, opts)
     local plan = M.plan(c)
     missing(src, c, plan)
