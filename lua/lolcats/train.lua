@@ -487,7 +487,7 @@ end
 
 function Results:once(name, f)
     if self.values[name] == nil then
-        self.values[name] = f()
+        self.values[name] = files.parse_json(files.to_json { f() }, name)[1] -- as a resumed run will read it
         files.write_json(self.path, { request = self.request, values = self.values })
     end
     return self.values[name]
