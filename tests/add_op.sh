@@ -41,6 +41,7 @@ edits=$(diff -rq "$top/runtime" runtime; diff -rq "$top/kernels" kernels; diff -
 echo "$edits" | sed 's/^/    /'
 [ "$(echo "$edits" | wc -l)" -eq 4 ] || { echo "FAILED: other files had to change"; exit 1; }
 
+command -v ninja >/dev/null && export CMAKE_GENERATOR=Ninja
 cmake -S . -B b -DCMAKE_BUILD_TYPE=Debug -DBUILD_TESTING=OFF -DLC_ISA_LIST=generic -DLC_KERNEL_OPTIMIZE=-O0 >b.log 2>&1 || { tail b.log; exit 1; }
 cmake --build b --target lolcats -j "$(nproc)" >>b.log 2>&1 || { tail -n 20 b.log; exit 1; }
 cat > use.lua <<'LUA'
