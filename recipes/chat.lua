@@ -3,8 +3,9 @@ local lc = require "lolcats"
 local program = require "lolcats.program"
 
 local args = lc.args {
-    "A conversation with a model through its own chat template. A linearized model carries a state of constant size from turn to " ..
-    "turn, so no turn reads the past again. Commands: /reset starts over, /system TEXT sets the system message, /exit leaves.",
+    "A conversation with a model through its own chat template. A linearized model carries a state of constant size " ..
+    "from turn to turn, so no turn reads the past again. Commands: /reset starts over, /system TEXT sets the system " ..
+    "message, /exit leaves.",
     { "model", "smollm2", "folder, GGUF file, Hub id in the local cache, saved student, or smollm2" },
     { "system", "", "the system message" },
     { "max_new", 400, "tokens a reply at most", min = 1 },
@@ -28,8 +29,8 @@ local turn = 0
 
 local function how()
     turn = turn + 1
-    return { max_new = args.max_new, temperature = args.temperature, top_k = args.top_k, top_p = args.top_p, min_p = args.min_p,
-             repetition = args.repetition, seed = args.seed >= 0 and args.seed + turn or os.time() + turn,
+    return { max_new = args.max_new, temperature = args.temperature, top_k = args.top_k, top_p = args.top_p,
+             min_p = args.min_p, repetition = args.repetition, seed = args.seed >= 0 and args.seed + turn or os.time() + turn,
              stream = function(piece) io.write(piece); io.flush() end }
 end
 
@@ -46,8 +47,8 @@ local function say(line)
         error(reply, 0)
     end
     if args.stats then
-        io.stderr:write(("%d tokens read in %.2f s, %d new at %.1f tokens/s; %d in all\n"):format(info.read_tokens, info.prompt_seconds,
-            #ids, #ids / math.max(info.seconds, 1e-9), #chat.session.ids))
+        io.stderr:write(("%d tokens read in %.2f s, %d new at %.1f tokens/s; %d in all\n"):format(info.read_tokens,
+            info.prompt_seconds, #ids, #ids / math.max(info.seconds, 1e-9), #chat.session.ids))
     end
 end
 

@@ -4,8 +4,8 @@ local files = require "lolcats.files"
 local eval = require "lolcats.eval"
 
 local args = lc.args {
-    "Multiple-choice accuracy (piqa, arc_easy, arc_challenge, winogrande; zero-shot, by the rules of lm-evaluation-harness) and " ..
-    "perplexity. Task files are TASK.validation.jsonl in the folder given by --data.",
+    "Multiple-choice accuracy (piqa, arc_easy, arc_challenge, winogrande; zero-shot, by the rules of " ..
+    "lm-evaluation-harness) and perplexity. Task files are TASK.validation.jsonl in the folder given by --data.",
     { "model", "smollm2", "folder, GGUF file, Hub id in the local cache, saved student, or smollm2" },
     { "tasks", { "piqa", "arc_easy", "arc_challenge", "winogrande" }, "which tasks; none: only perplexity" },
     { "data", "", "folder of the task files; default: assets/datasets/eval of $LOLCATS_TEST_DATA or ../shared" },
@@ -31,7 +31,9 @@ end
 local tasks = {}
 for _, name in ipairs(args.tasks) do
     if name ~= "none" then
-        if not eval.TASKS[name] then lc.fail("there is no task '%s'; there are %s", name, table.concat(eval.TASK_NAMES, ", ")) end
+        if not eval.TASKS[name] then
+            lc.fail("there is no task '%s'; there are %s", name, table.concat(eval.TASK_NAMES, ", "))
+        end
         tasks[#tasks + 1] = name
     end
 end
@@ -66,9 +68,11 @@ end
 if args.json then
     print(files.to_json(out))
 else
-    if out.perplexity then print(("%-16s ppl %.4f over %d tokens"):format("perplexity", out.perplexity.ppl, out.perplexity.tokens)) end
+    local p = out.perplexity
+    if p then print(("%-16s ppl %.4f over %d tokens"):format("perplexity", p.ppl, p.tokens)) end
     for _, r in ipairs(out.tasks) do
-        print(("%-16s acc %.4f%s%s  (%d items)"):format(r.task, r.acc, r.acc_stderr and (" +- %.4f"):format(r.acc_stderr) or "",
-              r.acc_norm and ("   acc_norm %.4f"):format(r.acc_norm) or "", r.items))
+        local spread = r.acc_stderr and (" +- %.4f"):format(r.acc_stderr) or ""
+        local norm = r.acc_norm and ("   acc_norm %.4f"):format(r.acc_norm) or ""
+        print(("%-16s acc %.4f%s%s  (%d items)"):format(r.task, r.acc, spread, norm, r.items))
     end
 end

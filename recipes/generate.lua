@@ -23,8 +23,8 @@ local args = lc.args {
 
 local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
 local prompt = args.prompt == "-" and io.read "*a" or args.prompt
-local opts = { max_new = args.max_new, temperature = args.temperature, top_k = args.top_k, top_p = args.top_p, min_p = args.min_p,
-               repetition = args.repetition, seed = args.seed, stop = args.stop }
+local opts = { max_new = args.max_new, temperature = args.temperature, top_k = args.top_k, top_p = args.top_p,
+               min_p = args.min_p, repetition = args.repetition, seed = args.seed, stop = args.stop }
 if not args.json then
     opts.stream = function(piece)
         io.write(piece)
@@ -40,12 +40,12 @@ else
 end
 local rate = #ids / math.max(info.seconds, 1e-9)
 if args.json then
-    print(files.to_json { model = args.model, prompt = prompt, text = text, ids = #ids > 0 and ids or files.array {}, reason = info.reason,
-                          prompt_tokens = info.prompt_tokens, new_tokens = #ids, prompt_seconds = info.prompt_seconds,
+    print(files.to_json { model = args.model, prompt = prompt, text = text, ids = #ids > 0 and ids or files.array {},
+                          reason = info.reason, prompt_tokens = info.prompt_tokens, new_tokens = #ids, prompt_seconds = info.prompt_seconds,
                           seconds = info.seconds, tok_s = rate })
 else
     io.write "\n"
     io.flush()
-    io.stderr:write(("%d prompt tokens in %.2f s, %d new at %.1f tokens/s (%s)\n"):format(info.prompt_tokens, info.prompt_seconds, #ids, rate,
-                                                                                     info.reason))
+    io.stderr:write(("%d prompt tokens in %.2f s, %d new at %.1f tokens/s (%s)\n"):format(info.prompt_tokens,
+        info.prompt_seconds, #ids, rate, info.reason))
 end

@@ -8,7 +8,8 @@ local args = lc.args {
     { "model", "smollm2", "folder, GGUF file, Hub id in the local cache, saved student, or smollm2" },
     { "text", lc.required, "text file (UTF-8); - reads standard input" },
     { "seq", 1024, "tokens a window", min = 2 },
-    { "stride", 0, "tokens from one window to the next; 0: windows side by side. Smaller counts each token once, with more context", min = 0 },
+    { "stride", 0, "tokens from one window to the next; 0: windows side by side. A smaller one counts each token once, " ..
+      "with more context", min = 0 },
     { "limit", 0, "at most this many windows; 0: all", min = 0 },
     { "bos", false, "put the model's BOS token before every window" },
     { "dtype", "f32", "of the weights", choices = { "f32", "bf16", "f16", "f64" } },
@@ -34,7 +35,10 @@ local function run()
     return eval.perplexity(model, ids, {
         seq = args.seq, stride = args.stride > 0 and args.stride or nil, limit = args.limit > 0 and args.limit or nil,
         bos = args.bos and model.config.bos_token_id or nil, forward = { teacher = args.teacher },
-        progress = tty and function(i, n) io.stderr:write(("\r%d / %d windows "):format(i, n)); if i == n then io.stderr:write "\r\27[K" end end,
+        progress = tty and function(i, n)
+            io.stderr:write(("\r%d / %d windows "):format(i, n))
+            if i == n then io.stderr:write "\r\27[K" end
+        end,
     })
 end
 local r
@@ -44,10 +48,10 @@ local seconds = lc.now() - t0
 if args.json then
     print(files.to_json {
         model = args.model, text = args.text, ppl = r.ppl, loss = r.loss, tokens = r.tokens, windows = r.windows,
-        ppl_window_mean = r.ppl_window_mean, window_losses = r.losses, seq = args.seq, stride = args.stride > 0 and args.stride or args.seq,
-        seconds = seconds, tok_s = r.tokens / seconds,
+        ppl_window_mean = r.ppl_window_mean, window_losses = r.losses, seq = args.seq,
+        stride = args.stride > 0 and args.stride or args.seq, seconds = seconds, tok_s = r.tokens / seconds,
     })
 else
-    print(("perplexity %.4f   loss %.5f over %d tokens in %d windows of %d (mean of the windows' perplexities %.4f), %.0f tokens/s")
-        :format(r.ppl, r.loss, r.tokens, r.windows, args.seq, r.ppl_window_mean, r.tokens / seconds))
+    print(("perplexity %.4f   loss %.5f over %d tokens in %d windows of %d (mean of the windows' perplexities %.4f), " ..
+        "%.0f tokens/s"):format(r.ppl, r.loss, r.tokens, r.windows, args.seq, r.ppl_window_mean, r.tokens / seconds))
 end

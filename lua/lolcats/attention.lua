@@ -164,7 +164,9 @@ end
 --- One chunk of t positions after ctx.seen earlier ones, with a state of constant size: the keys, values and features
 --- of the current window, and the sums over everything before it. Without gradient; any map, any split into chunks.
 function M.recurrent(a, q, k, v, fq, fk, ctx)
-    if ctx.start then lc.fail("the recurrent form of a custom feature map takes no left padding; give the rows one by one") end
+    if ctx.start then
+        lc.fail("the recurrent form of a custom feature map takes no left padding; give the rows one by one")
+    end
     local st, n = ctx.state, ctx.seen
     local h, t, d = q:size(2), q:size(3), q:size(4)
     local rep_k, rep_v = M.repeat_heads(k, h), M.repeat_heads(v, h)

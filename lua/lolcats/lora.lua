@@ -54,8 +54,8 @@ function M.add(model, opts)
     end
     for _, target in ipairs(targets) do
         if not hits[target] then
-            lc.fail("LoRA target '%s' names no projection; there are q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
-                    tostring(target))
+            lc.fail("LoRA target '%s' names no projection; there are q_proj, k_proj, v_proj, o_proj, gate_proj, " ..
+                    "up_proj, down_proj", tostring(target))
         end
     end
     model.lora = { rank = rank, alpha = alpha, targets = targets, layers = opts.layers }

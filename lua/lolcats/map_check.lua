@@ -42,7 +42,8 @@ local function check_positive(v, inst, x, ctx)
     add(v, "finite", bad == 0, bad == 0 and "no NaN, no infinity" or bad .. " features are NaN or infinite")
     add(v, "positive", bad == 0 and low >= 0, ("smallest feature %.3g"):format(low))
     add(v, "some feature in every row", bad == 0 and empty > 0,
-        ("smallest sum of a row %.3g%s"):format(empty, empty > 0 and "" or "; add a small constant, the denominator may be 0"))
+        ("smallest sum of a row %.3g%s"):format(empty, empty > 0 and "" or
+                                                "; add a small constant, the denominator may be 0"))
     return y
 end
 
@@ -75,7 +76,9 @@ local function check_gradient(v, inst, x, ctx)
             cell:fill_(old)
             local got = g and g:narrow(1, i, 1):item() or 0
             local d = math.abs(num - got) / math.max(1, math.abs(num))
-            if d >= worst then worst, where = d, ("%s[%d]: %.6g by backward, %.6g by differences"):format(p.name, i - 1, got, num) end
+            if d >= worst then
+                worst, where = d, ("%s[%d]: %.6g by backward, %.6g by differences"):format(p.name, i - 1, got, num)
+            end
         end
     end
     x:requires_grad_(false)
@@ -93,7 +96,8 @@ local function check_rows(v, inst, x, hidden)
     local before = difference(y:narrow(3, 1, row - 1), z:narrow(3, 1, row - 1))
     local after = difference(y:narrow(3, row + 1, t - row), z:narrow(3, row + 1, t - row))
     -- the same rows in a shorter sequence
-    local half = { side = "q", layer = 1, pos = ctx.pos:narrow(1, row, t - row + 1), hidden = hidden:narrow(2, row, t - row + 1) }
+    local half = { side = "q", layer = 1, pos = ctx.pos:narrow(1, row, t - row + 1),
+                   hidden = hidden:narrow(2, row, t - row + 1) }
     local part = inst:features(x:narrow(3, row, t - row + 1):contiguous(), half)
     local alone = difference(part, y:narrow(3, row, t - row + 1))
     local worst = math.max(before, after, alone)
@@ -150,13 +154,16 @@ local function check_forms(v, map, fq, fk, dim, heads, windows, tolerance)
                 for name, y in pairs(forms) do
                     local d = difference(y, want) / top
                     n = n + 1
-                    if not (d <= worst) then worst, where = d, ("%s, %s window %d%s"):format(name, kind, w, affine and ", affine" or "") end
+                    if not (d <= worst) then
+                        worst, where = d, ("%s, %s window %d%s"):format(name, kind, w, affine and ", affine" or "")
+                    end
                 end
             end
         end
     end
     add(v, "quadratic = chunked = recurrent", worst <= tolerance,
-        worst <= tolerance and ("%d comparisons within %.1e"):format(n, worst) or ("%s differs by %.3g"):format(where, worst))
+        worst <= tolerance and ("%d comparisons within %.1e"):format(n, worst) or
+        ("%s differs by %.3g"):format(where, worst))
 end
 
 --- Checks a map (lc.feature_map{...}, a built-in name, or a file). opts: heads (2), dim (8), windows ({0, 4, 16}),

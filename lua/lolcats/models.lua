@@ -10,14 +10,17 @@ local llama = require "lolcats.models.llama"
 
 local M = {}
 
-local DTYPES = { f32 = "f32", float32 = "f32", bf16 = "bf16", bfloat16 = "bf16", f16 = "f16", float16 = "f16", f64 = "f64",
-                 float64 = "f64" }
+local DTYPES = { f32 = "f32", float32 = "f32", bf16 = "bf16", bfloat16 = "bf16", f16 = "f16", float16 = "f16",
+                 f64 = "f64", float64 = "f64" }
 
 local function read_opts(opts)
     local dtype = DTYPES[opts.dtype or "f32"]
-    if not dtype then lc.fail("dtype '%s' is not one that a model can be loaded in: f32, bf16, f16, f64", tostring(opts.dtype)) end
+    if not dtype then
+        lc.fail("dtype '%s' is not one that a model can be loaded in: f32, bf16, f16, f64", tostring(opts.dtype))
+    end
     -- halves are for frozen matrices; activations, norms and whatever is trained stay in f32
-    return { dtype = dtype, compute = dtype == "f64" and "f64" or "f32", device = opts.device or "cpu", check = opts.check }
+    return { dtype = dtype, compute = dtype == "f64" and "f64" or "f32", device = opts.device or "cpu",
+             check = opts.check }
 end
 
 -- A string or {content = ...}, as tokenizer_config.json has them.
@@ -106,8 +109,9 @@ function M.load_gguf(path, opts)
         special.eos_token = c.eos_token_id and tokenizer:token(c.eos_token_id)
         add_ids(special.stop, ids_of(meta "tokenizer.ggml.eot_token_id"))
     end
-    local model = llama.new(c, w, { dtype = opts.compute, device = opts.device, source = opts.source or path, special = special,
-                                    tokenizer = tokenizer, chat_template = meta "tokenizer.chat_template" })
+    local model = llama.new(c, w, { dtype = opts.compute, device = opts.device, source = opts.source or path,
+                                    special = special, tokenizer = tokenizer,
+                                    chat_template = meta "tokenizer.chat_template" })
     file:close()
     return model
 end

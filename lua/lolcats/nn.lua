@@ -13,7 +13,9 @@ function M.ids(ids, device)
         local n = #rows[1]
         if n == 0 then lc.fail("no token ids given: the text is empty") end
         for i, row in ipairs(rows) do
-            if #row ~= n then lc.fail("row %d of the token ids has %d ids, row 1 has %d; rows must be of one length", i, #row, n) end
+            if #row ~= n then
+                lc.fail("row %d of the token ids has %d ids, row 1 has %d; rows must be of one length", i, #row, n)
+            end
         end
         return lc.tensor(rows, { dtype = "i32", device = device })
     end
@@ -60,8 +62,8 @@ function M.flatten(params, opts)
     for i, p in ipairs(params) do
         local t = p.tensor
         if t.dtype ~= dtype or t.device ~= device then
-            lc.fail("parameters of one optimizer must share dtype and device: %s is %s on %s, %s is %s on %s", params[1].name,
-                    dtype, device, p.name, t.dtype, t.device)
+            lc.fail("parameters of one optimizer must share dtype and device: %s is %s on %s, %s is %s on %s",
+                    params[1].name, dtype, device, p.name, t.dtype, t.device)
         end
         places[i] = at
         count = count + t:numel()

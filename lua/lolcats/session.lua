@@ -35,7 +35,8 @@ end
 -- ---- feeding --------------------------------------------------------------------------------------------------------
 --- A session on a model. opts: teacher = true (a student's session with its teacher's softmax attention).
 function M.new(model, opts)
-    return setmetatable({ model = model, ids = {}, teacher = opts and opts.teacher, state = model:new_state(1, opts) }, Session)
+    local teacher = opts and opts.teacher
+    return setmetatable({ model = model, ids = {}, teacher = teacher, state = model:new_state(1, opts) }, Session)
 end
 
 --- Forgets everything.
@@ -163,8 +164,8 @@ end
 
 -- ---- generating -----------------------------------------------------------------------------------------------------
 local function picker(self, opts)
-    local how = { temperature = opts.temperature or 0, top_k = opts.top_k or 0, top_p = opts.top_p or 1, min_p = opts.min_p or 0,
-                  repetition = opts.repetition or 1 }
+    local how = { temperature = opts.temperature or 0, top_k = opts.top_k or 0, top_p = opts.top_p or 1,
+                  min_p = opts.min_p or 0, repetition = opts.repetition or 1 }
     local draw = uniform_source(opts.seed)
     local recent = how.repetition ~= 1 and self.ids or nil
     return function(logits)
@@ -176,8 +177,9 @@ local function picker(self, opts)
     end
 end
 
-local KNOWN = { max_new = true, temperature = true, top_k = true, top_p = true, min_p = true, repetition = true, seed = true,
-                stop = true, stream = true, stop_ids = true, teacher = true, on_logits = true, special = true, on_token = true }
+local KNOWN = { max_new = true, temperature = true, top_k = true, top_p = true, min_p = true, repetition = true,
+                seed = true, stop = true, stream = true, stop_ids = true, teacher = true, on_logits = true,
+                on_token = true }
 
 local function check_options(opts)
     for k in pairs(opts) do
@@ -270,7 +272,8 @@ local function render(model, messages, generation)
     if not model.compiled_template then model.compiled_template = template.compile(model.chat_template) end
     return model.compiled_template:render({
         messages = messages, add_generation_prompt = generation,
-        bos_token = model.special and model.special.bos_token or "", eos_token = model.special and model.special.eos_token or "",
+        bos_token = model.special and model.special.bos_token or "",
+        eos_token = model.special and model.special.eos_token or "",
     })
 end
 

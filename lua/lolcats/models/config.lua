@@ -30,7 +30,8 @@ local function check_scaling(s, where)
     if kind == "default" then return nil end
     local function number(key)
         if type(s[key]) ~= "number" or s[key] <= 0 then
-            lc.fail("%s: rope_scaling of type '%s' needs a number above 0 as '%s', it is %s", where, kind, key, tostring(s[key]))
+            lc.fail("%s: rope_scaling of type '%s' needs a number above 0 as '%s', it is %s", where, kind, key,
+                    tostring(s[key]))
         end
         return s[key]
     end
@@ -50,7 +51,8 @@ function M.normalize(raw, where)
     local arch = c.architectures and c.architectures[1]
     local family = c.model_type or (arch and ARCHITECTURES[arch])
     if arch and not ARCHITECTURES[arch] then
-        lc.fail("%s: architecture '%s' is not supported; LlamaForCausalLM and MistralForCausalLM are", where, tostring(arch))
+        lc.fail("%s: architecture '%s' is not supported; LlamaForCausalLM and MistralForCausalLM are", where,
+                tostring(arch))
     end
     if not FAMILIES[family] then
         lc.fail("%s: model_type '%s' is not supported; llama and mistral are", where, tostring(family))
@@ -68,7 +70,8 @@ function M.normalize(raw, where)
     local h = need(c, "num_attention_heads", where)
     local hidden = need(c, "hidden_size", where)
     if not c.head_dim and hidden % h ~= 0 then
-        lc.fail("%s: hidden_size %d is not a multiple of num_attention_heads %d and there is no head_dim", where, hidden, h)
+        lc.fail("%s: hidden_size %d is not a multiple of num_attention_heads %d and there is no head_dim", where,
+                hidden, h)
     end
     c.num_key_value_heads = c.num_key_value_heads or h
     c.head_dim = c.head_dim or hidden / h
@@ -87,9 +90,12 @@ function M.normalize(raw, where)
     out.rope_theta = c.rope_theta or rope.rope_theta or 10000.0
     out.rope_scaling = check_scaling(c.rope_scaling or (c.rope_parameters and rope) or nil, where)
     if h % out.num_key_value_heads ~= 0 then
-        lc.fail("%s: num_attention_heads %d is not a multiple of num_key_value_heads %d", where, h, out.num_key_value_heads)
+        lc.fail("%s: num_attention_heads %d is not a multiple of num_key_value_heads %d", where, h,
+                out.num_key_value_heads)
     end
-    if out.head_dim % 2 ~= 0 then lc.fail("%s: head_dim %d is odd; rotary embedding needs pairs", where, out.head_dim) end
+    if out.head_dim % 2 ~= 0 then
+        lc.fail("%s: head_dim %d is odd; rotary embedding needs pairs", where, out.head_dim)
+    end
     return out
 end
 
@@ -97,7 +103,8 @@ end
 function M.from_gguf(meta, has, shape, where)
     local arch = meta "general.architecture"
     if arch ~= "llama" then
-        lc.fail("%s: GGUF architecture '%s' is not supported; 'llama' (which Mistral files use too) is", where, tostring(arch))
+        lc.fail("%s: GGUF architecture '%s' is not supported; 'llama' (which Mistral files use too) is", where,
+                tostring(arch))
     end
     local function get(key) return meta("llama." .. key) end
     if (get "expert_count" or 0) > 0 then lc.fail("%s: a mixture of experts is not supported", where) end

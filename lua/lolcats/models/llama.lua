@@ -98,9 +98,11 @@ function Model:context(ids, opts)
     local b, t = ids:size(1), ids:size(2)
     local seen = opts.state and opts.state.seen or 0
     local pos = lc.arange(seen, seen + t, 1, { dtype = "i32", device = self.device })
-    local ctx = { b = b, t = t, seen = seen, state = opts.state, teacher = opts.teacher, window = self.config.sliding_window }
+    local ctx = { b = b, t = t, seen = seen, state = opts.state, teacher = opts.teacher,
+                  window = self.config.sliding_window }
     if opts.start then
-        ctx.start = lc.is_tensor(opts.start) and opts.start or lc.tensor(opts.start, { dtype = "i32", device = self.device })
+        ctx.start = opts.start
+        if not lc.is_tensor(ctx.start) then ctx.start = lc.tensor(ctx.start, { dtype = "i32", device = self.device }) end
         local shift = ctx.start:to("f32"):reshape(b, 1)
         pos = (pos:to("f32"):reshape(1, t):expand(b, t) - shift):clamp({ min = 0 }):to("i32")
     end
@@ -157,9 +159,11 @@ function Model:finish(layer, x, y, ctx)
     x = nn.project(flat, layer.proj.o_proj, x)
     local n = lc.rms_norm(x, layer.post_norm, c.rms_norm_eps)
     local gate, up
-    if layer.gate_up and ctx.b * ctx.t <= FEW_ROWS and not has_lora(layer, MLP) and not (lc.grad_enabled() and n.requires_grad) then
+    local recorded = lc.grad_enabled() and n.requires_grad
+    if layer.gate_up and ctx.b * ctx.t <= FEW_ROWS and not has_lora(layer, MLP) and not recorded then
         local both = lc.linear(n, layer.gate_up)
-        gate, up = both:narrow(-1, 1, c.intermediate_size), both:narrow(-1, c.intermediate_size + 1, c.intermediate_size)
+        gate = both:narrow(-1, 1, c.intermediate_size)
+        up = both:narrow(-1, c.intermediate_size + 1, c.intermediate_size)
     else
         gate, up = nn.project(n, layer.proj.gate_proj), nn.project(n, layer.proj.up_proj)
     end
@@ -177,12 +181,15 @@ end
 --- each layer's output), teacher = true (a student computes with its teacher's softmax attention).
 function Model:forward(ids, opts)
     opts = opts or {}
-    if opts.state and lc.grad_enabled() then return lc.no_grad(self.forward, self, ids, opts) end -- a state has no gradient
+    if opts.state and lc.grad_enabled() then -- a state has no gradient
+        return lc.no_grad(self.forward, self, ids, opts)
+    end
     ids = self:check_ids(ids)
     local ctx = self:context(ids, opts)
     local x = lc.embedding(self.embed, ids)
     if x.dtype ~= self.dtype then x = x:to(self.dtype) end
-    for _, layer in ipairs(self.layers) do -- a scope each: with gradients on, the tape alone holds what the backward needs
+    for _, layer in ipairs(self.layers) do
+        -- a scope each: with gradients on, the tape alone holds what the backward needs
         local before = x
         x = lc.scope(self.layer_forward, self, layer, x, ctx)
         if opts.hidden then opts.hidden[layer.index] = x else before:drop() end
@@ -199,7 +206,8 @@ function Model:check_ids(ids)
         local p, top = row:data(), self.config.vocab_size
         for i = 0, row:numel() - 1 do
             if p[i] < 0 or p[i] >= top then
-                lc.fail("token id %d at position %d is outside the vocabulary (0 to %d)", p[i], i % ids:size(2) + 1, top - 1)
+                lc.fail("token id %d at position %d is outside the vocabulary (0 to %d)", p[i],
+                        i % ids:size(2) + 1, top - 1)
             end
         end
     end
@@ -284,8 +292,8 @@ function Model:new_state(batch, opts)
     state.pos = lc.keep(lc.zeros({ batch }, { dtype = "i32", device = self.device }))
     for i, layer in ipairs(self.layers) do
         if layer.student and not state.as_teacher then
-            state.layers[i] = attention.hybrid_state(layer, batch, c.num_attention_heads, c.num_key_value_heads, c.head_dim,
-                                                     { dtype = self.dtype, device = self.device })
+            state.layers[i] = attention.hybrid_state(layer, batch, c.num_attention_heads, c.num_key_value_heads,
+                                                     c.head_dim, { dtype = self.dtype, device = self.device })
         else
             state.layers[i] = {}
         end

@@ -52,9 +52,8 @@ end
 -- name for it.
 local function stored_name(src, c, name)
     if src.format == "gguf" then return M.gguf_name(name) end
-    if name == "model.embed_tokens.weight" and c.tie_word_embeddings and not src.file:has(name) and src.file:has "lm_head.weight" then
-        return "lm_head.weight"
-    end
+    local tied = name == "model.embed_tokens.weight" and c.tie_word_embeddings
+    if tied and not src.file:has(name) and src.file:has "lm_head.weight" then return "lm_head.weight" end
     return name
 end
 
@@ -75,7 +74,8 @@ local function read_part(src, c, name, into, opts)
     local same = #info.shape == #want
     for i = 1, #want do same = same and info.shape[i] == want[i] end
     if not same then
-        lc.fail("%s: tensor '%s' is %s; the config makes it %s", src.path, stored, shape_text(info.shape), shape_text(want))
+        lc.fail("%s: tensor '%s' is %s; the config makes it %s", src.path, stored, shape_text(info.shape),
+                shape_text(want))
     end
     local heads = src.format == "gguf" and (name:match "q_proj" and c.num_attention_heads or
                                             name:match "k_proj" and c.num_key_value_heads)
