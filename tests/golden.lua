@@ -33,6 +33,7 @@ local function parse(argv)
         else o.dir = a end
         i = i + 1
     end
+    o.named = o.dir ~= nil
     o.dir = (o.dir or (os.getenv "LOLCATS_TEST_DATA" or here .. "../../shared") .. "/golden"):gsub("(.)/+$", "%1")
     return o
 end
@@ -128,6 +129,14 @@ T.TOL = {
     f64 = { out = 1e-9, grad = 1e-9, loss = 1e-9, final = 1e-9, floor = 1e-10 },
 }
 
+if not opts.named and not files.is_dir(opts.dir) then
+    print("skipped: no reference cases in " .. opts.dir .. " (LOLCATS_TEST_DATA names the folder of real data)")
+    os.exit(77)
+end
+if not files.is_dir(opts.dir) then
+    io.stderr:write("golden.lua: there is no folder " .. opts.dir .. "\n")
+    os.exit(2)
+end
 local kinds = {}
 for _, name in ipairs(ORDER) do
     if files.is_dir(opts.dir .. "/" .. name) then kinds[#kinds + 1] = name end
