@@ -206,7 +206,7 @@ local function terminal(keys)
   return text
 end
 
-if os.execute("command -v script >/dev/null 2>&1 && env --default-signal=INT true 2>/dev/null") == 0 then
+if os.execute("script -qec true /dev/null >/dev/null 2>&1 </dev/null && env --default-signal=INT true 2>/dev/null") == 0 then
   t.test("a terminal: prompt, editing, completion, Ctrl-C, history", function()
     local text = terminal {
       "x = 20 + 1\r", "strin\t.rep\t('ab', 2)\r", "while true do end\r", "\3", "lc.zeros(3):si\3", "print(x * 2)\r", ":quit\r",
@@ -222,7 +222,7 @@ if os.execute("command -v script >/dev/null 2>&1 && env --default-signal=INT tru
     t.ok(text:find("print(x * 2)", 1, true), text)
   end)
 else
-  t.skip("a session on a terminal", "script(1) or env --default-signal is not here")
+  t.skip("a session on a terminal", "script(1), a pseudo-terminal or env --default-signal is not here")
 end
 
 os.execute("rm -rf " .. quote(folder))
