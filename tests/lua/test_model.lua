@@ -312,4 +312,21 @@ t.test("decoding leaves no memory behind", function()
 end)
 
 os.execute("rm -rf '" .. scratch .. "'")
+t.test("training a projection is seen by every forward, fused or not", function()
+    lc.manual_seed(4)
+    local model = lc.model(with(), { dtype = "f64" })
+    local row = { ids(24) }
+    local params = {}
+    for _, p in ipairs(model:params "q_proj") do params[#params + 1] = p end
+    for _, p in ipairs(params) do p.tensor:requires_grad_(true) end
+    local flat = require("lolcats.nn").flatten(params)
+    model:loss(row):backward()
+    t.ok(flat.grad:abs():sum():item() > 0, "no gradient reached q_proj")
+    local before = model:loss(row):item()
+    lc.no_grad(function() flat.data:add_(flat.grad, -0.5) end)
+    local recorded, plain = model:loss(row):item(), lc.no_grad(function() return model:loss(row):item() end)
+    t.ok(recorded < before, "a step against the gradient did not help")
+    t.close(plain, recorded, 1e-12)
+end)
+
 t.finish()

@@ -15,6 +15,7 @@ local M = { Model = Model }
 
 local ATTN = { "q_proj", "k_proj", "v_proj", "o_proj" }
 local MLP = { "gate_proj", "up_proj", "down_proj" }
+local QKV, GATE_UP = { "q_proj", "k_proj", "v_proj" }, { "gate_proj", "up_proj" }
 M.PROJECTIONS = { "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj" }
 
 -- Up to this many rows a product is bound by reading the weights, and one call on the fused storage beats several.
@@ -123,13 +124,23 @@ local function has_lora(layer, names)
     return false
 end
 
+-- One product may stand for several projections while they are views of one storage: an optimizer that trains one moves it away.
+local function fused(layer, whole, names)
+    if not whole or has_lora(layer, names) then return false end
+    for _, p in ipairs(names) do
+        local w = layer.proj[p].weight
+        if w.requires_grad or w:storage_id() ~= whole:storage_id() then return false end
+    end
+    return true
+end
+
 --- q, k, v of a layer from its normed input n [b, t, H]: q [b, h, t, d], k, v [b, g, t, d], q and k rotated.
 function Model:qkv(layer, n, ctx)
     local c = self.config
     local h, g, d, b, t = c.num_attention_heads, c.num_key_value_heads, c.head_dim, ctx.b, ctx.t
     local q, k, v
     -- the fused product saves calls; where gradients flow through it, its slices would cost zero-filled buffers
-    if layer.qkv and not has_lora(layer, ATTN) and not (lc.grad_enabled() and n.requires_grad) then
+    if not (lc.grad_enabled() and n.requires_grad) and fused(layer, layer.qkv, QKV) then
         local all = lc.linear(n, layer.qkv)
         q = all:narrow(-1, 1, h * d)
         k = all:narrow(-1, h * d + 1, g * d)
@@ -160,7 +171,7 @@ function Model:finish(layer, x, y, ctx)
     local n = lc.rms_norm(x, layer.post_norm, c.rms_norm_eps)
     local gate, up
     local recorded = lc.grad_enabled() and n.requires_grad
-    if layer.gate_up and ctx.b * ctx.t <= FEW_ROWS and not has_lora(layer, MLP) and not recorded then
+    if ctx.b * ctx.t <= FEW_ROWS and not recorded and fused(layer, layer.gate_up, GATE_UP) then
         local both = lc.linear(n, layer.gate_up)
         gate = both:narrow(-1, 1, c.intermediate_size)
         up = both:narrow(-1, c.intermediate_size + 1, c.intermediate_size)
