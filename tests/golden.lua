@@ -38,7 +38,7 @@ local function parse(argv)
     return o
 end
 
-local T = { passed = 0, failed = 0, skipped = 0 }
+local T = { passed = 0, failed = 0, skipped = 0, loosened = 0 }
 local opts = parse(arg or {})
 T.dir, T.here = opts.dir, here
 
@@ -85,6 +85,46 @@ function T.case(name, f)
         if #problems > 5 and not opts.verbose then print(("      and %d more"):format(#problems - 5)) end
     end
     collectgarbage()
+end
+
+-- Float32 has cases in which no engine can meet a tolerance: a feature at the kink of its ReLU, or a gradient within rounding of 0
+-- whose sign AdamW's first step turns into a whole step. How much that is, float64 tells: the same case with its inputs moved
+-- by about float32's rounding.
+local TRIES, NOISE, MARGIN = 6, 2 ^ -23, 3
+
+--- Runs f(c, "f32", tolerances), or the same in f64. A comparison that misses in float32 is held against what float32's rounding of
+--- the inputs does to the float64 result: f(c, "f64", tolerances, noise), where noise(x) moves a tensor by that much.
+function T.dtype_case(name, dtype, f)
+    T.case(name .. " " .. dtype, function(c)
+        if dtype == "f64" then return f(c, dtype, T.TOL.f64) end
+        local missed, probe = {}, setmetatable({}, { __index = c })
+        function probe.close(label, got, want, rel, floor)
+            local d, top, bad = lc.no_grad(lc.scope, T.difference, got, want)
+            if bad or d > math.max(rel * top, floor or 0) then missed[#missed + 1] = { label, d, rel, top, floor, bad } else
+                c.close(label, got, want, rel, floor)
+            end
+        end
+        f(probe, dtype, T.TOL.f32)
+        if #missed == 0 then return end
+        local cost, measure = {}, setmetatable({}, { __index = c })
+        function measure.close(label, got, want)
+            local d = lc.no_grad(lc.scope, T.difference, got, want)
+            cost[label] = math.max(cost[label] or 0, d)
+        end
+        local function noise(x) return x * (lc.rand(x.shape, { dtype = "f64" }) * (2 * NOISE) + (1 - NOISE)) end
+        for try = 1, TRIES do
+            lc.manual_seed(try)
+            lc.scope(f, measure, "f64", T.TOL.f64, noise)
+        end
+        for _, m in ipairs(missed) do
+            local label, d, rel, top, floor, bad = unpack(m, 1, 6)
+            local limit = math.max(rel * top, floor or 0)
+            local spread = MARGIN * (cost[label] or 0)
+            T.loosened = T.loosened + (d <= spread and not bad and 1 or 0)
+            c.check(label, not bad and d <= spread, bad or
+                ("differs by %.3g, allowed %.3g (largest entry %.3g; rounding the inputs costs %.3g)"):format(d, limit, top, spread))
+        end
+    end)
 end
 
 --- Largest absolute difference and largest absolute entry of want; a third result says why they cannot be compared.
@@ -174,6 +214,9 @@ for _, kind in ipairs(kinds) do
         print(("%-14s %d passed, %d failed, %d skipped, %.1f s"):format(kind, T.passed - before[1], T.failed - before[2],
                                                                      T.skipped - before[3], lc.now() - t0))
     end
+end
+if T.loosened > 0 then
+    print(("%d float32 comparisons were held to what rounding their inputs costs"):format(T.loosened))
 end
 print(("%d passed, %d failed, %d skipped"):format(T.passed, T.failed, T.skipped))
 os.exit(T.failed == 0 and 0 or 1)

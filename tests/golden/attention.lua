@@ -32,8 +32,9 @@ local function cross_entropy(a_pred, a_true)
     return (a_pred:clamp({ min = 1e-12 }):log():log_softmax(-1) * a_true):sum() * (-n / a_true:numel())
 end
 
-local function run(c, e, t, dtype, tol)
-    local q, k, v = t.q:to(dtype), t.k:to(dtype), t.v:to(dtype)
+local function run(c, e, t, dtype, tol, noise)
+    local function input(x) return noise and noise(x:to(dtype)) or x:to(dtype) end
+    local q, k, v = input(t.q), input(t.k), input(t.v)
     local a = student(e, t, dtype)
     local ctx = { seen = 0 }
     local fq, fk = attention.features(a, q, k, ctx)
@@ -84,8 +85,8 @@ return function(dir, T)
             if e[k] == files.null then e[k] = nil end
         end
         for _, dtype in ipairs(T.DTYPES) do
-            T.case(("attention/%s %s"):format(e.file, dtype), function(c)
-                run(c, e, T.tensors(dir .. "/" .. e.file), dtype, T.TOL[dtype])
+            T.dtype_case("attention/" .. e.file, dtype, function(c, kind, tol, noise)
+                run(c, e, T.tensors(dir .. "/" .. e.file), kind, tol, noise)
             end)
         end
     end

@@ -19,8 +19,13 @@ local function softmax_case(c, folder, dtype, tol, T)
     c.close("loss", lc.no_grad(function() return (model:loss(ids, int_rows(t.labels))) end), t.loss, tol.loss, tol.floor)
 end
 
-local function make_student(folder, s, dtype)
+local function make_student(folder, s, dtype, noise)
     local teacher = lc.load(folder, { dtype = dtype })
+    if noise then
+        lc.no_grad(function()
+            for _, p in ipairs(teacher:params()) do p.tensor:copy_(noise(p.tensor)) end
+        end)
+    end
     local value = function(v) if v ~= files.null then return v end end
     return lc.linearize(teacher, {
         map = s.map, kind = s.type, window = value(s.window), full = s.fullspace, feature_dim = value(s.f), bias = s.bias,
@@ -148,10 +153,10 @@ return function(dir, T)
                 for _, name in ipairs(names) do
                     local path = folder .. "/" .. name .. ".safetensors"
                     if files.exists(path) then
-                        T.case(("model/%s %s %s"):format(model, name, dtype), function(c)
-                            local t, tol = T.tensors(path), T.TOL[dtype]
+                        T.dtype_case(("model/%s %s"):format(model, name), dtype, function(c, kind, tol, noise)
+                            local t = T.tensors(path)
                             local ids, labels = int_rows(t.ids), int_rows(t.labels)
-                            local student = make_student(folder, students[name], dtype)
+                            local student = make_student(folder, students[name], kind, noise)
                             transfer_stage(c, student, t, ids, tol)
                             student_stage(c, student, t, ids, labels, tol)
                             lora_stage(c, student, t, ids, labels, tol)
