@@ -5,7 +5,7 @@
  * time. Sums are in `real`. */
 #include "gemm.h"
 
-enum { STEP = 32, NVEC = STEP / VL, ROWS = 2, LOT = 64, PIECE = 512, MIN_BYTES = 1 << 15, AHEAD = 3072 };
+enum { STEP = 32, NVEC = STEP / VL, ROWS = 2, LOT = 64, PIECE = 512, MIN_BYTES = 1 << 15, AHEAD = 8192 };
 
 typedef struct gemv_job {
     const gemm_call *g;

@@ -125,7 +125,7 @@ static void table_rows(void *ctx, int64_t begin, int64_t end, int thread) {
 
 int K(rope_table)(const lc_kargs *k) {
     if (k->y[0].dtype != LC_K_REAL || k->x[1].ndim != 1) return LC_K_UNSUPPORTED;
-    k->host->parallel(view_numel(&k->x[0]), 16, table_rows, (void *)k);
+    k->host->parallel(view_numel(&k->x[0]), 64, table_rows, (void *)k);
     return LC_K_OK;
 }
 
