@@ -66,15 +66,7 @@ static lc_status linear_cross_entropy_backward(lc_back *b) {
     lc_expr e = {.rc = LC_OK};
     if (b->g[1]) return lc_fail(LC_EGRAD, "linear_cross_entropy: the losses of single rows have no gradient; use the mean");
     if (b->g[0]) {
-        lc_frame c;
-        lc_tensor *g = b->g[0];
-        if (g->dtype != b->node->y[3]->dtype) {
-            lc_frame_init(&c, LC_OP_to);
-            c.x[0] = g;
-            c.i[0] = b->node->y[3]->dtype;
-            c.i[1] = g->device;
-            g = x_run(&e, &c);
-        }
+        lc_tensor *g = x_to(&e, b->g[0], b->node->y[3]->dtype);
         x_give(&e, b, 0, x2(&e, LC_OP_mul, b->node->y[3], g));
     }
     return x_done(&e);

@@ -129,29 +129,19 @@ static void linear_save(const lc_frame *c, uint32_t *save_x, uint32_t *save_y) {
     *save_y = 0;
 }
 
-static lc_tensor *float_like(lc_expr *e, lc_tensor *w, int dtype) {
-    if (!w || w->dtype == dtype) return w;
-    lc_frame c;
-    lc_frame_init(&c, LC_OP_to);
-    c.x[0] = w;
-    c.i[0] = dtype;
-    c.i[1] = w->device;
-    return x_run(e, &c);
-}
-
 static lc_status linear_backward(lc_back *b) {
     lc_expr e = {.rc = LC_OK};
     const lc_node *n = b->node;
     lc_tensor *g = b->g[0], *g2 = rows_of(&e, g);
     if (b->need[0]) {
-        lc_tensor *gx = x_matmul(&e, g2, float_like(&e, n->x[1], g->dtype), n->f[0]);
+        lc_tensor *gx = x_matmul(&e, g2, x_to(&e, n->x[1], g->dtype), n->f[0]);
         x_give(&e, b, 0, gx ? x_reshape(&e, gx, n->edge[0].ndim, n->edge[0].dim) : NULL);
     }
     if (b->need[1]) {
         lc_tensor *gw = x_matmul(&e, x_swap(&e, g2), rows_of(&e, n->x[0]), n->f[0]);
-        x_give(&e, b, 1, float_like(&e, gw, n->edge[1].dtype));
+        x_give(&e, b, 1, x_to(&e, gw, n->edge[1].dtype));
     }
-    if (b->need[2]) x_give(&e, b, 2, float_like(&e, x_sum_to(&e, g2, &n->edge[2]), n->edge[2].dtype));
+    if (b->need[2]) x_give(&e, b, 2, x_to(&e, x_sum_to(&e, g2, &n->edge[2]), n->edge[2].dtype));
     x_give(&e, b, 3, g);
     return x_done(&e);
 }

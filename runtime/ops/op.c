@@ -94,6 +94,16 @@ lc_tensor *x_matmul(lc_expr *e, lc_tensor *a, lc_tensor *b, double alpha) {
     return x_run(e, &c);
 }
 
+lc_tensor *x_to(lc_expr *e, lc_tensor *t, int dtype) {
+    if (!t || e->rc != LC_OK || t->dtype == dtype) return t;
+    lc_frame c;
+    lc_frame_init(&c, LC_OP_to);
+    c.x[0] = t;
+    c.i[0] = dtype;
+    c.i[1] = t->device;
+    return x_run(e, &c);
+}
+
 lc_tensor *x_sum_to(lc_expr *e, lc_tensor *g, const lc_edge *like) {
     if (!g || e->rc != LC_OK) return NULL;
     lc_frame c;

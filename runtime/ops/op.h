@@ -25,6 +25,7 @@ lc_tensor *x_reshape(lc_expr *e, lc_tensor *a, int ndim, const int32_t *dims);
 lc_tensor *x_expand(lc_expr *e, lc_tensor *a, int ndim, const int32_t *dims);
 lc_tensor *x_swap(lc_expr *e, lc_tensor *a);                      /* last two dims exchanged */
 lc_tensor *x_matmul(lc_expr *e, lc_tensor *a, lc_tensor *b, double alpha);
+lc_tensor *x_to(lc_expr *e, lc_tensor *t, int dtype);                /* t itself when it has the dtype */
 lc_tensor *x_sum_to(lc_expr *e, lc_tensor *g, const lc_edge *like); /* what broadcasting spread, summed back */
 void x_give(lc_expr *e, lc_back *b, int i, lc_tensor *t);         /* the gradient of input i, if wanted */
 lc_status x_done(lc_expr *e);

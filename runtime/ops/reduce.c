@@ -64,20 +64,10 @@ static lc_status mean_backward(lc_back *b) {
     return x_done(&e);
 }
 
-static lc_tensor *as_dtype(lc_expr *e, lc_tensor *t, int dtype) {
-    if (!t) return NULL;
-    lc_frame c;
-    lc_frame_init(&c, LC_OP_to);
-    c.x[0] = t;
-    c.i[0] = dtype;
-    c.i[1] = t->device;
-    return x_run(e, &c);
-}
-
 static lc_status extreme_backward(lc_back *b) {
     lc_expr e = {.rc = LC_OK};
     const lc_node *n = b->node;
-    lc_tensor *x = n->x[0], *hit = as_dtype(&e, x2(&e, LC_OP_eq, x, spread(&e, n, n->y[0])), x->dtype);
+    lc_tensor *x = n->x[0], *hit = x_to(&e, x2(&e, LC_OP_eq, x, spread(&e, n, n->y[0])), x->dtype);
     lc_frame c;
     lc_frame_init(&c, LC_OP_sum);
     c.x[0] = hit;
