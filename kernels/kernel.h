@@ -79,7 +79,7 @@ typedef struct lc_kargs {
     lc_prepared *prepared[LC_KARGS_IN]; /* of each input's storage; NULL where there is none */
     lc_fault *fault;
     const lc_host *host;
-    void *stream; /* the device's own */
+    int32_t device; /* the back-end's own number */
 } lc_kargs;
 
 typedef enum { LC_K_OK = 0, LC_K_UNSUPPORTED, LC_K_NOMEM, LC_K_RANGE, LC_K_DEVICE } lc_kstatus;

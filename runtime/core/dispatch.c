@@ -256,7 +256,7 @@ static lc_status launch(lc_frame *c, lc_tensor *const *y, int device) {
     k.work_bytes = 0;
     k.fault = &fault;
     k.host = &lc_host_services;
-    k.stream = NULL;
+    k.device = lc_device_get(device)->index;
     lc_status rc = LC_OK;
     const lc_kernel *kernel = lc_device_kernel(device, c->op, is_double);
     size_t granted = 0;

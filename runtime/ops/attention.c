@@ -58,10 +58,15 @@ static lc_status attention_backward_shape(lc_frame *c) {
 enum { Q, K_, V, MQ, MK, BQ, BK, FACTORS, START, STATE, ZSUM, CACHE, SLOT, POS, GATES, SINKS, HYBRID_IN };
 enum { MAP, FULL, SKIP, WINDOW, KIND, AFFINE };
 
+/* What is trained may be kept in f32 beside activations in bf16 or f16. */
+static bool head_dtype(const lc_frame *c, int i) { return c->x[i]->dtype == c->x[Q]->dtype || c->x[i]->dtype == real_dtype(c->x[Q]); }
+
 static lc_status check_map(lc_frame *c) {
     const lc_tensor *q = c->x[Q], *k = c->x[K_], *mq = c->x[MQ], *mk = c->x[MK];
     if (!mq || !mk) return lc_op_error(c, LC_EARG, "mq and mk are wanted: the maps' weights, or ready features");
-    if (mq->dtype != q->dtype || mk->dtype != q->dtype) return lc_op_error(c, LC_EDTYPE, "dtypes of q, mq and mk differ");
+    if (mq->dtype != mk->dtype) return lc_op_error(c, LC_EDTYPE, "dtypes of mq and mk differ");
+    if (mq->dtype != q->dtype && (c->i[MAP] == 0 || mq->dtype != real_dtype(q)))
+        return lc_op_error(c, LC_EDTYPE, "mq and mk have q's dtype; weights of a map may also be %s", lc_dtype_name(real_dtype(q)));
     if (c->i[MAP] == 0) {
         bool ok = mq->ndim == 4 && mk->ndim == 4 && !memcmp(mq->dim, q->dim, 3 * sizeof q->dim[0]) && mk->dim[0] == k->dim[0] &&
                   mk->dim[2] == k->dim[2] && mk->dim[3] == mq->dim[3] && (mk->dim[1] == q->dim[1] || mk->dim[1] == k->dim[1]);
@@ -71,7 +76,8 @@ static lc_status check_map(lc_frame *c) {
         return lc_op_error(c, LC_ESHAPE, "mq and mk are [h, d, f]");
     if (c->i[SKIP] && mq->dim[2] != mq->dim[1]) return lc_op_error(c, LC_ESHAPE, "skip wants f = d");
     for (int i = BQ; i <= BK; i++)
-        if (c->x[i] && lc_tensor_numel(c->x[i]) != q->dim[1]) return lc_op_error(c, LC_ESHAPE, "a bias has one value per query head");
+        if (c->x[i] && (lc_tensor_numel(c->x[i]) != q->dim[1] || !head_dtype(c, i)))
+            return lc_op_error(c, LC_ESHAPE, "a bias has one value per query head, in q's dtype or %s", lc_dtype_name(real_dtype(q)));
     return LC_OK;
 }
 
@@ -130,8 +136,8 @@ static lc_status hybrid_shape(lc_frame *c) {
     if (q->dim[2] != c->x[K_]->dim[2]) return lc_op_error(c, LC_ESHAPE, "q and k differ in length");
     if (c->x[GATES] || c->x[SINKS]) return lc_op_error(c, LC_EARG, "gates and sinks are not built yet");
     if (c->i[WINDOW] < 0) return lc_op_error(c, LC_EARG, "window %d", c->i[WINDOW]);
-    if (c->i[WINDOW] > 0 && (!c->x[FACTORS] || lc_tensor_numel(c->x[FACTORS]) != q->dim[1] || c->x[FACTORS]->dtype != q->dtype))
-        return lc_op_error(c, LC_ESHAPE, "factors has one value per query head");
+    if (c->i[WINDOW] > 0 && (!c->x[FACTORS] || lc_tensor_numel(c->x[FACTORS]) != q->dim[1] || !head_dtype(c, FACTORS)))
+        return lc_op_error(c, LC_ESHAPE, "factors has one value per query head, in q's dtype or %s", lc_dtype_name(real_dtype(q)));
     LC_TRY(check_start(c, c->x[START], q));
     LC_TRY(check_map(c));
     LC_TRY(check_state(c));
