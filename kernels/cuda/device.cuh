@@ -4,6 +4,9 @@
 #ifndef LC_DEVICE_CUH
 #define LC_DEVICE_CUH
 
+#ifdef LC_EMULATED
+#include "emulated.h" /* tests/cuda_emulator: threads as fibers */
+#endif
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -47,7 +50,13 @@ static inline unsigned grid_for(int64_t n, int64_t each) {
     int64_t blocks = ceil_div(n, each), most = (int64_t)lc_cuda_now->sms * 16;
     return (unsigned)(blocks < 1 ? 1 : blocks > most ? most : blocks);
 }
+#ifndef LC_EMULATED
 #define LC_LAUNCH(kernel, grid, block, shared, ...) kernel<<<grid, block, shared, lc_cuda_now->stream>>>(__VA_ARGS__)
+/* The block's dynamic shared memory as char *name. */
+#define LC_SHARED(name)                                                                                                          \
+    extern __shared__ int4 lc_shared_memory[];                                                                                   \
+    char *name = (char *)lc_shared_memory
+#endif
 
 /* Lets a kernel use more dynamic shared memory than 48 KB. */
 template <class F> static inline int allow_shared(F kernel, size_t bytes) {
