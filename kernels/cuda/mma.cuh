@@ -1,0 +1,162 @@
+/* mma.cuh: the tensor cores and asynchronous copies as small functions: all of the plugin's inline PTX. Each has a portable twin for
+ * the emulator. Also the layout of tiles in shared memory that they like: rows of 64 halves (128 bytes), the 16-byte pieces of a row
+ * exchanged by row & 7, so that neither rows nor columns of 8 x 8 matrices meet in a bank. A tile of more columns is several such
+ * panels of [rows][64], one after the other. Tiles start at multiples of 1024 bytes. */
+#ifndef LC_MMA_CUH
+#define LC_MMA_CUH
+
+#include "device.cuh"
+
+/* ---- numbers --------------------------------------------------------------------------------------------------------- */
+template <class T> struct pair_of;
+template <> struct pair_of<bf16> { typedef __nv_bfloat162 type; };
+template <> struct pair_of<f16> { typedef __half2 type; };
+
+/* Two floats as halves in one register, the first in the low bits. */
+template <class T> __device__ __forceinline__ uint32_t pack2(float lo, float hi);
+template <class T> __device__ __forceinline__ float2 unpack2(uint32_t v);
+template <> __device__ __forceinline__ uint32_t pack2<bf16>(float lo, float hi) {
+    __nv_bfloat162 p = __floats2bfloat162_rn(lo, hi);
+    uint32_t u;
+    memcpy(&u, &p, 4);
+    return u;
+}
+template <> __device__ __forceinline__ uint32_t pack2<f16>(float lo, float hi) {
+    __half2 p = __floats2half2_rn(lo, hi);
+    uint32_t u;
+    memcpy(&u, &p, 4);
+    return u;
+}
+template <> __device__ __forceinline__ float2 unpack2<bf16>(uint32_t v) {
+    return make_float2(__uint_as_float(v << 16), __uint_as_float(v & 0xffff0000u));
+}
+template <> __device__ __forceinline__ float2 unpack2<f16>(uint32_t v) {
+    __half2 p;
+    memcpy(&p, &v, 4);
+    return __half22float2(p);
+}
+
+__device__ __forceinline__ float exp2_fast(float x) { /* 2 ulp; 0 for -inf */
+#ifdef LC_EMULATED
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+/* ---- asynchronous copies to shared memory ---------------------------------------------------------------------------- */
+#ifdef LC_EMULATED
+__device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
+    if (valid) memcpy(to, from, 16);
+    else memset(to, 0, 16);
+}
+__device__ __forceinline__ void copy_commit() {}
+template <int N> __device__ __forceinline__ void copy_wait() {}
+#else
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+/* 16 bytes, both aligned; zeros when not valid (from must still be an address). */
+__device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
+    int n = valid ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(n) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/* Until at most N groups of this thread are under way; a barrier must follow before others read. */
+template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+#endif
+
+/* ---- 8 x 8 matrices of halves from shared memory --------------------------------------------------------------------- */
+/* Lane l gives the address of row l & 7 of matrix l / 8 (16 bytes); r[m] gets elements (l / 4, 2 (l % 4) + 0, 1) of matrix m, or,
+ * transposed, elements (2 (l % 4) + 0, 1, l / 4). */
+#ifdef LC_EMULATED
+__device__ __forceinline__ void matrix_load(uint32_t (&r)[4], const void *row) {
+    int lane = threadIdx.x & 31;
+    for (int m = 0; m < 4; m++) {
+        uint64_t from = __shfl_sync(0xffffffffu, (unsigned long long)(uintptr_t)row, 8 * m + lane / 4);
+        memcpy(&r[m], (const char *)(uintptr_t)from + 4 * (lane % 4), 4);
+    }
+}
+__device__ __forceinline__ void matrix_load_t(uint32_t (&r)[4], const void *row) {
+    int lane = threadIdx.x & 31;
+    for (int m = 0; m < 4; m++) {
+        uint16_t v[2];
+        for (int i = 0; i < 2; i++) {
+            uint64_t from = __shfl_sync(0xffffffffu, (unsigned long long)(uintptr_t)row, 8 * m + lane % 4 * 2 + i);
+            memcpy(&v[i], (const char *)(uintptr_t)from + 2 * (lane / 4), 2);
+        }
+        r[m] = v[0] | (uint32_t)v[1] << 16;
+    }
+}
+#else
+__device__ __forceinline__ void matrix_load(uint32_t (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void matrix_load_t(uint32_t (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+#endif
+
+/* ---- products -------------------------------------------------------------------------------------------------------- */
+/* c [16][8] += a [16][16] b [16][8]. Lane l, g = l / 4, q = l % 4: a[0..3] rows g, g + 8, g, g + 8 and columns 2q, 2q, 2q + 8, 2q + 8
+ * (and the next); b0, b1 rows 2q, 2q + 8 (and the next) of column g; c[0..3] (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1). */
+#ifdef LC_EMULATED
+template <class T> __device__ __forceinline__ void mma16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    int lane = threadIdx.x & 31;
+    for (int q = 0; q < 4; q++) {
+        int row = (lane & ~3) | q;
+        float2 x[4], y[2][2]; /* two rows, two columns */
+        for (int i = 0; i < 4; i++) x[i] = unpack2<T>(__shfl_sync(0xffffffffu, a[i], row));
+        for (int n = 0; n < 2; n++) {
+            int from = (lane % 4 * 2 + n) * 4 + q;
+            y[n][0] = unpack2<T>(__shfl_sync(0xffffffffu, b0, from));
+            y[n][1] = unpack2<T>(__shfl_sync(0xffffffffu, b1, from));
+        }
+        for (int r = 0; r < 2; r++)
+            for (int n = 0; n < 2; n++)
+                c[2 * r + n] += x[r].x * y[n][0].x + x[r].y * y[n][0].y + x[r + 2].x * y[n][1].x + x[r + 2].y * y[n][1].y;
+    }
+}
+#else
+template <class T> __device__ __forceinline__ void mma16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <> __device__ __forceinline__ void mma16<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <> __device__ __forceinline__ void mma16<f16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+/* ---- tiles ----------------------------------------------------------------------------------------------------------- */
+/* Element (row, col) of a tile of ROWS rows. */
+template <int ROWS, class T> __device__ __forceinline__ T *tile_at(T *tile, int row, int col) {
+    return tile + (col >> 6) * (ROWS * 64) + row * 64 + ((((col >> 3) & 7) ^ (row & 7)) << 3) + (col & 7);
+}
+
+/* Fragments, ready for mma16. Tiles named [x][y] hold y along a row. */
+/* a: rows m .. m + 15, columns k .. k + 15 of a tile [m][k]. */
+template <int ROWS, class T> __device__ __forceinline__ void fragment_a(uint32_t (&a)[4], const T *tile, int m, int k) {
+    int l = threadIdx.x & 31;
+    matrix_load(a, tile_at<ROWS>(tile, m + (l & 15), k + (l >> 4) * 8));
+}
+/* a: the same from a tile [k][m]. */
+template <int ROWS, class T> __device__ __forceinline__ void fragment_a_t(uint32_t (&a)[4], const T *tile, int m, int k) {
+    int l = threadIdx.x & 31;
+    matrix_load_t(a, tile_at<ROWS>(tile, k + (l & 7) + (l >> 4) * 8, m + (l >> 3 & 1) * 8));
+}
+/* b[0], b[1]: columns n .. n + 7; b[2], b[3]: columns n + 8 .. n + 15; from a tile [n][k]. */
+template <int ROWS, class T> __device__ __forceinline__ void fragment_b(uint32_t (&b)[4], const T *tile, int n, int k) {
+    int l = threadIdx.x & 31;
+    matrix_load(b, tile_at<ROWS>(tile, n + (l & 7) + (l >> 4) * 8, k + (l >> 3 & 1) * 8));
+}
+/* b: the same from a tile [k][n]. */
+template <int ROWS, class T> __device__ __forceinline__ void fragment_b_t(uint32_t (&b)[4], const T *tile, int n, int k) {
+    int l = threadIdx.x & 31;
+    matrix_load_t(b, tile_at<ROWS>(tile, k + (l & 7) + (l >> 3 & 1) * 8, n + (l >> 4) * 8));
+}
+
+#endif
