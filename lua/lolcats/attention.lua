@@ -80,6 +80,7 @@ end
 -- Features computed in Lua, then the op on ready features; the recurrent twin when there is a state.
 function M.generic(a, q, k, v, ctx)
     local fq, fk = M.features(a, q, k, ctx)
+    if fq.dtype ~= q.dtype then fq, fk = fq:to(q.dtype), fk:to(q.dtype) end
     if ctx.state then return M.recurrent(a, q, k, v, fq, fk, ctx) end
     local args = { mq = fq, mk = fk, map = "none", window = a.window, kind = a.window > 0 and a.kind or nil,
                    affine = a.affine, start = ctx.start }
@@ -87,8 +88,10 @@ function M.generic(a, q, k, v, ctx)
     return (lc.hybrid_attention(q, k, v, args))
 end
 
---- Both sides' features by the maps in Lua.
+--- Both sides' features by the maps in Lua, in the dtype of their parameters: f32 beside halves.
 function M.features(a, q, k, ctx)
+    local fine = q.dtype == "f64" and "f64" or "f32"
+    if q.dtype ~= fine then q, k = q:to(fine), k:to(fine) end
     local function side(name)
         return { side = name, pos = ctx.pos, layer = ctx.layer, hidden = ctx.hidden }
     end

@@ -104,6 +104,7 @@ function M.resolve(name, opts)
     if type(name) ~= "string" or name == "" then
         lc.fail("a model is named by a folder, a file, a Hub id or 'smollm2'")
     end
+    if name:match "^random:" then return name end -- nothing to look for
     if files.exists(name) then return (name:gsub("(.)/+$", "%1")) end
     if name == "smollm2" then return M.smollm2(opts) end
     if name:match "^[%w%-%._]+/[%w%-%._]+$" then

@@ -64,8 +64,8 @@ function M.linearize(teacher, opts)
     teacher:freeze()
     local student = setmetatable(teacher:share(), Student)
     student.is_student, student.teacher, student.map = true, teacher, map
-    local c, where = teacher.config, { dtype = teacher.dtype, device = teacher.device }
-    local how = { dtype = teacher.dtype, device = teacher.device, options = opts.map_options }
+    local c, where = teacher.config, { dtype = teacher.fine, device = teacher.device }
+    local how = { dtype = teacher.fine, device = teacher.device, options = opts.map_options }
     local h, d = c.num_attention_heads, c.head_dim
     for i, layer in ipairs(student.layers) do
         if not keep[i] then
@@ -128,7 +128,7 @@ function Student:transfer(ids, opts)
     local each = {}
     local total = lc.no_grad(lc.scope, function()
         local ctx = self:context(ids, opts)
-        local losses = lc.zeros({ #self.layers }, { dtype = self.dtype, device = self.device })
+        local losses = lc.zeros({ #self.layers }, { dtype = self.fine, device = self.device })
         local x = lc.embedding(self.embed, ids)
         if x.dtype ~= self.dtype then x = x:to(self.dtype) end
         for i = 1, last do

@@ -40,7 +40,7 @@ function M.add(model, opts)
                 hits[target] = true
                 if p.lora then lc.fail("%s has an adapter already; merge it first", p.name) end
                 local out, inp = p.weight:size(1), p.weight:size(2)
-                local where = { dtype = model.dtype, device = model.device }
+                local where = { dtype = model.fine, device = model.device }
                 local bound = 1 / math.sqrt(inp)
                 p.lora = {
                     a = lc.param(lc.empty({ rank, inp }, where):uniform_(-bound, bound)),

@@ -18,9 +18,14 @@ local function read_opts(opts)
     if not dtype then
         lc.fail("dtype '%s' is not one that a model can be loaded in: f32, bf16, f16, f64", tostring(opts.dtype))
     end
-    -- halves are for frozen matrices; activations, norms and whatever is trained stay in f32
-    return { dtype = dtype, compute = dtype == "f64" and "f64" or "f32", device = opts.device or "cpu",
-             check = opts.check }
+    local device = opts.device or "cpu"
+    if not device:match ":" and device ~= "cpu" then device = device .. ":0" end
+    -- what is trained stays in f32; on a CPU activations and norms do too, since it computes in f32
+    local compute = opts.compute and DTYPES[opts.compute] or (dtype == "f64" or device ~= "cpu") and dtype or "f32"
+    if opts.compute and (not DTYPES[opts.compute] or (compute == "f64") ~= (dtype == "f64")) then
+        lc.fail("compute = '%s' does not go with weights in %s", tostring(opts.compute), dtype)
+    end
+    return { dtype = dtype, compute = compute, device = device, check = opts.check }
 end
 
 -- A string or {content = ...}, as tokenizer_config.json has them.
@@ -116,11 +121,18 @@ function M.load_gguf(path, opts)
     return model
 end
 
---- Loads a model. name: a folder, a GGUF or safetensors file, a Hub id in the local cache, or "smollm2". opts: dtype
---- of the weight matrices ("f32", "bf16", "f16": activations stay f32; "f64": all of it), device, revision, check =
---- false (do not look for NaN); for a saved student also base, map, trust_code.
+--- Loads a model. name: a folder, a GGUF or safetensors file, a Hub id in the local cache, "smollm2", or "random:SHAPE"
+--- (random weights of a known shape: see models/shapes.lua). opts: dtype of the weight matrices ("f32", "bf16", "f16",
+--- "f64"), device, compute (dtype of activations: f32 on the CPU, as the weights elsewhere), revision, check = false (do
+--- not look for NaN); for a saved student also base, map, trust_code.
 function M.load(name, opts)
     opts = opts or {}
+    local shape = type(name) == "string" and name:match "^random:(.+)$"
+    if shape then
+        local model = M.new(require("lolcats.models.shapes").find(shape), opts)
+        model.source = name
+        return model
+    end
     local path = hub.resolve(name, opts)
     local how = read_opts(opts)
     how.source = name
@@ -136,7 +148,7 @@ function M.load(name, opts)
     return M.load_gguf(path, how)
 end
 
---- A model with random weights. config: Hugging Face's keys. opts: dtype, device, tokenizer.
+--- A model with random weights. config: Hugging Face's keys. opts: dtype, device, compute, tokenizer.
 function M.new(raw, opts)
     opts = opts or {}
     local how = read_opts(opts)

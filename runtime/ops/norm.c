@@ -46,6 +46,9 @@ static lc_status rope_shape(lc_frame *c) {
     bool ok = lc_same_shape(cos, c->x[2]) && cos->ndim >= 2 && cos->ndim <= 3 && last_dim(cos) * 2 == x->dim[3] &&
               cos->dim[cos->ndim - 2] == x->dim[2] && (cos->ndim == 2 || cos->dim[0] == x->dim[0]);
     if (!ok) return lc_op_error(c, LC_ESHAPE, "cos and sin must be [t, d/2] or [b, t, d/2]");
+    for (int i = 1; i < 3; i++)
+        if (c->x[i]->dtype != x->dtype && c->x[i]->dtype != real_dtype(x))
+            return lc_op_error(c, LC_EDTYPE, "%s is %s; x is %s", c->row->x_name[i], lc_dtype_name(c->x[i]->dtype), lc_dtype_name(x->dtype));
     return lc_out_permuted(c, 0, x->dtype, 4, x->dim, order);
 }
 

@@ -41,17 +41,18 @@ local function make_layers(model)
     return layers
 end
 
---- A model over weights by checkpoint name. opts: dtype (of activations: f32 or f64), device, tokenizer,
---- chat_template, source.
+--- A model over weights by checkpoint name. opts: dtype (of activations), device, tokenizer, chat_template, source.
+--- What is trained, states and rotary tables are in model.fine: f32, or f64 beside f64.
 function M.new(c, w, opts)
     local model = setmetatable({
         config = c, weights = w, dtype = opts.dtype, device = opts.device, tokenizer = opts.tokenizer,
         chat_template = opts.chat_template, source = opts.source, special = opts.special,
     }, Model)
+    model.fine = opts.dtype == "f64" and "f64" or "f32"
     model.embed, model.norm = w["model.embed_tokens.weight"], w["model.norm.weight"]
     model.head = w["lm_head.weight"] or model.embed
     model.layers = make_layers(model)
-    model.inv_freq = lc.keep(lc.tensor(config.inv_freq(c), { dtype = opts.dtype, device = opts.device }))
+    model.inv_freq = lc.keep(lc.tensor(config.inv_freq(c), { dtype = model.fine, device = opts.device }))
     return model
 end
 
@@ -304,7 +305,7 @@ function Model:new_state(batch, opts)
     for i, layer in ipairs(self.layers) do
         if layer.student and not state.as_teacher then
             state.layers[i] = attention.hybrid_state(layer, batch, c.num_attention_heads, c.num_key_value_heads,
-                                                     c.head_dim, { dtype = self.dtype, device = self.device })
+                                                     c.head_dim, { dtype = self.fine, device = self.device })
         else
             state.layers[i] = {}
         end

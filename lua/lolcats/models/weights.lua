@@ -123,7 +123,8 @@ end
 --- Weights drawn at random, in the manner of a fresh checkpoint.
 function M.random(c, opts)
     local std = c.initializer_range or 0.02
-    return M.fill(c, M.plan(c), opts, function(name, into)
+    local how = { dtype = opts.dtype, compute = opts.compute, device = opts.device, make = true }
+    return M.fill(c, M.plan(c), how, function(name, into)
         if name:match "norm%.weight$" then into:fill_(1) else into:normal_(0, std) end
     end)
 end
@@ -136,13 +137,14 @@ function M.fill(c, plan, opts, put)
             for _, part in ipairs(group.parts) do rows = rows + part[2] end
             local shape = group.cols and { rows, group.cols } or { rows }
             lc.scope(function()
-                local whole = lc.empty(shape, { dtype = group.cols and opts.dtype or opts.compute })
+                local where = opts.make and opts.device or "cpu" -- what is read is read here
+                local whole = lc.empty(shape, { dtype = group.cols and opts.dtype or opts.compute, device = where })
                 local at = 1
                 for _, part in ipairs(group.parts) do
                     put(part[1], whole:narrow(1, at, part[2]))
                     at = at + part[2]
                 end
-                if opts.device ~= "cpu" then whole = whole:to { device = opts.device } end
+                if opts.device ~= where then whole = whole:to { device = opts.device } end
                 M.place(weights, group, lc.keep(whole))
             end)
         end
