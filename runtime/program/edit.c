@@ -1,10 +1,15 @@
 /* edit.c: line editing by libedit, with history and completion. The completer is a Lua function, called through the
  * classic API from inside el_gets, itself called from Lua: an ordinary C function calling Lua, no FFI. */
+#define _GNU_SOURCE /* ppoll */
 #include <errno.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
+#include <wchar.h>
 
 #include <histedit.h>
 #include <lauxlib.h>
@@ -77,6 +82,43 @@ static unsigned char complete(EditLine *e, int key) {
     return result;
 }
 
+/* Waits for a byte from the terminal; 0 after Ctrl-C. It is held back but for the wait itself, else one that comes just
+ * before it would be noticed only at the next key. */
+static int wait_for_key(void) {
+    sigset_t interrupt, old;
+    sigemptyset(&interrupt);
+    sigaddset(&interrupt, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &interrupt, &old);
+    int ready = 0;
+    while (!lc_interrupt && ready == 0) {
+        struct pollfd p = {.fd = STDIN_FILENO, .events = POLLIN};
+        int n = ppoll(&p, 1, NULL, &old);
+        ready = n > 0 || (n < 0 && errno != EINTR); /* any other error is read()'s to tell */
+    }
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    return ready;
+}
+
+/* The editor's source of characters: 1 and a character, 0 at the end, -1 after Ctrl-C or an error. */
+static int next_char(EditLine *e, wchar_t *out) {
+    mbstate_t shift = {0};
+    (void)e;
+    for (;;) {
+        char byte;
+        if (!wait_for_key()) {
+            errno = EINTR;
+            return -1;
+        }
+        ssize_t n = read(STDIN_FILENO, &byte, 1);
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return (int)n;
+        size_t used = mbrtowc(out, &byte, 1, &shift);
+        if (used == (size_t)-2) continue; /* a character of several bytes, not yet whole */
+        if (used != (size_t)-1) return 1;
+        memset(&shift, 0, sizeof shift); /* not one of this locale: leave it out */
+    }
+}
+
 static void open_editor(void) {
     HistEvent event;
     editor = el_init("lolcats", stdin, stdout, stderr);
@@ -88,6 +130,7 @@ static void open_editor(void) {
     el_set(editor, EL_PROMPT, show_prompt);
     el_set(editor, EL_HIST, history, history_list);
     el_set(editor, EL_SIGNAL, 0);
+    el_set(editor, EL_GETCFN, next_char);
     el_set(editor, EL_ADDFN, "lolcats-complete", "completes names", complete);
     el_source(editor, NULL); /* the user's ~/.editrc */
     el_set(editor, EL_BIND, "\t", "lolcats-complete", NULL);
@@ -107,6 +150,7 @@ static int program_read_line(lua_State *L) {
     state = L;
     int n = 0;
     errno = 0;
+    el_set(editor, EL_PREP_TERM, 1); /* before the prompt: a Ctrl-D typed at it must not reach a cooked terminal */
     const char *line = el_gets(editor, &n);
     state = NULL;
     if (lc_signals_take()) {

@@ -52,7 +52,8 @@ static int flush_output(int status) {
 }
 
 int main(int argc, char **argv) {
-    setlocale(LC_CTYPE, ""); /* for line editing; numbers keep their point */
+    const char *locale = setlocale(LC_CTYPE, ""); /* for line editing; numbers keep their point */
+    if (!locale || strcmp(locale, "C") == 0 || strcmp(locale, "POSIX") == 0) setlocale(LC_CTYPE, "C.UTF-8");
     lua_State *L = luaL_newstate();
     if (!L) {
         fputs("lolcats: not enough memory to start\n", stderr);
