@@ -30,7 +30,8 @@ local function distill(d) -- d: defaults of the arguments
         { "alpha", d.alpha or 16, "scale of LoRA is alpha / rank" },
         { "targets", d.targets or { "q_proj", "k_proj", "v_proj", "o_proj" }, "projections that LoRA adapts" },
         { "eval_every", d.eval_every or 100, "updates between evaluations while training", min = 1 },
-        { "dtype", d.dtype or "f32", "dtype of the frozen weights", { "f32", "bf16", "f16", "f64" } },
+        { "dtype", d.dtype or "f32", "dtype of the frozen weights; on a GPU of the activations too", { "f32", "bf16", "f16", "f64" } },
+        { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
         { "seed", d.seed or 0, "order of rows and start of LoRA" },
         { "prompt", d.prompt or "", "what the samples continue, or answer; without one, the start of a held-out row" },
         { "sample", d.sample or 40, "tokens a sample; 0: none", min = 0 },
@@ -40,7 +41,7 @@ local function distill(d) -- d: defaults of the arguments
     if d.prepare then d.prepare(args) end
     lc.manual_seed(args.seed)
 
-    local teacher = lc.load(args.model, { dtype = args.dtype }):freeze()
+    local teacher = lc.load(args.model, { dtype = args.dtype, device = args.device }):freeze()
     log.say("%s", tostring(teacher))
     local data = lc.data(args.data, { model = teacher, seq = args.seq, hold_out = args.hold_out,
                                       limit = args.records > 0 and args.records or nil })
@@ -139,8 +140,8 @@ local function distill(d) -- d: defaults of the arguments
     print(log.table({
         stage("teacher (softmax)", nil, nil, r.teacher_ppl),
         stage("swapped, untrained", nil, r.swapped_window_ppl, r.swapped_ppl),
-        stage("attention transfer", transfer, r.transfer_window_ppl, r.transfer_ppl, transfer.peak_rss_mb),
-        stage("LoRA", lora, r.window_only_ppl, r.lora_ppl, lora.peak_rss_mb),
+        stage("attention transfer", transfer, r.transfer_window_ppl, r.transfer_ppl, transfer.peak_device_mb or transfer.peak_rss_mb),
+        stage("LoRA", lora, r.window_only_ppl, r.lora_ppl, lora.peak_device_mb or lora.peak_rss_mb),
     }, { "", "perplexity", "window only", "tokens/s", "peak memory" }))
     print(("\nPerplexity on %d held-out rows of %d tokens of %s. Window only: the linear part switched off."):format(#held, args.seq, args.data))
     if args.sample > 0 then
@@ -159,6 +160,7 @@ local function distill(d) -- d: defaults of the arguments
         transfer_tok_s = transfer.tok_s, lora_tok_s = lora.tok_s, transfer_steps = transfer.updates, lora_steps = lora.updates,
         transfer_seconds = transfer.seconds, lora_seconds = lora.seconds,
         peak_rss_mb = math.max(transfer.peak_rss_mb, lora.peak_rss_mb), transfer_peak_rss_mb = transfer.peak_rss_mb,
+        device = args.device, transfer_peak_device_mb = transfer.peak_device_mb, lora_peak_device_mb = lora.peak_device_mb,
         samples = { teacher = r.teacher_sample, swapped = r.swapped_sample, transfer = r.transfer_sample, lora = r.lora_sample },
     })
     if d.finish then d.finish(args, r) end

@@ -1,7 +1,7 @@
 -- golden.lua: runs every case in a folder of golden values, in float32 and in float64, and says how many passed.
 -- Nothing about the cases is known here but the layout: another folder with other cases of the same kinds works
 -- alike.
---   lolcats tests/golden.lua [DIR] [--only kind,kind] [--all] [--verbose] [--set plain_hybrid]
+--   lolcats tests/golden.lua [DIR] [--only kind,kind] [--all] [--verbose] [--set plain_hybrid] [--device cuda:0]
 local lc = require "lolcats"
 local files = require "lolcats.files"
 
@@ -20,6 +20,9 @@ local function parse(argv)
         local a = argv[i]
         if a == "--all" then o.all = true
         elseif a == "--verbose" or a == "-v" then o.verbose = true
+        elseif a == "--device" then -- float32 there; float64 too, where the device has it
+            i = i + 1
+            lc.default_device(argv[i] or "")
         elseif a == "--set" then -- a switch of runtime/core/options.c: run on a fast path's plain twin
             i = i + 1
             lc.set_option(argv[i] or "", 1)
@@ -129,9 +132,9 @@ end
 
 --- Largest absolute difference and largest absolute entry of want; a third result says why they cannot be compared.
 function T.difference(got, want)
-    if type(got) == "number" then got = lc.tensor({ got }, { dtype = "f64" }) end
-    if type(want) == "number" then want = lc.tensor({ want }, { dtype = "f64" }) end
-    got, want = got:detach():to("f64"), want:detach():to("f64")
+    if type(got) == "number" then got = lc.tensor({ got }, { dtype = "f64", device = "cpu" }) end
+    if type(want) == "number" then want = lc.tensor({ want }, { dtype = "f64", device = "cpu" }) end
+    got, want = got:detach():cpu():to("f64"), want:detach():cpu():to("f64")
     if got:numel() ~= want:numel() then
         return 0, 0, ("shape [%s], expected [%s]"):format(table.concat(got.shape, ", "), table.concat(want.shape, ", "))
     end

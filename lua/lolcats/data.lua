@@ -15,7 +15,7 @@ local IGNORE = -100
 local Stream = {}
 Stream.__index = Stream
 
-local function buffer(n) return lc.keep(lc.empty({ n }, { dtype = "i32" })) end
+local function buffer(n) return lc.keep(lc.empty({ n }, { dtype = "i32", device = "cpu" })) end
 
 function M.stream(vocabulary)
     local self = setmetatable({ n = 0, room = 65536, answers = 0, vocabulary = vocabulary or math.huge }, Stream)

@@ -16,7 +16,7 @@ for name, f in pairs(ops.functions) do lc[name] = f end
 for _, name in ipairs(tensor.names) do lc[name] = tensor[name] end
 for _, name in ipairs {"zeros", "empty", "ones", "rand", "randn", "full", "arange", "eye", "tensor", "zeros_like",
                        "empty_like", "ones_like",
-                       "rand_like", "randn_like", "full_like", "cat", "stack", "to", "default_dtype"} do
+                       "rand_like", "randn_like", "full_like", "cat", "stack", "to", "default_dtype", "default_device"} do
   lc[name] = tensor[name]
 end
 for _, name in ipairs {"scope", "keep", "param", "no_grad", "enable_grad", "grad_enabled"} do lc[name] = scope[name] end

@@ -18,7 +18,7 @@ local function read_opts(opts)
     if not dtype then
         lc.fail("dtype '%s' is not one that a model can be loaded in: f32, bf16, f16, f64", tostring(opts.dtype))
     end
-    local device = opts.device or "cpu"
+    local device = opts.device or lc.default_device()
     if not device:match ":" and device ~= "cpu" then device = device .. ":0" end
     -- what is trained stays in f32; on a CPU activations and norms do too, since it computes in f32
     local compute = opts.compute and DTYPES[opts.compute] or (dtype == "f64" or device ~= "cpu") and dtype or "f32"

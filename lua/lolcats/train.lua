@@ -427,6 +427,12 @@ function Run:evaluate()
 end
 
 -- ---- the end ------------------------------------------------------------------------------------------------------
+-- Most tensor memory in use on the device that is trained on, in MB; nil for the CPU, where the process's peak says it.
+local function device_peak(self)
+    local device = self.optim.params[1].tensor.device
+    return device ~= "cpu" and lc.memory("peak", device) / 2 ^ 20 or nil
+end
+
 function Run:summary()
     local last = {}
     for k, v in pairs(self.shown or {}) do last[k] = v end
@@ -434,7 +440,7 @@ function Run:summary()
         name = self.name, updates = self.step, seconds = self.seconds, tokens = self.tokens,
         tok_s = self.seconds > 0 and self.tokens > 0 and self.tokens / self.seconds or nil, last = next(last) and last or nil,
         best = self.best, held_out = self.last_values, lr = self.lr, peak_rss_mb = lc.peak_rss() / 2 ^ 20,
-        parameters = self.optim.flat.n, resumed_at = self.resumed,
+        peak_device_mb = device_peak(self), parameters = self.optim.flat.n, resumed_at = self.resumed,
     }
 end
 

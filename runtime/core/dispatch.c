@@ -106,7 +106,7 @@ static lc_status check_inputs(lc_frame *c) {
         if (lc_dtype_is_quant(t->dtype) && !(r->flags & (LC_F_MIXED | LC_F_VIEW)))
             return lc_op_error(c, LC_EDTYPE, "%s is quantised; only linear, embedding and to take such tensors", r->x_name[i]);
         if (!first) first = t;
-        else if (t->device != first->device && !(r->flags & LC_F_INPLACE && t->ndim == 0))
+        else if (t->device != first->device && c->op != LC_OP_copy_ && !(r->flags & LC_F_INPLACE && t->ndim == 0))
             return lc_op_error(c, LC_EDEVICE, "operands live on different devices");
         if (r->kind[i] != 'T' && !(r->kind[i] == 'A' && r->flags & LC_F_COMPARE)) continue;
         if (!first_float) first_float = t;

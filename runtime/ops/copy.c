@@ -16,11 +16,22 @@ static lc_status pass_on(lc_back *b) {
 }
 
 /* ---- copy_, add_ ----------------------------------------------------------------------------------------------------- */
+/* copy_ also brings what lies on another device. */
 static lc_status broadcast_into(lc_frame *c) {
     lc_tensor *x = c->x[0], *from = c->x[1];
     int lead = x->ndim - from->ndim;
     for (int i = 0; i < from->ndim; i++)
         if (lead < 0 || (from->dim[i] != 1 && from->dim[i] != x->dim[i + lead])) return lc_op_error(c, LC_ESHAPE, "the source does not broadcast to the destination");
+    if (from->device != x->device) {
+        lc_frame move;
+        lc_frame_init(&move, LC_OP_to);
+        move.x[0] = from;
+        move.i[0] = from->dtype;
+        move.i[1] = x->device;
+        LC_TRY(lc_run(&move));
+        lc_substitute(c, 1, move.y[0]);
+        return LC_OK;
+    }
     if (from->storage != x->storage || (from->offset == x->offset && lc_same_shape(x, from) && !memcmp(x->stride, from->stride, sizeof x->stride[0] * x->ndim)))
         return LC_OK;
     lc_frame copy; /* two views of one storage may overlap */

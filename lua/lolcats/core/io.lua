@@ -299,10 +299,11 @@ function File:tensor(name, options)
     check(C.lc_file_tensor(f, i, x), "open_tensors")
     x = bridge.adopt(x)
   else
-    x = tensor.empty(self:info(name).shape, {dtype = options.dtype})
+    x = tensor.empty(self:info(name).shape, {dtype = options.dtype, device = "cpu"})
     check(C.lc_file_read(f, i, wanted, x), "open_tensors")
   end
-  if options and options.device and options.device ~= "cpu" then x = x:to(options.device) end
+  local device = options and options.device or tensor.default_device()
+  if device ~= "cpu" then x = x:to(device) end
   return x:set_name(name)
 end
 

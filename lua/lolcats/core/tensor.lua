@@ -27,8 +27,11 @@ local function dtype_id(name)
   return id
 end
 
+local default_device = 0
+
 local function device_id(name)
-  if name == nil or name == "cpu" then return 0 end
+  if name == nil then return default_device end
+  if name == "cpu" then return 0 end
   local id = type(name) == "string" and C.lc_device_find(name) or -1
   if id < 0 then
     bridge.raise("EDEVICE", nil, ("no device '%s': %s"):format(tostring(name), ffi.string(C.lc_error_message())))
@@ -36,6 +39,13 @@ local function device_id(name)
   return id
 end
 M.dtype_id, M.device_id, M.dtype_name = dtype_id, device_id, dtype_name
+
+-- The device of new tensors that name none, of tensors read from files, and of models loaded.
+function M.default_device(name)
+  local old = ffi.string(C.lc_device_name(default_device))
+  if name then default_device = device_id(name) end
+  return old
+end
 
 -- The dtype of new tensors that name none.
 function M.default_dtype(name)

@@ -81,7 +81,7 @@ local function read_part(src, c, name, into, opts)
                                             name:match "k_proj" and c.num_key_value_heads)
     if heads then
         lc.scope(function()
-            local raw = lc.empty(want, { dtype = into.dtype })
+            local raw = lc.empty(want, { dtype = into.dtype, device = into.device })
             src.file:read_into(stored, raw)
             unpermute(into, raw, heads)
         end)
