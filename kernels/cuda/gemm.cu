@@ -388,12 +388,28 @@ static int try_blas(const lc_cuda_product *given) {
 }
 #endif
 
+/* Batches that share b and whose rows continue one another are one product of more rows. */
+extern "C" void lc_cuda_product_fold(lc_cuda_product *p) {
+    lc_cuda_operand *o[3] = {&p->a, &p->d, &p->c};
+    for (; p->nb > 0; p->nb--) {
+        const int at = p->nb - 1;
+        if (p->dim[at] != 1) {
+            if (p->b.step[at] != 0) return;
+            for (int i = 0; i < 3; i++)
+                if (o[i]->data && p->m != 1 && o[i]->step[at] != o[i]->rs * p->m) return;
+            for (int i = 0; i < 3 && p->m == 1; i++) o[i]->rs = o[i]->step[at];
+            p->m *= p->dim[at];
+        }
+    }
+}
+
 /* ---- entries --------------------------------------------------------------------------------------------------------- */
 extern "C" int lc_cuda_product_run(const lc_cuda_product *given) {
     lc_cuda_product p = *given;
     if (!lc_dtype_is_float(p.a.dtype) || !lc_dtype_is_float(p.b.dtype) || !lc_dtype_is_float(p.d.dtype)) return LC_K_UNSUPPORTED;
     if (p.m < 1 || p.n < 1 || batch_of(&p) < 1) return LC_K_OK;
     if (!p.c.data || p.beta == 0) memset(&p.c, 0, sizeof p.c), p.beta = 0;
+    lc_cuda_product_fold(&p);
 #ifndef LC_EMULATED
     if (p.k > 0 && !lc_cuda_host->option(LC_OPTION_PLAIN_LINEAR)) {
         int rc = try_blas(&p);

@@ -34,6 +34,8 @@ extern "C" {
 
 /* Returns an LC_K_ status. */
 int lc_cuda_product_run(const lc_cuda_product *p);
+/* Makes batch dims that are no more than rows into rows, the last first; lc_cuda_product_run does it by itself. */
+void lc_cuda_product_fold(lc_cuda_product *p);
 
 /* Row-major d [m, n] = alpha op(a) op(b) + beta c; op(a) is [m, k]: stored so with leading dimension lda, or [k, m] when ta. c has
  * d's dtype and may be d, or NULL. */
