@@ -3,7 +3,8 @@
 # stays behind.
 set(root "$ENV{DESTDIR}${CMAKE_INSTALL_PREFIX}")
 set(into "${root}/lib/lolcats")
-set(skip "ld-linux.*" "libc\\.so.*" "libm\\.so.*" "libdl\\.so.*" "libpthread\\.so.*" "librt\\.so.*" "libasan.*" "libubsan.*")
+set(skip "ld-linux.*" "libc\\.so.*" "libm\\.so.*" "libdl\\.so.*" "libpthread\\.so.*" "librt\\.so.*" "libasan.*" "libubsan.*"
+    "libcuda\\.so.*" "libcublas.*" "libnv.*") # a GPU's driver and its toolkit's libraries are that machine's own
 
 file(GLOB plugins "${root}/lib/lolcats/liblolcats_*.so")
 

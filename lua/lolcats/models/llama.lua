@@ -18,7 +18,8 @@ local MLP = { "gate_proj", "up_proj", "down_proj" }
 local QKV, GATE_UP = { "q_proj", "k_proj", "v_proj" }, { "gate_proj", "up_proj" }
 M.PROJECTIONS = { "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj" }
 
--- Up to this many rows a product is bound by reading the weights, and one call on the fused storage beats several.
+-- Up to this many rows a product is bound by reading the weights, and one call on the fused storage beats several; a
+-- GPU likes fewer, larger products at any size.
 local FEW_ROWS = 8
 
 -- Layer records over a table of weights; used anew when weights get copied.
@@ -172,7 +173,7 @@ function Model:finish(layer, x, y, ctx)
     local n = lc.rms_norm(x, layer.post_norm, c.rms_norm_eps)
     local gate, up
     local recorded = lc.grad_enabled() and n.requires_grad
-    if ctx.b * ctx.t <= FEW_ROWS and not recorded and fused(layer, layer.gate_up, GATE_UP) then
+    if (ctx.b * ctx.t <= FEW_ROWS or self.device ~= "cpu") and not recorded and fused(layer, layer.gate_up, GATE_UP) then
         local both = lc.linear(n, layer.gate_up)
         gate = both:narrow(-1, 1, c.intermediate_size)
         up = both:narrow(-1, c.intermediate_size + 1, c.intermediate_size)

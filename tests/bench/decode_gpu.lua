@@ -1,0 +1,108 @@
+-- decode_gpu.lua: greedy decoding on a GPU, many rows at once, ids staying there: tokens/s at batch sizes, the cost of a late position
+-- against an early one, and prefill.
+--   lolcats tests/bench/decode_gpu.lua [--model random:mistral-7b] [--batches 1,8,64,256] [--json]
+local lc = require "lolcats"
+local log = require "lolcats.log"
+
+local args = lc.args {
+    "Time decoding and prefill on a GPU.",
+    { "model", "random:mistral-7b", "a model, or random:SHAPE" },
+    { "device", "cuda:0", "where" }, { "dtype", "bf16", "of weights and activations" },
+    { "batches", { 1, 8, 64, 256 }, "rows decoded at once" },
+    { "prompt", 128, "tokens before the first one timed", min = 1 },
+    { "steps", 128, "timed steps", min = 8 },
+    { "prefill", 2048, "tokens of the prefill" },
+    { "positions", { 1000, 100000 }, "positions whose cost is compared; empty: none" },
+    { "teacher", false, "also the softmax model at batch 1" },
+    { "profile", false, "also the host's time of each op at batch 1" },
+    { "json", false, "one JSON object on stdout" },
+}
+local device = args.device
+lc.manual_seed(1)
+local model = lc.load(args.model, { dtype = args.dtype, device = device }):freeze()
+local student = lc.linearize(model, { map = "hedgehog" })
+local vocab = model.config.vocab_size
+
+local function ids(b, t)
+    return (lc.rand({ b, t }, { device = device }) * (vocab - 1)):floor():to "i32"
+end
+
+-- One step: ids [b, 1] in, the likeliest next ids out, nothing read back.
+local function step(m, state, now)
+    return lc.no_grad(lc.scope, function()
+        local x = m:forward(now, { state = state })
+        return m:lm_head(x:select(2, -1)):argmax(-1):reshape(-1, 1)
+    end)
+end
+
+local function decode(m, batch, at, steps)
+    local state = m:new_state(batch)
+    local now = lc.keep(ids(batch, 1))
+    lc.no_grad(lc.scope, function() m:forward(ids(batch, args.prompt), { state = state }) end)
+    if at then -- the state has one size wherever it stands, so a position is just a number
+        state.seen = at
+        state.pos:fill_(at)
+    end
+    local function go(n)
+        for _ = 1, n do
+            local next_ids = lc.keep(step(m, state, now))
+            now:drop()
+            now = next_ids
+        end
+        lc.sync(device)
+    end
+    go(8)
+    local t0 = lc.now()
+    go(steps)
+    local s = (lc.now() - t0) / steps
+    if args.profile and batch == 1 and not at then
+        io.stderr:write((lc.profile(function() t0 = lc.now(); go(1) end)), ("one step with the profile: %.2f ms\n"):format((lc.now() - t0) * 1e3))
+    end
+    now:drop()
+    m:drop_state(state)
+    lc.trim()
+    return s
+end
+
+local result, rows = { model = args.model, device = device, dtype = args.dtype, batches = {}, positions = {} }, {}
+for _, b in ipairs(args.batches) do
+    lc.reset_peak(device)
+    local ok, s = pcall(decode, student, tonumber(b), nil, args.steps)
+    if ok then
+        result.batches[#result.batches + 1] = { batch = b, ms = s * 1e3, tok_s = b / s, peak_gib = lc.memory("peak", device) / 2 ^ 30 }
+        rows[#rows + 1] = { "decode, batch " .. b, ("%.2f"):format(s * 1e3), ("%.0f"):format(b / s),
+                            ("%.1f"):format(lc.memory("peak", device) / 2 ^ 30) }
+    else
+        rows[#rows + 1] = { "decode, batch " .. b, "-", tostring(s):match "^[^\n]*":sub(1, 60), "" }
+    end
+end
+for _, at in ipairs(args.positions) do
+    local s = decode(student, 1, tonumber(at), args.steps)
+    result.positions[#result.positions + 1] = { position = at, ms = s * 1e3 }
+    rows[#rows + 1] = { "decode, position " .. at, ("%.2f"):format(s * 1e3), ("%.0f"):format(1 / s), "" }
+end
+if args.teacher then
+    local s = decode(model, 1, nil, args.steps)
+    result.teacher_ms = s * 1e3
+    rows[#rows + 1] = { "softmax decode, batch 1", ("%.2f"):format(s * 1e3), ("%.0f"):format(1 / s), "" }
+end
+if args.prefill > 0 then
+    local text, times = lc.keep(ids(1, args.prefill)), {}
+    for i = 0, 5 do
+        local state = student:new_state(1)
+        lc.sync(device)
+        local t0 = lc.now()
+        lc.no_grad(lc.scope, function()
+            student:lm_head(student:forward(text, { state = state }):select(2, -1))
+        end)
+        lc.sync(device)
+        if i > 0 then times[i] = lc.now() - t0 end
+        student:drop_state(state)
+    end
+    table.sort(times)
+    result.prefill_ms = times[3] * 1e3
+    rows[#rows + 1] = { "prefill of " .. args.prefill, ("%.2f"):format(times[3] * 1e3), ("%.0f"):format(args.prefill / times[3]), "" }
+end
+if args.json then print(lc.files.to_json(result)) else
+    print(log.table(rows, { "", "ms a step", "tokens/s", "peak GiB" }))
+end
