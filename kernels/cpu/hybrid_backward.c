@@ -11,7 +11,7 @@ typedef struct job {
     const lc_kargs *k;
     const hybrid *call;
     saved from;
-    int64_t panels, segments, keys;             /* keys: rows of k */
+    int64_t panels, segments, keys;             /* of the longest sequence; of a head; rows of k */
     int linear_q, linear_k, window_q, window_k; /* parts that some wanted result needs */
     real *delta, *x;                            /* [b, h, t] */
     real *gm[2], *gb[2], *xs; /* [b, h, segments][f][dp], [b, h, segments], same: sums of one segment */
@@ -401,8 +401,9 @@ static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_
 /* ---- walks
  * ------------------------------------------------------------------------------------------------------------- */
 typedef struct walk {
-    job *j;
+    const job *j;
     int keys; /* which walk */
+    share share;
 } walk;
 
 static void zero_rows(const lc_view *v, int64_t b, int64_t h, int64_t from, int64_t to) {
@@ -433,7 +434,7 @@ static void put_sums(const job *j, const scratch *s, int64_t item, int keys, con
     if (!keys && j->xs) j->xs[item] = (real)sum->x;
 }
 
-/* Segments from .. to - 1 of one head, keys from the end. */
+/* Segments from .. to - 1 of one head; the keys' are counted from the end. */
 static void walk_head(const walk *w, scratch *s, int64_t head, int64_t from, int64_t to) {
     const job *j = w->j;
     const hybrid *a = j->call;
@@ -449,7 +450,7 @@ static void walk_head(const walk *w, scratch *s, int64_t head, int64_t from, int
     memset(s->s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s->z, 0, (size_t)a->F * sizeof(real));
     if (from == 0) zero_padding(j, &at, h, w->keys);
     for (int64_t step = 0; step < steps; step++) {
-        int64_t seg = w->keys ? to - 1 - step : from + step, c0 = seg * n / n_seg, c1 = (seg + 1) * n / n_seg;
+        int64_t seg = w->keys ? n_seg - 1 - from - step : from + step, c0 = seg * n / n_seg, c1 = (seg + 1) * n / n_seg;
         sums sum = {0};
         if (s->gm) memset(s->gm, 0, (size_t)(a->f * padded(a->d)) * sizeof(real));
         if (a->kind == KIND_CAUSAL) { /* a pair of tiles, n of them in all */
@@ -477,34 +478,54 @@ static void carve_scratch(const job *j, arena *w, int keys, scratch *s) {
 }
 
 static void walk_body(void *ctx, int64_t begin, int64_t end, int thread) {
-    const walk *w = ctx;
+    walk *w = ctx;
     arena memory = {w->j->scratch + (size_t)thread * w->j->scratch_bytes, 0};
     scratch s;
     carve_scratch(w->j, &memory, w->keys, &s);
-    while (begin < end) {
-        int64_t head = begin / w->j->segments, from = begin % w->j->segments,
-                to = LC_MIN(w->j->segments, from + end - begin);
-        walk_head(w, &s, head, from, to);
-        begin += to - from;
-    }
+    while (share_take(&w->share, &begin, &end))
+        for (int64_t to; begin < end; begin = to) {
+            int64_t head = begin / w->share.segments, first = head * w->share.segments;
+            to = LC_MIN(end, first + w->share.segments);
+            walk_head(w, &s, head, begin - first, to - first);
+        }
+}
+
+static void do_walk(const job *j, int keys, int threads) {
+    const hybrid *a = j->call;
+    walk w = {.j = j, .keys = keys, .share.segments = j->segments};
+    /* products of one token: what a part takes in anew, and all */
+    double absorb = (double)(a->F + a->f), window = 1.5 * (double)a->window;
+    double tile = keys ? 3 * (double)a->F + 4 * (double)a->f + 4 * window * j->window_k
+                       : 2 * (double)a->F + 4 * (double)a->f + 3 * window * j->window_q;
+    share_out(&w.share, a, threads, a->F ? absorb / tile : 0);
+    j->k->host->parallel(threads, 1, walk_body, &w);
 }
 
 /* ---- sums over segments and heads
  * ---------------------------------------------------------------------------------------- */
+/* gm [d][f] of head h = sum of the segments' [f][dp]. */
+static void finish_map(const job *j, int keys, int64_t h) {
+    const hybrid *a = j->call;
+    const lc_view *out = &j->k->y[GMQ + keys];
+    int64_t dp = padded(a->d), n = a->f * dp;
+    for (int64_t i = 0; i < a->f; i++)
+        for (int64_t e = 0; e < dp; e += VL) {
+            double sum[VL] = {0};
+            for (int64_t b = 0; b < a->b; b++) {
+                const real *part = j->gm[keys] + (b * a->h + h) * j->segments * n + i * dp + e;
+                for (int64_t seg = 0; seg < j->segments; seg++)
+                    for (int64_t l = 0; l < VL; l++) sum[l] += part[seg * n + l];
+            }
+            for (int64_t l = 0; l < LC_MIN(VL, a->d - e); l++)
+                ((real *)out->data)[h * out->stride[0] + (e + l) * out->stride[1] + i * out->stride[2]] = (real)sum[l];
+        }
+}
+
 static void finish_weights(const job *j, int64_t h) {
     const hybrid *a = j->call;
-    int64_t n = a->f * padded(a->d);
     double gamma = hybrid_gamma(a, h), x = 0, bias[2] = {0, 0};
-    for (int keys = 0; keys < 2; keys++) {
-        const lc_view *out = &j->k->y[GMQ + keys];
-        for (int64_t e = 0; j->gm[keys] && e < a->d * a->f; e++) {
-            double sum = 0;
-            for (int64_t b = 0; b < a->b; b++)
-                for (int64_t seg = 0; seg < j->segments; seg++)
-                    sum += j->gm[keys][((b * a->h + h) * j->segments + seg) * n + e % a->f * padded(a->d) + e / a->f];
-            ((real *)out->data)[h * out->stride[0] + e / a->f * out->stride[1] + e % a->f * out->stride[2]] = (real)sum;
-        }
-    }
+    for (int keys = 0; keys < 2; keys++)
+        if (j->gm[keys]) finish_map(j, keys, h);
     for (int64_t b = 0; b < a->b; b++)
         for (int64_t seg = 0; seg < j->segments; seg++) {
             int64_t at = (b * a->h + h) * j->segments + seg;
@@ -589,9 +610,9 @@ int K(chunked_backward)(const lc_kargs *k, const hybrid *a, const saved *from) {
     job j;
     plan(&j, k, a);
     j.from = *from;
-    int64_t items = a->b * a->h * j.segments;
-    k->host->parallel(items, 1, walk_body, &(walk){&j, 0});
-    if (j.linear_k || j.window_k) k->host->parallel(items, 1, walk_body, &(walk){&j, 1});
+    int threads = k->host->threads();
+    do_walk(&j, 0, threads);
+    if (j.linear_k || j.window_k) do_walk(&j, 1, threads);
     k->host->parallel(a->h + 3 * a->b, 1, finish_body, &j);
     return LC_K_OK;
 }

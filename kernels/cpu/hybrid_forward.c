@@ -220,56 +220,73 @@ void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span 
 
 /* ---- a call without state
  * ---------------------------------------------------------------------------------------------- */
-static void forward_body(void *ctx, int64_t begin, int64_t end, int thread) {
-    const forward_job *job = ctx;
-    const hybrid *a = job->call;
-    scratch s;
-    arena w = {(char *)job->k->work + (size_t)thread * job->scratch_bytes, 0};
-    K(scratch_carve)(&w, a, 1, (int)reach(a, job->panels), job->n_u, 0, &s);
-    while (begin < end) {
-        int64_t head = begin / job->segments, from = begin % job->segments,
-                to = LC_MIN(job->segments, from + end - begin);
-        int64_t h = head % a->h, absorbed = 0, first, n;
-        int has_state = 0;
-        span at;
-        whole_span(a, head / a->h, &at);
-        first = at.p0 / TILE, n = at.p1 > at.p0 ? (at.p1 - 1) / TILE + 1 - first : 0;
-        K(side_open)(&s.q, a, &at, 0, h, a->q, NULL, 0);
-        K(side_open)(&s.k, a, &at, 1, h, a->k, a->v, 0);
-        memset(s.s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s.z, 0, (size_t)a->F * sizeof(real));
-        if (from == 0) K(put_padding)(job->k, a, &at, h);
-        if (a->kind == KIND_CAUSAL)
-            for (int64_t u = from; u < to && 2 * u < n; u++) { /* a cheap and a dear tile make a pair */
-                K(forward_tile)(job->k, a, &s, &at, h, first + u, &absorbed, &has_state);
-                if (n - 1 - u != u) K(forward_tile)(job->k, a, &s, &at, h, first + n - 1 - u, &absorbed, &has_state);
-            }
-        else
-            for (int64_t c = from * n / job->segments; c < to * n / job->segments; c++)
-                K(forward_tile)(job->k, a, &s, &at, h, first + c, &absorbed, &has_state);
-        begin += to - from;
-    }
+typedef struct job {
+    const lc_kargs *k;
+    const hybrid *call;
+    int64_t panels; /* of the longest sequence */
+    int n_u;
+    size_t scratch_bytes;
+    share share;
+} job;
+
+/* Segments from .. to - 1 of one head. */
+static void forward_head(const job *j, scratch *s, int64_t head, int64_t from, int64_t to) {
+    const hybrid *a = j->call;
+    int64_t h = head % a->h, n_seg = j->share.segments, absorbed = 0, first, n;
+    int has_state = 0;
+    span at;
+    whole_span(a, head / a->h, &at);
+    first = at.p0 / TILE, n = at.p1 > at.p0 ? (at.p1 - 1) / TILE + 1 - first : 0;
+    K(side_open)(&s->q, a, &at, 0, h, a->q, NULL, 0);
+    K(side_open)(&s->k, a, &at, 1, h, a->k, a->v, 0);
+    memset(s->s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s->z, 0, (size_t)a->F * sizeof(real));
+    if (from == 0) K(put_padding)(j->k, a, &at, h);
+    if (a->kind == KIND_CAUSAL)
+        for (int64_t u = from; u < to && 2 * u < n; u++) { /* a cheap and a dear tile make a pair */
+            K(forward_tile)(j->k, a, s, &at, h, first + u, &absorbed, &has_state);
+            if (n - 1 - u != u) K(forward_tile)(j->k, a, s, &at, h, first + n - 1 - u, &absorbed, &has_state);
+        }
+    else
+        for (int64_t c = from * n / n_seg; c < to * n / n_seg; c++)
+            K(forward_tile)(j->k, a, s, &at, h, first + c, &absorbed, &has_state);
 }
 
-static void plan(forward_job *job, const lc_kargs *k, const hybrid *a) {
-    *job = (forward_job){.k = k, .call = a};
-    job->panels = LC_MAX((a->t + LC_MAX(a->offset, 0) + TILE - 1) / TILE, 1);
-    job->segments = segments_of(a, job->panels);
-    job->n_u = a->window ? (int)LC_MIN(reach(a, job->panels), BLOCK_PANELS) : 0;
+static void forward_body(void *ctx, int64_t begin, int64_t end, int thread) {
+    job *j = ctx;
+    scratch s;
+    arena w = {(char *)j->k->work + (size_t)thread * j->scratch_bytes, 0};
+    K(scratch_carve)(&w, j->call, 1, (int)reach(j->call, j->panels), j->n_u, 0, &s);
+    while (share_take(&j->share, &begin, &end))
+        for (int64_t to; begin < end; begin = to) {
+            int64_t head = begin / j->share.segments, first = head * j->share.segments;
+            to = LC_MIN(end, first + j->share.segments);
+            forward_head(j, &s, head, begin - first, to - first);
+        }
+}
+
+static void plan(job *j, const lc_kargs *k, const hybrid *a) {
+    *j = (job){.k = k, .call = a};
+    j->panels = LC_MAX((a->t + LC_MAX(a->offset, 0) + TILE - 1) / TILE, 1);
+    j->share.segments = segments_of(a, j->panels);
+    j->n_u = a->window ? (int)LC_MIN(reach(a, j->panels), BLOCK_PANELS) : 0;
     arena w = {0};
     scratch s;
-    K(scratch_carve)(&w, a, 1, (int)reach(a, job->panels), job->n_u, 0, &s);
-    job->scratch_bytes = w.used;
+    K(scratch_carve)(&w, a, 1, (int)reach(a, j->panels), j->n_u, 0, &s);
+    j->scratch_bytes = w.used;
 }
 
 size_t K(chunked_forward_work)(const lc_kargs *k, const hybrid *a) {
-    forward_job job;
-    plan(&job, k, a);
-    return job.scratch_bytes * (size_t)k->host->threads();
+    job j;
+    plan(&j, k, a);
+    return j.scratch_bytes * (size_t)k->host->threads();
 }
 
 int K(chunked_forward)(const lc_kargs *k, const hybrid *a) {
-    forward_job job;
-    plan(&job, k, a);
-    k->host->parallel(a->b * a->h * job.segments, 1, forward_body, &job);
+    job j;
+    int threads = k->host->threads();
+    plan(&j, k, a);
+    double absorb = (double)(a->F + a->f), tile = 3 * (double)a->window + 2 * absorb; /* products of one token */
+    share_out(&j.share, a, threads, a->F ? absorb / tile : 0);
+    k->host->parallel(threads, 1, forward_body, &j);
     return LC_K_OK;
 }

@@ -4,23 +4,7 @@
 #define LC_HYBRID_FORWARD_H
 
 #include "hybrid_panel.h"
-
-typedef struct forward_job {
-    const lc_kargs *k;
-    const hybrid *call;
-    int64_t panels, segments; /* of the longest sequence; parts a head is cut into */
-    int n_u;
-    size_t scratch_bytes;
-} forward_job;
-
-/* Parts of a head: enough of them to keep threads level, from the shapes alone, so that results do not depend on the
- * threads. A part that does not follow on its thread takes in all keys before it anew: too dear for long sequences, where
- * whole heads keep a few threads level well enough. */
-static inline int64_t segments_of(const hybrid *a, int64_t panels) {
-    if (a->kind == KIND_CAUSAL) return (panels + 1) / 2;
-    if (panels > 32 && a->b * a->h >= 8) return 1;
-    return LC_MAX(LC_MIN(32 / LC_MAX(a->b * a->h, 1), panels / 2), 1);
-}
+#include "hybrid_share.h"
 
 /* The sequence b of a call without state. */
 static inline void whole_span(const hybrid *a, int64_t b, span *at) {

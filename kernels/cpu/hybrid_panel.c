@@ -72,7 +72,7 @@ static const real *token_row(const side *s, int which, int64_t p) {
 
 /* Rows of one head lie far apart, so no hardware looks ahead for them: ask for the next panel while this one is worked
  * on. */
-static void fetch_ahead(const side *s, int which, int64_t index) {
+static inline __attribute__((always_inline)) void fetch_ahead(const side *s, int which, int64_t index) {
     int64_t from, end, bytes = s->call->d * (int64_t)sizeof(real);
     if (index < 0 || !s->step) return;
     valid_rows(s, index, &from, &end);
