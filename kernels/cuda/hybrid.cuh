@@ -71,6 +71,49 @@ static inline int hybrid_open(hybrid *a, const lc_kargs *k, const lc_view *x) {
     return LC_K_OK;
 }
 
+/* ---- results and carried state ---------------------------------------------------------------------------------------- */
+/* y [b, h, t, d]; c, at, z [b, h, t] may have no data: not wanted. */
+struct hybrid_out {
+    rows4 y, c, at, z;
+};
+
+/* The state of decoding and prefill. state [n, h, F, d], zsum [n, h, F] and cache are contiguous, of the type computed in; a slot of
+ * the cache, `slot_elements` long, is keys [g, 2 window, d], values likewise and, for map none, features [heads of mk, 2 window, F]. */
+struct carried {
+    void *state, *zsum, *cache; /* state NULL: the call carries none */
+    const int32_t *slot, *pos;
+    int64_t slot_stride, pos_stride, slot_elements;
+    int n;
+    fault_to fault;
+};
+
+/* One row of the batch: positions p0 .. p1 - 1 are the call's; position p lies in row p + shift of q, k and v; keys before p0 lie in
+ * the cache, those before k_min are in the state already. */
+struct hybrid_span {
+    int p0, p1, shift, k_min, start;
+    int64_t slot;
+};
+
+static inline hybrid_out hybrid_results(const lc_kargs *k) {
+    hybrid_out o = {rows4_of(k->y), rows3_of(k->y + 1), rows3_of(k->y + 2), rows3_of(k->y + 3)};
+    return o;
+}
+
+static inline int carried_open(carried *c, const lc_kargs *k, const hybrid *a) {
+    memset(c, 0, sizeof *c);
+    const lc_view *x = k->x;
+    if (!x[9].data) return LC_K_OK;
+    if (!x[10].data || !x[13].data || (a->window && !x[11].data)) return LC_K_UNSUPPORTED;
+    c->state = x[9].data, c->zsum = x[10].data, c->cache = x[11].data;
+    c->slot = (const int32_t *)x[12].data, c->pos = (const int32_t *)x[13].data;
+    c->n = (int)x[9].dim[0];
+    if (c->slot) c->slot_stride = x[12].stride[0];
+    c->pos_stride = x[13].stride[0];
+    if (c->cache && c->n) c->slot_elements = view_numel(x + 11) / c->n;
+    c->fault = fault_here();
+    return LC_K_OK;
+}
+
 /* Element i of a small array of another float dtype. */
 template <class R> __device__ __forceinline__ R read_as(const void *p, int dtype, int64_t i) {
     switch (dtype) {
@@ -101,6 +144,32 @@ template <class R> __device__ __forceinline__ R bias_of(const void *bias, int dt
     return bias ? read_as<R>(bias, dtype, h) : (R)0;
 }
 
+/* A slot or position out of range is reported and the row treated as one without tokens; `tell` one thread of the row's blocks. */
+__device__ __forceinline__ hybrid_span span_of(const hybrid &a, const carried &c, int b, bool tell) {
+    hybrid_span s;
+    s.start = start_of(a, b), s.slot = b, s.p0 = 0, s.k_min = 0;
+    if (c.state) {
+        if (c.slot) s.slot = c.slot[b * c.slot_stride];
+        bool bad = s.slot < 0 || s.slot >= c.n;
+        int pos = bad ? 0 : c.pos[s.slot * c.pos_stride];
+        if (bad || pos < 0) {
+            if (tell) bad ? c.fault.report(s.slot, c.n, b) : c.fault.report(pos, INT32_MAX, s.slot);
+            s.slot = 0, s.start = a.t, pos = 0;
+        }
+        s.p0 = pos, s.k_min = a.window ? hybrid_lo(a, pos) : pos;
+    }
+    s.shift = s.start - s.p0;
+    s.p1 = s.p0 + a.t - s.start;
+    return s;
+}
+/* Where a key (which 0), value (1) or feature (2) of a head at position p lies in the cache, counted from the slot's begin. */
+__device__ __forceinline__ int64_t cached_at(const hybrid &a, int which, int head, int p) {
+    int ring = 2 * a.window;
+    int64_t row = (int64_t)head * ring + p % ring, block = (int64_t)a.g * ring * a.d;
+    return which < 2 ? which * block + row * a.d : 2 * block + row * a.F;
+}
+
+/* ---- feature maps ----------------------------------------------------------------------------------------------------- */
 /* One warp: y [F] = map(x [f]), not clamped (clamp from below with feature_eps is the caller's). x and y apart, in shared memory;
  * the caller orders them. */
 template <class R> __device__ __forceinline__ void map_row(const hybrid &a, const R *x, R *y) {
@@ -119,5 +188,15 @@ template <class R> __device__ __forceinline__ void map_row(const hybrid &a, cons
         for (int i = lane; i < a.f; i += 32) y[half * a.f + i] /= sum;
     }
 }
+
+/* The ways to a result. hybrid_plain.cu: any call; its workspace. */
+int hybrid_plain(const lc_kargs *k, const hybrid &a, const carried &s);
+size_t hybrid_plain_work(const lc_kargs *k, const hybrid &a);
+/* hybrid_forward_tiles.cu: bf16 on the tensor cores; whether it takes the call. */
+bool hybrid_tiles_fit(const lc_kargs *k, const hybrid &a);
+int hybrid_tiles(const lc_kargs *k, const hybrid &a, const carried &s);
+size_t hybrid_tiles_work(const lc_kargs *k, const hybrid &a);
+/* The last keys and values of a call with state enter the cache (after all has been read). */
+int hybrid_remember(const lc_kargs *k, const hybrid &a, const carried &s);
 
 #endif

@@ -137,26 +137,30 @@ template <int ROWS, class T> __device__ __forceinline__ T *tile_at(T *tile, int 
     return tile + (col >> 6) * (ROWS * 64) + row * 64 + ((((col >> 3) & 7) ^ (row & 7)) << 3) + (col & 7);
 }
 
-/* Fragments, ready for mma16. Tiles named [x][y] hold y along a row. */
+/* Fragments, ready for mma16; m, n and k are multiples of 16. Tiles named [x][y] hold y along a row. The row in a group of 8 and the
+ * piece are the lane's alone, so that what changes from step to step is a constant. */
+template <int ROWS> __device__ __forceinline__ int fragment_at(int row, int col, int lane_row, int lane_piece) {
+    return (col >> 6) * (ROWS * 64) + (row + lane_row) * 64 + ((((lane_row & 7) ^ lane_piece) << 3) ^ (col & 48));
+}
 /* a: rows m .. m + 15, columns k .. k + 15 of a tile [m][k]. */
 template <int ROWS, class T> __device__ __forceinline__ void fragment_a(uint32_t (&a)[4], const T *tile, int m, int k) {
     int l = threadIdx.x & 31;
-    matrix_load(a, tile_at<ROWS>(tile, m + (l & 15), k + (l >> 4) * 8));
+    matrix_load(a, tile + fragment_at<ROWS>(m, k, l & 15, l >> 4));
 }
 /* a: the same from a tile [k][m]. */
 template <int ROWS, class T> __device__ __forceinline__ void fragment_a_t(uint32_t (&a)[4], const T *tile, int m, int k) {
     int l = threadIdx.x & 31;
-    matrix_load_t(a, tile_at<ROWS>(tile, k + (l & 7) + (l >> 4) * 8, m + (l >> 3 & 1) * 8));
+    matrix_load_t(a, tile + fragment_at<ROWS>(k, m, (l & 7) + (l >> 4) * 8, l >> 3 & 1));
 }
 /* b[0], b[1]: columns n .. n + 7; b[2], b[3]: columns n + 8 .. n + 15; from a tile [n][k]. */
 template <int ROWS, class T> __device__ __forceinline__ void fragment_b(uint32_t (&b)[4], const T *tile, int n, int k) {
     int l = threadIdx.x & 31;
-    matrix_load(b, tile_at<ROWS>(tile, n + (l & 7) + (l >> 4) * 8, k + (l >> 3 & 1) * 8));
+    matrix_load(b, tile + fragment_at<ROWS>(n, k, (l & 7) + (l >> 4) * 8, l >> 3 & 1));
 }
 /* b: the same from a tile [k][n]. */
 template <int ROWS, class T> __device__ __forceinline__ void fragment_b_t(uint32_t (&b)[4], const T *tile, int n, int k) {
     int l = threadIdx.x & 31;
-    matrix_load_t(b, tile_at<ROWS>(tile, k + (l & 7) + (l >> 3 & 1) * 8, n + (l >> 4) * 8));
+    matrix_load_t(b, tile + fragment_at<ROWS>(k, n, (l & 7) + (l >> 3 & 1) * 8, l >> 4));
 }
 
 #endif
