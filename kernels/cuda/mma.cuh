@@ -48,12 +48,9 @@ __device__ __forceinline__ float exp2_fast(float x) { /* 2 ulp; 0 for -inf */
 
 /* ---- asynchronous copies to shared memory ---------------------------------------------------------------------------- */
 #ifdef LC_EMULATED
-__device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
-    if (valid) memcpy(to, from, 16);
-    else memset(to, 0, 16);
-}
-__device__ __forceinline__ void copy_commit() {}
-template <int N> __device__ __forceinline__ void copy_wait() {}
+__device__ __forceinline__ void copy16(void *to, const void *from, bool valid) { lc_emu_copy(to, from, 16, valid ? 16 : 0); }
+__device__ __forceinline__ void copy_commit() { lc_emu_copy_commit(); }
+template <int N> __device__ __forceinline__ void copy_wait() { lc_emu_copy_wait(N); }
 #else
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 /* 16 bytes, both aligned; zeros when not valid (from must still be an address). */
@@ -70,23 +67,29 @@ template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.
 /* Lane l gives the address of row l & 7 of matrix l / 8 (16 bytes); r[m] gets elements (l / 4, 2 (l % 4) + 0, 1) of matrix m, or,
  * transposed, elements (2 (l % 4) + 0, 1, l / 4). */
 #ifdef LC_EMULATED
+struct emulated_matrix {
+    const char *row;
+    uint32_t *r;
+    bool transposed;
+};
+static inline void emulated_matrix_load(void *const record[32], uint32_t) {
+    for (int lane = 0; lane < 32; lane++)
+        for (int m = 0; m < 4; m++) {
+            emulated_matrix *to = (emulated_matrix *)record[lane];
+            char *r = (char *)&to->r[m];
+            for (int i = 0; i < 2; i++) {
+                int row = to->transposed ? lane % 4 * 2 + i : lane / 4, col = to->transposed ? lane / 4 : lane % 4 * 2 + i;
+                memcpy(r + 2 * i, ((emulated_matrix *)record[8 * m + row])->row + 2 * col, 2);
+            }
+        }
+}
 __device__ __forceinline__ void matrix_load(uint32_t (&r)[4], const void *row) {
-    int lane = threadIdx.x & 31;
-    for (int m = 0; m < 4; m++) {
-        uint64_t from = __shfl_sync(0xffffffffu, (unsigned long long)(uintptr_t)row, 8 * m + lane / 4);
-        memcpy(&r[m], (const char *)(uintptr_t)from + 4 * (lane % 4), 4);
-    }
+    emulated_matrix m = {(const char *)row, r, false};
+    lc_emu_collective(0xffffffffu, "ldmatrix", emulated_matrix_load, &m);
 }
 __device__ __forceinline__ void matrix_load_t(uint32_t (&r)[4], const void *row) {
-    int lane = threadIdx.x & 31;
-    for (int m = 0; m < 4; m++) {
-        uint16_t v[2];
-        for (int i = 0; i < 2; i++) {
-            uint64_t from = __shfl_sync(0xffffffffu, (unsigned long long)(uintptr_t)row, 8 * m + lane % 4 * 2 + i);
-            memcpy(&v[i], (const char *)(uintptr_t)from + 2 * (lane / 4), 2);
-        }
-        r[m] = v[0] | (uint32_t)v[1] << 16;
-    }
+    emulated_matrix m = {(const char *)row, r, true};
+    lc_emu_collective(0xffffffffu, "ldmatrix.trans", emulated_matrix_load, &m);
 }
 #else
 __device__ __forceinline__ void matrix_load(uint32_t (&r)[4], const void *row) {
@@ -103,21 +106,35 @@ __device__ __forceinline__ void matrix_load_t(uint32_t (&r)[4], const void *row)
 /* c [16][8] += a [16][16] b [16][8]. Lane l, g = l / 4, q = l % 4: a[0..3] rows g, g + 8, g, g + 8 and columns 2q, 2q, 2q + 8, 2q + 8
  * (and the next); b0, b1 rows 2q, 2q + 8 (and the next) of column g; c[0..3] (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1). */
 #ifdef LC_EMULATED
-template <class T> __device__ __forceinline__ void mma16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    int lane = threadIdx.x & 31;
-    for (int q = 0; q < 4; q++) {
-        int row = (lane & ~3) | q;
-        float2 x[4], y[2][2]; /* two rows, two columns */
-        for (int i = 0; i < 4; i++) x[i] = unpack2<T>(__shfl_sync(0xffffffffu, a[i], row));
-        for (int n = 0; n < 2; n++) {
-            int from = (lane % 4 * 2 + n) * 4 + q;
-            y[n][0] = unpack2<T>(__shfl_sync(0xffffffffu, b0, from));
-            y[n][1] = unpack2<T>(__shfl_sync(0xffffffffu, b1, from));
+struct emulated_mma {
+    float *c;
+    const uint32_t *a;
+    uint32_t b[2];
+};
+template <class T> static inline void emulated_mma16(void *const record[32], uint32_t) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const emulated_mma *m = (const emulated_mma *)record[lane];
+        int g = lane / 4, q = lane % 4 * 2;
+        for (int i = 0; i < 4; i++) {
+            float2 v = unpack2<T>(m->a[i]);
+            a[g + i % 2 * 8][q + i / 2 * 8] = v.x, a[g + i % 2 * 8][q + i / 2 * 8 + 1] = v.y;
         }
-        for (int r = 0; r < 2; r++)
-            for (int n = 0; n < 2; n++)
-                c[2 * r + n] += x[r].x * y[n][0].x + x[r].y * y[n][0].y + x[r + 2].x * y[n][1].x + x[r + 2].y * y[n][1].y;
+        for (int i = 0; i < 2; i++) {
+            float2 v = unpack2<T>(m->b[i]);
+            b[q + 8 * i][g] = v.x, b[q + 8 * i + 1][g] = v.y;
+        }
     }
+    for (int lane = 0; lane < 32; lane++)
+        for (int i = 0; i < 4; i++) {
+            float *c = &((const emulated_mma *)record[lane])->c[i], sum = 0;
+            for (int k = 0; k < 16; k++) sum += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+            *c += sum;
+        }
+}
+template <class T> __device__ __forceinline__ void mma16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    emulated_mma m = {c, a, {b0, b1}};
+    lc_emu_collective(0xffffffffu, "mma.m16n8k16", emulated_mma16<T>, &m);
 }
 #else
 template <class T> __device__ __forceinline__ void mma16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
