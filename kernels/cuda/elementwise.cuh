@@ -9,6 +9,9 @@
 
 enum { LC_THREADS = 256 }; /* of a block, in all elementwise kernels */
 
+#define LC_KERNEL __global__ void __launch_bounds__(LC_THREADS)
+#define LC_SPAN(n) const __grid_constant__ span<n> /* read where it lies: indexed by run-time numbers, it would go to local memory */
+
 /* N operands of one shape; operand 0 is the result. Items are elements, or vectors of `width` of them. */
 template <int N> struct span {
     uint32_t total, dim[LC_VIEW_DIMS], magic[LC_VIEW_DIMS];
@@ -19,6 +22,7 @@ template <int N> struct span {
     __device__ __forceinline__ void at(uint32_t e, int32_t (&offset)[N]) const {
 #pragma unroll
         for (int o = 0; o < N; o++) offset[o] = 0;
+#pragma unroll 1
         for (int i = ndim - 1; i > 0; i--) {
             uint32_t q = ((uint32_t)((uint64_t)e * magic[i] >> 32) + e) >> shift[i], r = e - q * dim[i];
 #pragma unroll

@@ -14,7 +14,7 @@ struct scalars {
 };
 
 /* Vectors of 16 bytes. */
-template <class F, class T> __global__ void __launch_bounds__(LC_THREADS) pointwise_vectors(span<F::n + 1> s, scalars c) {
+template <class F, class T> LC_KERNEL pointwise_vectors(LC_SPAN(F::n + 1) s, scalars c) {
     enum { V = 16 / sizeof(T) };
     LC_EACH(i, s.total) {
         int32_t at[F::n + 1];
@@ -58,7 +58,7 @@ __device__ __forceinline__ float word_as_float(uint32_t w, int dtype) {
     memcpy(&f, &w, 4);
     return f;
 }
-template <class F> __global__ void __launch_bounds__(LC_THREADS) pointwise_elements(span<F::n + 1> s, scalars c, int dtype) {
+template <class F> LC_KERNEL pointwise_elements(LC_SPAN(F::n + 1) s, scalars c, int dtype) {
     LC_EACH(i, s.total) {
         int32_t at[F::n + 1];
         uint32_t w[F::n];
@@ -78,7 +78,7 @@ template <class F> __global__ void __launch_bounds__(LC_THREADS) pointwise_eleme
         else *(f16 *)to = store<f16>(y);
     }
 }
-template <class F> __global__ void __launch_bounds__(LC_THREADS) pointwise_doubles(span<F::n + 1> s, scalars c, int) {
+template <class F> LC_KERNEL pointwise_doubles(LC_SPAN(F::n + 1) s, scalars c, int) {
     LC_EACH(i, s.total) {
         int32_t at[F::n + 1];
         double x[F::n];

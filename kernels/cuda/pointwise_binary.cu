@@ -4,7 +4,7 @@
 #include "pointwise.cuh"
 
 /* One kernel a comparison: an operation that is never waited for. */
-template <class F> __global__ void __launch_bounds__(LC_THREADS) compare_elements(span<3> s, int dtype) {
+template <class F> LC_KERNEL compare_elements(LC_SPAN(3) s, int dtype) {
     LC_EACH(i, s.total) {
         int32_t at[3];
         s.at(i, at);

@@ -46,13 +46,8 @@ LC_QUANT(LC_K_IQ4_NL, 32, 18);
 
 /* ---- pieces ---------------------------------------------------------------------------------------------------------- */
 /* Rounded one by one; a product and a sum written plainly may be fused. */
-#ifdef LC_EMULATED
-static inline float q_mul(float a, float b) { volatile float p = a * b; return p; }
-static inline float q_add(float a, float b) { return a + b; }
-#else
 __device__ __forceinline__ float q_mul(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float q_add(float a, float b) { return __fadd_rn(a, b); }
-#endif
 
 __device__ __forceinline__ float q_half(const uint8_t *p) { return __half2float(*(const f16 *)p); }
 __device__ __forceinline__ uint32_t q_pair(const uint8_t *p) { return *(const uint16_t *)p; }

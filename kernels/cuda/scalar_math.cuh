@@ -46,15 +46,9 @@ LC_FN float m_gauss(float x) {
 LC_FN double m_gauss(double x) { return exp(-0.5 * x * x); }
 
 /* normal distribution function; sine and cosine of 2 pi u */
-#ifdef LC_EMULATED
-LC_FN float m_normcdf(float x) { return (float)(0.5 * erfc(x * -0.70710678118654752440)); }
-LC_FN float m_sin2pi(float u) { return (float)sin(u * 6.28318530717958647693); }
-LC_FN float m_cos2pi(float u) { return (float)cos(u * 6.28318530717958647693); }
-#else
 LC_FN float m_normcdf(float x) { return normcdff(x); }
 LC_FN float m_sin2pi(float u) { return sinpif(2.f * u); }
 LC_FN float m_cos2pi(float u) { return cospif(2.f * u); }
-#endif
 LC_FN double m_normcdf(double x) { return 0.5 * erfc(x * -0.70710678118654752440); }
 LC_FN double m_sin2pi(double u) { return sin(u * 6.28318530717958647693); }
 LC_FN double m_cos2pi(double u) { return cos(u * 6.28318530717958647693); }
