@@ -11,6 +11,8 @@ local args = lc.args {
     { "out", "", "its folder" },
     { "pause", 0, "milliseconds of idling a micro-step" },
     { "fresh", false, "start over" },
+    { "stop", 0, "update at which the run sends itself a signal" },
+    { "signal", "KILL", "which" },
 }
 
 -- A run that uses all that a resume must bring back: random numbers, momentum, a plateau, accumulation over an epoch's end,
@@ -41,7 +43,7 @@ local function child()
     local run = lc.run {
         name = "a", out = args.out, data = rows, batch = 2, accumulate = 3, params = params, optim = lc.adamw { lr = 0.02 }, clip = 1,
         schedule = lc.plateau { factor = 0.5, patience = 1 }, max_steps = args.steps, eval_every = 7, save_every = 2, quiet = true,
-        seed = 3, neutral = { "pause", "times" },
+        seed = 3, neutral = { "pause", "times", "stop", "signal" },
         eval = function()
             local total, held = 0, rows.held:list()
             for _, row in ipairs(held) do total = total + loss(row):item() / #held end
@@ -49,6 +51,7 @@ local function child()
         end,
     }
     for batch in run:steps() do
+        if batch.step == args.stop and batch.micro == 2 then io.popen("kill -" .. args.signal .. " $PPID"):close() end
         run:backward(loss(batch, 0.2))
         if args.pause > 0 then
             local stop = lc.now() + args.pause / 1e3
@@ -81,6 +84,9 @@ local function run(out, prefix, pause)
 end
 
 local want, status, err = run(root .. "/undisturbed")
+local begin = lc.now()
+run(root .. "/timed", nil, 2)
+local duration = lc.now() - begin
 if status ~= 0 then
     io.stderr:write("the undisturbed run failed:\n", err)
     os.exit(1)
@@ -93,7 +99,7 @@ for i = 1, args.times do
     local got
     for attempt = 1, 40 do
         runs = runs + 1
-        local seconds = 0.05 + math.random() * 0.8
+        local seconds = 0.02 + math.random() * duration -- on a busy machine a run takes longer
         local last = attempt > 6 -- then it may end
         got, status, err = run(out, not last and ("timeout -s KILL %.3f"):format(seconds) or nil, 2)
         if status == 0 then break end

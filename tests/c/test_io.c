@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -142,10 +143,10 @@ static void json_many_keys(void **state) {
     for (int i = 0; i < KEYS; i++) at += sprintf(at, "%s\"key%d\":%d", i ? "," : "", i, i);
     char *end = at;
     strcpy(at, "}");
-    double begin = lc_now();
+    clock_t begin = clock(); /* this process's own time: neighbours do not count */
     lc_doc *d = parse("json", text);
     assert_int_equal(lc_doc_size(d, 0), KEYS);
-    assert_true(lc_now() - begin < 5); /* quadratic would be minutes */
+    assert_true(clock() - begin < 5 * CLOCKS_PER_SEC); /* quadratic would be minutes */
     lc_doc_free(d);
     strcpy(end, ",\"key777\":0}");
     refuse("json", text, "the key \"key777\" occurs twice");
