@@ -293,3 +293,11 @@ int K(matmul)(const lc_kargs *k) {
     }
     return w.failed ? LC_K_NOMEM : LC_K_OK;
 }
+
+/* x += alpha a b: a product that adds to itself. */
+int K(addmm_)(const lc_kargs *k) {
+    lc_kargs q = *k;
+    q.n_x = 3, q.n_y = 1;
+    q.x[0] = k->x[1], q.x[1] = k->x[2], q.x[2] = q.y[0] = k->x[0];
+    return K(matmul)(&q);
+}

@@ -141,7 +141,6 @@ extern "C" int lc_cuda_convert(void *to, int to_dtype, int64_t ld_to, const void
 }
 
 /* ---- cuBLASLt -------------------------------------------------------------------------------------------------------- */
-#ifndef LC_EMULATED
 /* A problem as cuBLASLt's choice depends on it. Operands in our order; zeroed before it is filled: it is hashed as bytes. */
 struct blas_key {
     int64_t m, n, k, batch, ld[4], step[4]; /* a, b, c, d */
@@ -386,7 +385,6 @@ static int try_blas(const lc_cuda_product *given) {
     }
     return run_batches(&p);
 }
-#endif
 
 /* Batches that share b and whose rows continue one another are one product of more rows. */
 extern "C" void lc_cuda_product_fold(lc_cuda_product *p) {
@@ -410,12 +408,10 @@ extern "C" int lc_cuda_product_run(const lc_cuda_product *given) {
     if (p.m < 1 || p.n < 1 || batch_of(&p) < 1) return LC_K_OK;
     if (!p.c.data || p.beta == 0) memset(&p.c, 0, sizeof p.c), p.beta = 0;
     lc_cuda_product_fold(&p);
-#ifndef LC_EMULATED
     if (p.k > 0 && !lc_cuda_host->option(LC_OPTION_PLAIN_LINEAR)) {
         int rc = try_blas(&p);
         if (rc != LC_K_UNSUPPORTED) return rc;
     }
-#endif
     return run_plain(&p);
 }
 

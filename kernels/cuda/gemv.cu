@@ -1,121 +1,62 @@
 /* gemv.cu: products of 1 to 8 rows, which decoding consists of: bound by reading the weight, so all that counts is to keep enough of
  * its loads under way. A row of w is read by a group of `lanes` threads (1 to 256, a power of two: fewer for short rows, more where
- * there are few rows), 16 bytes a thread at a time, up to LOADS of them in flight; x comes from the first-level cache, which the
- * weight's loads are kept out of. The order of a sum depends on the shape alone. */
+ * there are few rows). Dense weights go through shared memory: each thread has a ring of DEPTH pieces of 16 bytes of its own, filled
+ * by asynchronous copies that run on from one row into the next, so that they never drain; x comes from the first-level cache, which
+ * these copies leave alone. Blocks of quantised weights are read straight into registers. The order of a sum depends on the shape
+ * alone. */
 #include "gemv.cuh"
 
 #include "gemm.cuh"
+#include "mma.cuh"
 #include "quant.cuh"
 
-enum { GEMV_THREADS = 256 };
+enum { GEMV_THREADS = 256, DEPTH = 8, GEMV_BLOCKS = 4 /* a multiprocessor */ };
 
-static __device__ __forceinline__ int4 load_once(const int4 *p) {
-#ifdef LC_EMULATED
-    return *p;
-#else
-    return __ldcs(p);
-#endif
-}
-
-/* N consecutive elements, 16-byte aligned where they are that long, as float. */
+/* N consecutive elements, aligned to their size up to 16 bytes, as float. */
 template <int N, class T> static __device__ __forceinline__ void read_some(const T *p, float (&v)[N]) {
-    enum { WORDS = N * (int)sizeof(T) / 8 };
+    enum { PAIRS = N * (int)sizeof(T) / 8 };
     alignas(16) T raw[N];
-    if (WORDS % 2 == 0) {
+    if (PAIRS % 2 == 0) {
 #pragma unroll
-        for (int i = 0; i < WORDS / 2; i++) ((int4 *)raw)[i] = ((const int4 *)p)[i];
+        for (int i = 0; i < PAIRS / 2; i++) ((int4 *)raw)[i] = ((const int4 *)p)[i];
     } else {
 #pragma unroll
-        for (int i = 0; i < WORDS; i++) ((int2 *)raw)[i] = ((const int2 *)p)[i];
+        for (int i = 0; i < PAIRS; i++) ((int2 *)raw)[i] = ((const int2 *)p)[i];
     }
 #pragma unroll
     for (int i = 0; i < N; i++) v[i] = load<float>(raw[i]);
 }
 
-/* How a row of w is read in pieces of EACH elements: fetch starts the loads, unpack makes floats. */
-template <class W> struct dense {
-    enum { EACH = 16 / sizeof(W), LOADS = 8 };
-    typedef int4 piece;
-    static __device__ __forceinline__ const void *row(const void *w, int64_t elements) { return (const W *)w + elements; }
-    static __device__ __forceinline__ piece fetch(const void *row, int i) { return load_once((const int4 *)row + i); }
-    static __device__ __forceinline__ void unpack(piece p, float (&v)[EACH]) {
-        alignas(16) W raw[EACH];
-        *(int4 *)raw = p;
-#pragma unroll
-        for (int j = 0; j < EACH; j++) v[j] = load<float>(raw[j]);
-    }
-};
-template <int Q> struct blocks {
-    enum { EACH = 8, LOADS = 4, GROUPS = lc_quant<Q>::block / 8 };
-    struct piece {
-        const uint8_t *block;
-        int group;
-    };
-    static __device__ __forceinline__ const void *row(const void *w, int64_t elements) {
-        return (const uint8_t *)w + elements / lc_quant<Q>::block * lc_quant<Q>::bytes;
-    }
-    static __device__ __forceinline__ piece fetch(const void *row, int i) {
-        return {(const uint8_t *)row + (int64_t)(i / GROUPS) * lc_quant<Q>::bytes, i % GROUPS};
-    }
-    static __device__ __forceinline__ void unpack(piece p, float (&v)[EACH]) { dequantise_eight<Q>(p.block, p.group, v); }
-};
-
-/* Adds one piece of a row of w times M rows of x at p. Of x only `left` rows are there: sums of the others count for nothing. */
-template <class W, int M, class X>
-static __device__ __forceinline__ void add_piece(typename W::piece piece, const X *p, int64_t ldx, int left, float (&sum)[M]) {
-    float w[W::EACH], x[W::EACH];
-    W::unpack(piece, w);
+/* Adds N elements of a row of w times M rows of x at p. Of x only `left` rows are there: sums of the others count for nothing. */
+template <int M, int N, class X>
+static __device__ __forceinline__ void add_products(const float (&w)[N], const X *p, int64_t ldx, int left, float (&sum)[M]) {
+    float x[N];
 #pragma unroll
     for (int m = 0; m < M; m++) {
         read_some(p + (m < left ? m : 0) * ldx, x);
 #pragma unroll
-        for (int j = 0; j < W::EACH; j++) sum[m] += w[j] * x[j];
+        for (int j = 0; j < N; j++) sum[m] += w[j] * x[j];
     }
 }
 
-/* This thread's part of M rows of x times one row of w, of `pieces` pieces. */
-template <class W, int M, class X>
-static __device__ __forceinline__ void dot(const void *row, const X *x, int64_t ldx, int left, int pieces, int lane, int lanes,
-                                           float (&sum)[M]) {
-    int at = lane;
-    for (; at + (W::LOADS - 1) * lanes < pieces; at += lanes * W::LOADS) {
-        typename W::piece p[W::LOADS];
-#pragma unroll
-        for (int u = 0; u < W::LOADS; u++) p[u] = W::fetch(row, at + u * lanes);
-#pragma unroll
-        for (int u = 0; u < W::LOADS; u++) add_piece<W, M>(p[u], x + (int64_t)(at + u * lanes) * W::EACH, ldx, left, sum);
-    }
-    for (; at < pieces; at += lanes) add_piece<W, M>(W::fetch(row, at), x + (int64_t)at * W::EACH, ldx, left, sum);
-}
-
-/* Rows r0 to r0 + M of x against all n rows of w; a block of 256 threads has 256 / lanes
- * rows of w. */
-template <class W, int M> static __global__ void __launch_bounds__(GEMV_THREADS) gemv(const lc_cuda_gemv g, int64_t r0, int lanes) {
+/* Adds up the sums of a group's threads; its first thread writes column j of y, rows from r0 on. */
+template <int M>
+static __device__ __forceinline__ void finish_row(const lc_cuda_gemv &g, int64_t r0, int64_t j, int lane, int lanes, float (&sum)[M]) {
     __shared__ float room[M][GEMV_THREADS / 32];
-    const int lane = (int)threadIdx.x % lanes, pieces = (int)(g.k / W::EACH);
-    const int64_t j = (blockIdx.x * (int64_t)GEMV_THREADS + threadIdx.x) / lanes;
-    const int left = (int)(g.rows - r0);
-    float sum[M] = {};
-    if (j < g.n) {
-        const void *row = W::row(g.w, j * g.ld_w);
-        if (g.x_dtype == LC_K_BF16) dot<W, M>(row, (const bf16 *)g.x + r0 * g.ldx, g.ldx, left, pieces, lane, lanes, sum);
-        else if (g.x_dtype == LC_K_F16) dot<W, M>(row, (const f16 *)g.x + r0 * g.ldx, g.ldx, left, pieces, lane, lanes, sum);
-        else dot<W, M>(row, (const float *)g.x + r0 * g.ldx, g.ldx, left, pieces, lane, lanes, sum);
-    }
     const int near = lanes < 32 ? lanes : 32;
 #pragma unroll
     for (int m = 0; m < M; m++)
         for (int o = near / 2; o; o /= 2) sum[m] += __shfl_xor_sync(0xffffffffu, sum[m], o);
-    if (lanes > 32) { /* a row's warps lie side by side */
-        const int warp = (int)threadIdx.x / 32, warps = lanes / 32;
+    if (lanes > 32) { /* a group's warps lie side by side */
+        const int warp = (int)threadIdx.x / 32;
+        __syncthreads();
 #pragma unroll
         for (int m = 0; m < M; m++)
             if (threadIdx.x % 32 == 0) room[m][warp] = sum[m];
         __syncthreads();
-        if (lane) return;
 #pragma unroll
         for (int m = 0; m < M; m++)
-            for (int i = 1; i < warps; i++) sum[m] += room[m][warp + i];
+            for (int i = 1; i < lanes / 32 && !lane; i++) sum[m] += room[m][warp + i];
     }
     if (lane || j >= g.n) return;
     const float bias = g.bias ? load_any<float>(g.bias, g.bias_dtype, j) : 0.f;
@@ -129,20 +70,113 @@ template <class W, int M> static __global__ void __launch_bounds__(GEMV_THREADS)
     }
 }
 
+/* ---- dense weights --------------------------------------------------------------------------------------------------- */
+/* A block's 256 / lanes rows of w, then those gridDim.x times as many further on, and so forth. */
+template <class W, int M, class X>
+static __device__ __forceinline__ void dense_rows(const lc_cuda_gemv &g, const X *x, int64_t r0, int lanes, int4 (*ring)[GEMV_THREADS]) {
+    enum { EACH = 16 / sizeof(W) };
+    const int me = (int)threadIdx.x, lane = me % lanes, pieces = (int)(g.k / EACH), steps = (pieces + lanes - 1) / lanes;
+    const int64_t apart = (int64_t)gridDim.x * (GEMV_THREADS / lanes), group = me / lanes, first = (int64_t)blockIdx.x * (GEMV_THREADS / lanes);
+    int64_t ahead = first + group; /* the row and step that is copied next */
+    int ahead_step = 0, slot = 0;
+    const int left = (int)(g.rows - r0);
+    auto copy_next = [&](int to) {
+        const int i = ahead_step * lanes + lane;
+        if (ahead < g.n && i < pieces) copy16(&ring[to][me], (const W *)g.w + ahead * g.ld_w + (int64_t)i * EACH, true);
+        copy_commit();
+        if (++ahead_step == steps) ahead_step = 0, ahead += apart;
+    };
+    for (int d = 0; d < DEPTH - 1; d++) copy_next(d);
+    for (int64_t j = first; j < g.n; j += apart) { /* the same rounds for every thread of the block */
+        float sum[M] = {};
+        for (int s = 0; s < steps; s++) {
+            copy_next((slot + DEPTH - 1) % DEPTH);
+            copy_wait<DEPTH - 1>();
+            const int i = s * lanes + lane;
+            if (j + group < g.n && i < pieces) {
+                alignas(16) W raw[EACH];
+                float w[EACH];
+                *(int4 *)raw = ring[slot][me];
+#pragma unroll
+                for (int e = 0; e < EACH; e++) w[e] = load<float>(raw[e]);
+                add_products<M>(w, x + (int64_t)i * EACH, g.ldx, left, sum);
+            }
+            slot = (slot + 1) % DEPTH;
+        }
+        finish_row<M>(g, r0, j + group, lane, lanes, sum);
+    }
+}
+
+/* Rows r0 to r0 + M of x against all n rows of w. */
+template <class W, int M>
+static __global__ void __launch_bounds__(GEMV_THREADS, GEMV_BLOCKS) gemv_dense(const lc_cuda_gemv g, int64_t r0, int lanes) {
+    __shared__ int4 ring[DEPTH][GEMV_THREADS];
+    if (g.x_dtype == LC_K_BF16) dense_rows<W, M>(g, (const bf16 *)g.x + r0 * g.ldx, r0, lanes, ring);
+    else if (g.x_dtype == LC_K_F16) dense_rows<W, M>(g, (const f16 *)g.x + r0 * g.ldx, r0, lanes, ring);
+    else dense_rows<W, M>(g, (const float *)g.x + r0 * g.ldx, r0, lanes, ring);
+}
+
+/* ---- quantised weights ----------------------------------------------------------------------------------------------- */
+template <int Q, int M, class X>
+static __device__ __forceinline__ void block_row(const uint8_t *row, const X *x, int64_t ldx, int left, int pieces, int lane, int lanes,
+                                                 float (&sum)[M]) {
+    enum { GROUPS = lc_quant<Q>::block / 8, SIZE = lc_quant<Q>::bytes, EIGHTS = M == 1 ? 4 : 1 /* pieces under way */ };
+    for (int at = lane; at < pieces; at += lanes * EIGHTS) {
+        float w[EIGHTS][8];
+#pragma unroll
+        for (int u = 0; u < EIGHTS; u++) {
+            const int i = at + u * lanes < pieces ? at + u * lanes : at;
+            dequantise_eight<Q>(row + (int64_t)(i / GROUPS) * SIZE, i % GROUPS, w[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < EIGHTS; u++) {
+            const int i = at + u * lanes;
+            if (i < pieces) add_products<M>(w[u], x + (int64_t)i * 8, ldx, left, sum);
+        }
+    }
+}
+
+/* As gemv_dense, one round. */
+template <int Q, int M> static __global__ void __launch_bounds__(GEMV_THREADS, 3) gemv_blocks(const lc_cuda_gemv g, int64_t r0, int lanes) {
+    const int lane = (int)threadIdx.x % lanes, pieces = (int)(g.k / 8), left = (int)(g.rows - r0);
+    const int64_t j = (blockIdx.x * (int64_t)GEMV_THREADS + threadIdx.x) / lanes;
+    float sum[M] = {};
+    if (j < g.n) {
+        const uint8_t *row = (const uint8_t *)g.w + j * g.ld_w / lc_quant<Q>::block * lc_quant<Q>::bytes;
+        if (g.x_dtype == LC_K_BF16) block_row<Q, M>(row, (const bf16 *)g.x + r0 * g.ldx, g.ldx, left, pieces, lane, lanes, sum);
+        else if (g.x_dtype == LC_K_F16) block_row<Q, M>(row, (const f16 *)g.x + r0 * g.ldx, g.ldx, left, pieces, lane, lanes, sum);
+        else block_row<Q, M>(row, (const float *)g.x + r0 * g.ldx, g.ldx, left, pieces, lane, lanes, sum);
+    }
+    finish_row<M>(g, r0, j, lane, lanes, sum);
+}
+
+/* ---- launches -------------------------------------------------------------------------------------------------------- */
 /* Threads for one row of w: enough that the device is full, but several pieces for each. */
-static int lanes_for(int64_t n, int64_t pieces, int loads) {
+static int lanes_for(int64_t n, int64_t pieces) {
     int lanes = 1;
     while (lanes < 32 && lanes < pieces) lanes *= 2;
-    while (lanes >= 32 && lanes < GEMV_THREADS && n * lanes < (int64_t)lc_cuda_now->sms * 1024 && pieces > lanes * (loads / 2)) lanes *= 2;
+    while (lanes >= 32 && lanes < GEMV_THREADS && n * lanes < (int64_t)lc_cuda_now->sms * 512 && pieces > lanes * 4) lanes *= 2;
     return lanes;
 }
 
-template <class W> static int run(const lc_cuda_gemv *g) {
-    const int lanes = lanes_for(g->n, g->k / W::EACH, W::LOADS);
+/* Rows of x by four; the weight is read anew for each four. */
+template <class W> static int run_dense(const lc_cuda_gemv *g) {
+    const int lanes = lanes_for(g->n, g->k / (16 / (int64_t)sizeof(W)));
+    const int64_t needed = ceil_div(g->n * lanes, GEMV_THREADS), rounds = ceil_div(needed, (int64_t)GEMV_BLOCKS * lc_cuda_now->sms);
+    const unsigned grid = (unsigned)ceil_div(needed, rounds); /* as many rounds for each block */
+    for (int64_t r = 0; r < g->rows; r += 4) {
+        if (g->rows - r == 1) LC_LAUNCH((gemv_dense<W, 1>), grid, GEMV_THREADS, 0, *g, r, lanes);
+        else LC_LAUNCH((gemv_dense<W, 4>), grid, GEMV_THREADS, 0, *g, r, lanes);
+    }
+    return LC_K_OK;
+}
+
+template <int Q> static int run_blocks(const lc_cuda_gemv *g) {
+    const int lanes = lanes_for(g->n, g->k / 8);
     const unsigned grid = (unsigned)ceil_div(g->n * lanes, GEMV_THREADS);
     for (int64_t r = 0; r < g->rows; r += 4) {
-        if (g->rows - r == 1) LC_LAUNCH((gemv<W, 1>), grid, GEMV_THREADS, 0, *g, r, lanes);
-        else LC_LAUNCH((gemv<W, 4>), grid, GEMV_THREADS, 0, *g, r, lanes);
+        if (g->rows - r == 1) LC_LAUNCH((gemv_blocks<Q, 1>), grid, GEMV_THREADS, 0, *g, r, lanes);
+        else LC_LAUNCH((gemv_blocks<Q, 4>), grid, GEMV_THREADS, 0, *g, r, lanes);
     }
     return LC_K_OK;
 }
@@ -150,19 +184,19 @@ template <class W> static int run(const lc_cuda_gemv *g) {
 static bool in_sixteens(const void *p, int64_t bytes) { return !(((uintptr_t)p | (uintptr_t)bytes) & 15); }
 
 int lc_cuda_gemv_run(const lc_cuda_gemv *g) {
-    if (g->rows > LC_GEMV_ROWS || g->k < 1 || g->k >= (int64_t)1 << 31 || g->n * GEMV_THREADS >= (int64_t)1 << 38) return LC_K_UNSUPPORTED;
+    if (g->rows > LC_GEMV_ROWS || g->k < 1 || g->k >= (int64_t)1 << 31 || g->n >= (int64_t)1 << 31) return LC_K_UNSUPPORTED;
     if (g->x_dtype == LC_K_F64 || g->w_dtype == LC_K_F64 || g->y_dtype == LC_K_F64) return LC_K_UNSUPPORTED;
     if (!in_sixteens(g->x, (g->rows > 1 ? g->ldx : 0) * dtype_bytes(g->x_dtype))) return LC_K_UNSUPPORTED;
     if (lc_dtype_is_quant(g->w_dtype)) {
         if (g->k % lc_dtype_traits(g->w_dtype)->block) return LC_K_UNSUPPORTED;
-        LC_QUANTS(g->w_dtype, return run<blocks<Q>>(g);)
+        LC_QUANTS(g->w_dtype, return run_blocks<Q>(g);)
     }
     const int64_t size = dtype_bytes(g->w_dtype);
     if (!in_sixteens(g->w, g->k * size) || !in_sixteens(g->w, g->ld_w * size)) return LC_K_UNSUPPORTED;
     switch (g->w_dtype) {
-    case LC_K_BF16: return run<dense<bf16>>(g);
-    case LC_K_F16: return run<dense<f16>>(g);
-    case LC_K_F32: return run<dense<float>>(g);
+    case LC_K_BF16: return run_dense<bf16>(g);
+    case LC_K_F16: return run_dense<f16>(g);
+    case LC_K_F32: return run_dense<float>(g);
     default: return LC_K_UNSUPPORTED;
     }
 }

@@ -1,4 +1,4 @@
-/* linear.cu: the ops `matmul` and `linear`: views sorted into products (gemm.cuh) or few rows times a weight (gemv.cuh). A weight of
+/* linear.cu: the ops `matmul`, `addmm_` and `linear`: views sorted into products (gemm.cuh) or few rows times a weight (gemv.cuh). A weight of
  * another dtype than x, or a quantised one, is converted to x's in the workspace, in slabs of rows of w that stay in the second-level
  * cache; with the option plain_linear float weights are taken as they are. */
 #include "gemm.cuh"
@@ -27,6 +27,16 @@ extern "C" int lc_cuda_matmul(const lc_kargs *k) {
     p.a = operand_of(a, nb), p.b = operand_of(b, nb), p.c = operand_of(&k->x[2], nb), p.d = operand_of(y, nb);
     p.nb = nb;
     for (int i = 0; i < nb; i++) p.dim[i] = y->dim[i];
+    return lc_cuda_product_run(&p);
+}
+
+/* x [m, n] += f[0] * a [m, k] b [k, n] */
+extern "C" int lc_cuda_addmm_(const lc_kargs *k) {
+    const lc_view *x = &k->x[0];
+    lc_cuda_product p = {};
+    p.m = x->dim[0], p.n = x->dim[1], p.k = k->x[1].dim[1];
+    p.alpha = k->f[0], p.beta = 1;
+    p.a = operand_of(&k->x[1], 0), p.b = operand_of(&k->x[2], 0), p.c = p.d = operand_of(x, 0);
     return lc_cuda_product_run(&p);
 }
 

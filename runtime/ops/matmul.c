@@ -36,7 +36,8 @@ static lc_status matmul_shape(lc_frame *c) {
     }
     dims[nb] = m;
     dims[nb + 1] = n;
-    LC_TRY(lc_out(c, 0, c->x[0]->dtype, nb + 2, dims));
+    int dtype = c->x[0]->dtype;
+    LC_TRY(lc_out(c, 0, c->i[0] ? real_dtype(c->x[0]) : dtype, nb + 2, dims));
     if (c->x[2]) {
         lc_tensor *add = c->x[2];
         if (add->ndim > nb + 2) return lc_op_error(c, LC_ESHAPE, "add has more dims than the product");
@@ -70,12 +71,42 @@ static lc_tensor *rows_of(lc_expr *e, lc_tensor *t) { /* [.., n] -> [rows, n] */
     return x_reshape(e, t, 2, dims);
 }
 
+static void add_product(lc_expr *e, lc_tensor *sum, lc_tensor *a, lc_tensor *m, double alpha) {
+    if (!sum || !a || !m || e->rc != LC_OK) return;
+    lc_frame c;
+    lc_frame_init(&c, LC_OP_addmm_);
+    c.x[0] = sum;
+    c.x[1] = a;
+    c.x[2] = m;
+    c.f[0] = alpha;
+    x_run(e, &c);
+}
+
+/* The gradient of input i is alpha * a m, matrices. That of a leaf is added to what it has in the same call, in f32. */
+static void give_product(lc_expr *e, lc_back *b, int i, lc_tensor *a, lc_tensor *m, double alpha) {
+    const lc_edge *edge = &b->node->edge[i];
+    lc_tensor *sum = edge->leaf ? edge->leaf->grad : NULL;
+    if (!a || !m || e->rc != LC_OK || !b->need[i]) return;
+    if (sum && sum->ndim == 2) {
+        add_product(e, sum, a, m, alpha);
+        return;
+    }
+    lc_frame c;
+    lc_frame_init(&c, LC_OP_matmul);
+    c.x[0] = a;
+    c.x[1] = m;
+    c.f[0] = alpha;
+    c.i[0] = true;
+    lc_tensor *g = x_run(e, &c);
+    x_give(e, b, i, edge->leaf ? g : x_to(e, g, edge->dtype));
+}
+
 static lc_tensor *matrix_view(lc_expr *e, lc_tensor *t, bool column) { return e->rc == LC_OK ? x_hold(e, as_matrix(t, column)) : NULL; }
 
 static lc_status matmul_backward(lc_back *b) {
     lc_expr e = {.rc = LC_OK};
     const lc_node *n = b->node;
-    lc_tensor *g = b->g[0], *a = matrix_view(&e, n->x[0], false), *m = matrix_view(&e, n->x[1], true);
+    lc_tensor *g = x_to(&e, b->g[0], n->edge[0].dtype), *a = matrix_view(&e, n->x[0], false), *m = matrix_view(&e, n->x[1], true);
     x_give(&e, b, 2, x_sum_to(&e, g, &n->edge[2]));
     bool row = n->x[0]->ndim == 1, column = n->x[1]->ndim == 1;
     if ((row || column) && e.rc == LC_OK) { /* the dropped dims come back */
@@ -137,14 +168,156 @@ static lc_status linear_backward(lc_back *b) {
         lc_tensor *gx = x_matmul(&e, g2, x_to(&e, n->x[1], g->dtype), n->f[0]);
         x_give(&e, b, 0, gx ? x_reshape(&e, gx, n->edge[0].ndim, n->edge[0].dim) : NULL);
     }
-    if (b->need[1]) {
-        lc_tensor *gw = x_matmul(&e, x_swap(&e, g2), rows_of(&e, n->x[0]), n->f[0]);
-        x_give(&e, b, 1, x_to(&e, gw, n->edge[1].dtype));
-    }
+    if (b->need[1]) give_product(&e, b, 1, x_swap(&e, g2), rows_of(&e, n->x[0]), n->f[0]);
     if (b->need[2]) x_give(&e, b, 2, x_to(&e, x_sum_to(&e, g2, &n->edge[2]), n->edge[2].dtype));
     x_give(&e, b, 3, g);
     return x_done(&e);
 }
 
+/* ---- addmm_ ---------------------------------------------------------------------------------------------------------- */
+static lc_status addmm_shape(lc_frame *c) {
+    const lc_tensor *x = c->x[0], *a = c->x[1], *b = c->x[2];
+    if (x->ndim != 2 || a->ndim != 2 || b->ndim != 2) return lc_op_error(c, LC_ESHAPE, "x, a and b must be matrices");
+    if (a->dim[1] != b->dim[0] || x->dim[0] != a->dim[0] || x->dim[1] != b->dim[1])
+        return lc_op_error(c, LC_ESHAPE, "x must be [m, n], a [m, k] and b [k, n]");
+    if (a->dtype != b->dtype) return lc_op_error(c, LC_EDTYPE, "dtypes of a and b differ");
+    if (x->dtype != a->dtype && x->dtype != LC_F32) return lc_op_error(c, LC_EDTYPE, "x must be f32 or of the dtype of a and b");
+    if ((x->dtype == LC_F64) != (a->dtype == LC_F64)) return lc_op_error(c, LC_EDTYPE, "f64 goes with f64 only");
+    return LC_OK;
+}
+
+/* ---- projections ----------------------------------------------------------------------------------------------------- */
+enum { PARTS = 3, P_W = 1, P_A = 4, P_B = 7, P_ADD = 10, P_LOW = 3 /* among the results */ };
+
+static lc_status projection_part(lc_frame *c, int i, int32_t *ranks) {
+    const lc_tensor *x = c->x[0], *w = c->x[P_W + i], *a = c->x[P_A + i], *b = c->x[P_B + i];
+    const bool wide = x->dtype == LC_F64;
+    int32_t dims[LC_MAX_DIMS];
+    if ((a == NULL) != (b == NULL)) return lc_op_error(c, LC_EARG, "an adapter is a pair: %s without %s", c->row->x_name[a ? P_A + i : P_B + i],
+                                                       c->row->x_name[a ? P_B + i : P_A + i]);
+    if (!w) return a ? lc_op_error(c, LC_EARG, "there is an adapter %s without a weight", c->row->x_name[P_A + i]) : LC_OK;
+    if (w->ndim != 2 || w->dim[1] != last_dim(x)) return lc_op_error(c, LC_ESHAPE, "w must be a matrix [out, in] and x [.., in]");
+    if (!lc_dtype_is_float(w->dtype) && !lc_dtype_is_quant(w->dtype)) return lc_op_error(c, LC_EDTYPE, "w must be a float or quantised tensor");
+    if (wide != (w->dtype == LC_F64) || (a && (wide != (a->dtype == LC_F64) || a->dtype != b->dtype)))
+        return lc_op_error(c, LC_EDTYPE, "f64 goes with f64 only, and a and b share their dtype");
+    if (a && (a->ndim != 2 || b->ndim != 2 || a->dim[1] != w->dim[1] || b->dim[0] != w->dim[0] || a->dim[0] != b->dim[1]))
+        return lc_op_error(c, LC_ESHAPE, "an adapter must be a [r, in] and b [out, r]");
+    if (a) *ranks += a->dim[0];
+    memcpy(dims, x->dim, sizeof dims);
+    dims[x->ndim - 1] = w->dim[0];
+    return lc_out(c, i, x->dtype, x->ndim, dims);
+}
+
+static lc_status projections_shape(lc_frame *c) {
+    const lc_tensor *x = c->x[0], *add = c->x[P_ADD];
+    int32_t ranks = 0;
+    if (x->ndim < 1) return lc_op_error(c, LC_ESHAPE, "x must be [.., in]");
+    for (int i = 0; i < PARTS; i++) LC_TRY(projection_part(c, i, &ranks));
+    if (add && (add->dtype != x->dtype || !lc_same_shape(add, c->y[0])))
+        return lc_op_error(c, LC_ESHAPE, "add must have the first result's shape and dtype");
+    if (!ranks) return LC_OK;
+    int32_t dims[2] = {last_dim(x) ? (int32_t)(lc_tensor_numel(x) / last_dim(x)) : 0, ranks};
+    return lc_out(c, P_LOW, x->dtype, 2, dims);
+}
+
+static bool wants(const lc_tensor *t) { return t && t->requires_grad; }
+
+static void projections_save(const lc_frame *c, uint32_t *save_x, uint32_t *save_y) {
+    const bool gx = wants(c->x[0]);
+    *save_x = *save_y = 0;
+    for (int i = 0; i < PARTS; i++) {
+        const bool ga = wants(c->x[P_A + i]);
+        if (ga || wants(c->x[P_W + i])) *save_x |= 1u;
+        if (gx) *save_x |= 1u << (P_W + i) | 1u << (P_A + i);
+        if (gx || ga) *save_x |= 1u << (P_B + i);
+        if (wants(c->x[P_B + i])) *save_y |= 1u << P_LOW;
+    }
+}
+
+static lc_tensor *columns(lc_expr *e, lc_tensor *t, int32_t from, int32_t n) { /* of a matrix */
+    if (!t || e->rc != LC_OK) return NULL;
+    lc_tensor *v = lc_tensor_view(t);
+    if (v) {
+        v->offset += from * t->stride[1];
+        v->dim[1] = n;
+    }
+    return x_hold(e, v);
+}
+
+/* The gradients that the a_i have, as one matrix, where they lie one after the other (flat buffers): then one product adds to all. */
+static lc_tensor *joined_grads(lc_expr *e, const lc_back *b) {
+    const lc_tensor *first = NULL;
+    int32_t ranks = 0;
+    for (int i = 0; i < PARTS; i++) {
+        const lc_edge *edge = &b->node->edge[P_A + i];
+        if (!edge->ndim) continue;
+        const lc_tensor *t = edge->leaf ? edge->leaf->grad : NULL;
+        if (!t || !b->g[i] || t->ndim != 2 || !lc_tensor_contiguous(t)) return NULL;
+        if (!first) first = t;
+        else if (t->storage != first->storage || t->dtype != first->dtype || t->offset != first->offset + (int64_t)ranks * first->dim[1]) return NULL;
+        ranks += t->dim[0];
+    }
+    if (!first || ranks == first->dim[0] || e->rc != LC_OK) return NULL;
+    lc_tensor *v = x_hold(e, lc_tensor_view((lc_tensor *)first));
+    if (v) v->dim[0] = ranks;
+    return v;
+}
+
+static lc_status projections_backward(lc_back *b) {
+    lc_expr e = {.rc = LC_OK};
+    const lc_node *n = b->node;
+    lc_tensor *g[PARTS], *x = n->x[0] ? rows_of(&e, n->x[0]) : NULL, *low = n->y[P_LOW];
+    bool need_low = false;
+    for (int i = 0; i < PARTS; i++) need_low |= b->g[i] && b->need[P_A + i];
+    lc_frame c;
+    lc_frame_init(&c, LC_OP_projections_backward);
+    for (int i = 0; i < PARTS; i++) {
+        c.x[i] = g[i] = b->g[i] ? rows_of(&e, b->g[i]) : NULL;
+        c.f[i] = n->f[i];
+        if (!g[i]) continue;
+        if (b->need[0]) c.x[3 + i] = x_to(&e, n->x[P_W + i], g[i]->dtype), c.x[6 + i] = n->x[P_A + i];
+        if (b->need[0] || need_low) c.x[9 + i] = n->x[P_B + i];
+    }
+    lc_tensor *g_low = NULL;
+    if (b->need[0] || need_low) {
+        c.skip[0] = !b->need[0];
+        lc_tensor *gx = x_run(&e, &c);
+        if (e.rc == LC_OK) g_low = c.y[1];
+        if (gx) x_give(&e, b, 0, x_reshape(&e, gx, n->edge[0].ndim, n->edge[0].dim));
+    }
+    lc_tensor *joined = need_low ? joined_grads(&e, b) : NULL;
+    if (joined) add_product(&e, joined, x_swap(&e, g_low), x, 1);
+    int32_t at = 0, g_at = 0; /* columns of low, of g_low: that has none for a result without a gradient */
+    for (int i = 0; i < PARTS; i++) {
+        const int32_t r = n->edge[P_A + i].ndim == 2 ? n->edge[P_A + i].dim[0] : 0;
+        if (g[i] && r && b->need[P_A + i] && !joined) give_product(&e, b, P_A + i, x_swap(&e, columns(&e, g_low, g_at, r)), x, 1);
+        if (g[i] && r && b->need[P_B + i]) give_product(&e, b, P_B + i, x_swap(&e, g[i]), columns(&e, low, at, r), n->f[i]);
+        if (g[i] && b->need[P_W + i]) give_product(&e, b, P_W + i, x_swap(&e, g[i]), x, 1);
+        at += r;
+        if (g[i]) g_at += r;
+    }
+    x_give(&e, b, P_ADD, b->g[0]);
+    return x_done(&e);
+}
+
+/* The gradients g_i are matrices [rows, out]; the width of x is that of w or, where x wants none, not needed. */
+static lc_status projections_backward_shape(lc_frame *c) {
+    const lc_tensor *g = NULL;
+    int32_t ranks = 0, width = 0;
+    for (int i = 0; i < PARTS; i++) {
+        if (c->x[i]) g = c->x[i];
+        if (c->x[3 + i]) width = c->x[3 + i]->dim[1];
+        if (c->x[9 + i]) ranks += c->x[9 + i]->dim[1];
+    }
+    if (!g) return lc_op_error(c, LC_EARG, "there is no gradient");
+    int32_t dims[2] = {g->dim[0], width}, low[2] = {g->dim[0], ranks};
+    LC_TRY(lc_out(c, 0, g->dtype, 2, dims));
+    return ranks ? lc_out(c, 1, g->dtype, 2, low) : LC_OK;
+}
+
 const lc_rule lc_rule_matmul = {.shape = matmul_shape, .backward = matmul_backward, .save_x = 3, .after = matmul_after};
 const lc_rule lc_rule_linear = {.shape = linear_shape, .backward = linear_backward, .save_x = 3, .save = linear_save};
+const lc_rule lc_rule_addmm_ = {.shape = addmm_shape};
+const lc_rule lc_rule_projections = {.shape = projections_shape, .backward = projections_backward, .save_x = 0x3ff, .save_y = 8,
+                                     .save = projections_save};
+const lc_rule lc_rule_projections_backward = {.shape = projections_backward_shape};

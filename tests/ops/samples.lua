@@ -58,13 +58,31 @@ S.rows = {
   where = function() return {{ints {{1, 0, 1}}:expand(2, 3), randn {2, 3}, randn {3}}} end,
   masked_fill = function() return {{randn {2, 3}, ints {{1, 0, 1}}, -2.5}} end,
   matmul = function()
-    return {{randn {3, 5}, randn {5, 2}}, {randn {2, 3, 5}, randn {5, 4}}, {randn {2, 1, 3, 5}, randn {4, 5, 2}}, {randn {5}, randn {5}},
+    local wide = {randn {3, 8}, randn {8, 5}, {wide = true}}
+    return {wide, {randn {3, 5}, randn {5, 2}}, {randn {2, 3, 5}, randn {5, 4}}, {randn {2, 1, 3, 5}, randn {4, 5, 2}}, {randn {5}, randn {5}},
             {randn {3, 5}, randn {5}}, {randn {5}, randn {5, 2}}, {randn {4, 3}:transpose(1, 2), randn {4, 6}}, {randn {0, 5}, randn {5, 2}},
             {randn {3, 5}, randn {5, 2}, randn {2}, 0.5}, {randn {40, 70}, randn {70, 33}}, {randn {2, 17, 9}, randn {2, 9, 17}}}
   end,
   linear = function()
     return {{randn {3, 5}, randn {4, 5}}, {randn {2, 3, 5}, randn {4, 5}, randn {4}}, {randn {20, 9}, randn {8, 9}, {add = randn {20, 8}, alpha = 0.5}},
-            {randn {1, 33}, randn {70, 33}}, {randn {64, 48}, randn {80, 48}, randn {80}}, {randn {0, 5}, randn {4, 5}}}
+            {randn {1, 33}, randn {70, 33}}, {randn {64, 48}, randn {80, 48}, randn {80}}, {randn {0, 5}, randn {4, 5}},
+            {randn {1, 64}, randn {70, 64}, randn {70}, {add = randn {1, 70}, alpha = 0.5}}, {randn {3, 256}, randn {5, 256}}, {randn {6, 1, 32}, randn {9, 32}},
+            {randn {2, 3, 4, 6}:transpose(2, 3), randn {5, 6}}, {randn {1, 2080}, randn {3, 2080}}, {randn {8}, randn {40, 8}}}
+  end,
+  projections = function()
+    local function adapters(n, r, widths) -- one for each width, nil for 0
+      local o = {}
+      for i, out in ipairs(widths) do
+        local at = i > 1 and i or ""
+        if out > 0 then o["a" .. at], o["b" .. at], o["scale" .. at] = randn {r, n}, randn {out, r}, 0.5 * i end
+      end
+      return o
+    end
+    local o = adapters(24, 2, {0, 8, 5})
+    o.add = randn {2, 3, 16}
+    return {{randn {3, 5}, randn {4, 5}, randn {2, 5}, randn {3, 5}}, {randn {6, 16}, randn {8, 16}, randn {8, 16}, randn {3, 16}, adapters(16, 4, {8, 8, 3})},
+            {randn {2, 3, 24}, randn {16, 24}, randn {8, 24}, randn {5, 24}, o}, {randn {1, 64}, randn {40, 64}, randn {8, 64}, randn {8, 64}, adapters(64, 8, {40, 8, 8})},
+            {randn {0, 5}, randn {4, 5}, randn {2, 5}, randn {3, 5}, adapters(5, 2, {4, 2, 0})}}
   end,
   rms_norm = function() return {{randn {3, 5}, randn {5}}, {randn {2, 3, 64}, randn {64}, 1e-6}, {randn {0, 5}, randn {5}}} end,
   rope_table = function() return {{ints {0, 1, 5, 20}, positive {4}}, {ints {{0, 1}, {7, 8}}, positive {3}}} end,
@@ -99,6 +117,7 @@ S.inplace = {
   fill_ = function() return {{randn {3, 4}, 1.5}} end,
   arange_ = function() return {{randn {3, 4}, 2, 0.5}} end,
   eye_ = function() return {{randn {3, 4}}} end,
+  addmm_ = function() return {{randn {4, 3}, randn {4, 7}, randn {7, 3}, 0.5}, {randn {40, 33}, randn {70, 40}:transpose(1, 2), randn {70, 33}}} end,
   add_ = function() return {{randn {3, 4}, randn {4}, 0.5}, {randn {3, 4}, randn {3, 4}}} end,
   scale_ = function() return {{randn {3, 4}, 0.3}, {randn {5}, lc.tensor(0.25, {dtype = "f64"})}} end,
   adamw_ = function()
