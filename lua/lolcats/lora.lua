@@ -62,13 +62,19 @@ function M.add(model, opts)
     return model
 end
 
---- Every adapter tensor as {name=, tensor=}, in layer order.
+--- Every adapter tensor as {name=, tensor=}, in layer order; in a layer all A's stand before the B's, so that in a flat
+--- buffer the gradients of A's that share their input are one matrix.
 function M.parameters(model)
-    local out = {}
-    for _, p in ipairs(model:projections()) do
-        if p.lora then
-            out[#out + 1] = { name = PREFIX .. p.name .. ".lora_A.weight", tensor = p.lora.a }
-            out[#out + 1] = { name = PREFIX .. p.name .. ".lora_B.weight", tensor = p.lora.b }
+    local out, names = {}, require("lolcats.models.llama").PROJECTIONS
+    for _, layer in ipairs(model.layers) do
+        for _, side in ipairs { "a", "b" } do
+            for _, name in ipairs(names) do
+                local p = layer.proj[name]
+                if p.lora then
+                    local suffix = side == "a" and ".lora_A.weight" or ".lora_B.weight"
+                    out[#out + 1] = { name = PREFIX .. p.name .. suffix, tensor = p.lora[side] }
+                end
+            end
         end
     end
     return out

@@ -30,15 +30,31 @@ function M.ids(ids, device)
     return x
 end
 
+local function adapter(p)
+    local l = p and p.lora
+    if l and l.on then return l end
+end
+
 --- x W^T of a projection {weight=, lora=}, plus add; an adapter rides on the same sums, so it costs no extra pass
 --- over y.
 function M.project(x, p, add)
-    local lora = p.lora
-    if lora and lora.on then
-        local low = lc.linear(x, lora.a)
-        add = lc.linear(low, lora.b, nil, add, lora.scale)
-    end
+    local l = adapter(p)
+    if l then return (lc.projections(x, p.weight, nil, nil, l.a, nil, nil, l.b, nil, nil, add, l.scale)) end
     return lc.linear(x, p.weight, nil, add)
+end
+
+local NONE = { scale = 1 }
+
+--- Two or three projections of one x. Where a gradient flows back, or an adapter is on, they are one op: the adapters'
+--- A's become one product, and the gradients for x are summed where they are made.
+function M.project_all(x, p, p2, p3)
+    local l, l2, l3 = adapter(p), adapter(p2), adapter(p3)
+    if not (l or l2 or l3) and not (lc.grad_enabled() and x.requires_grad) then
+        return M.project(x, p), M.project(x, p2), p3 and M.project(x, p3)
+    end
+    l, l2, l3 = l or NONE, l2 or NONE, l3 or NONE
+    return lc.projections(x, p.weight, p2.weight, p3 and p3.weight, l.a, l2.a, l3.a, l.b, l2.b, l3.b, nil,
+                          l.scale, l2.scale, l3.scale)
 end
 
 --- Normally distributed weights for a model made from nothing.

@@ -148,7 +148,7 @@ function Model:qkv(layer, n, ctx)
         k = all:narrow(-1, h * d + 1, g * d)
         v = all:narrow(-1, (h + g) * d + 1, g * d)
     else
-        q, k, v = nn.project(n, layer.proj.q_proj), nn.project(n, layer.proj.k_proj), nn.project(n, layer.proj.v_proj)
+        q, k, v = nn.project_all(n, layer.proj.q_proj, layer.proj.k_proj, layer.proj.v_proj)
     end
     q, k, v = heads_view(q, b, t, h, d), heads_view(k, b, t, g, d), heads_view(v, b, t, g, d)
     return lc.rope(q, ctx.cos, ctx.sin), lc.rope(k, ctx.cos, ctx.sin), v
@@ -178,7 +178,7 @@ function Model:finish(layer, x, y, ctx)
         gate = both:narrow(-1, 1, c.intermediate_size)
         up = both:narrow(-1, c.intermediate_size + 1, c.intermediate_size)
     else
-        gate, up = nn.project(n, layer.proj.gate_proj), nn.project(n, layer.proj.up_proj)
+        gate, up = nn.project_all(n, layer.proj.gate_proj, layer.proj.up_proj)
     end
     return nn.project(lc.swiglu(gate, up), layer.proj.down_proj, x)
 end
