@@ -18,7 +18,7 @@ local function read(path)
   return text
 end
 
-local files = list("find runtime kernels lua recipes examples tests -type f | grep -E '[.](c|h|cu|lua|def)$' | sort")
+local files = list("find runtime kernels lua recipes examples tests -type f | grep -E '[.](c|h|cu|cuh|lua|def)$' | sort")
 if #files == 0 or not io.open "runtime/lolcats.h" then
   io.stdout:write("skipped: not run in the project's root\n")
   os.exit(77)
@@ -55,7 +55,7 @@ local function resolve(from, name)
     local n
     path, n = path:gsub("[^/]+/%.%./", "", 1)
   until n == 0
-  for _, candidate in ipairs {path, "runtime/" .. name, "kernels/" .. name} do
+  for _, candidate in ipairs {path, "runtime/" .. name, "kernels/" .. name, "tests/cuda_emulator/" .. name} do
     if known[candidate] then return candidate end
   end
 end
@@ -73,13 +73,16 @@ local layers = {
   {"^runtime/io/", {"^runtime/io/", "^runtime/core/", "^runtime/lolcats%.h$", "^kernels/quant%.h$",
     "^kernels/dtype%.h$"}},
   {"^runtime/text/", {"^runtime/text/", "^runtime/core/", "^runtime/io/", "^runtime/lolcats%.h$"}},
+  {"^kernels/cuda/device%.cuh$", {"^kernels/", "^tests/cuda_emulator/emulated%.h$"}}, -- where tests run it without a GPU
   {"^kernels/", {"^kernels/", "^runtime/ops%.def$"}}, -- the op table is data
 }
+
+local function is_c(path) return path:match("%.[ch]$") or path:match("%.cuh?$") end
 
 for _, path in ipairs(files) do
   local allowed
   for _, row in ipairs(layers) do
-    if path:find(row[1]) and path:match("%.[ch]u?$") then
+    if path:find(row[1]) and is_c(path) then
       allowed = row[2]
       break
     end
@@ -108,7 +111,7 @@ report("no layer of C is crossed")
 -- Libraries never end the process, and C never prints: it returns a status with a message.
 for _, path in ipairs(files) do
   if path:find("^runtime/") and not path:find("^runtime/program/") or path:find("^kernels/") then
-    if path:match("%.[ch]$") then
+    if is_c(path) then
       each_line(path, function(line, n)
         local code = line:gsub("/%*.-%*/", ""):gsub("//.*", ""):gsub('"[^"]*"', "")
         for _, call in ipairs {"abort", "exit", "printf"} do
