@@ -1,9 +1,9 @@
-/* accumulate.cu: sums and products in place. x and what is added may have different dtypes: both are read in float, or in double where
- * one of them is f64, and x is rounded once. */
+/* accumulate.cu: sums and products in place. x and what is added may have different dtypes: both are read in float, or
+ * in double where one of them is f64, and x is rounded once. */
 #include "convert.cuh"
 #include "elementwise.cuh"
 
-/* ---- add_ ------------------------------------------------------------------------------------------------------------ */
+/* ---- add_ -------------------------------------------------------------------------------------------------------- */
 /* x (operand 0) += scale * from (operand 1), four at a time; from may be one value for all four */
 template <class X, class S> LC_KERNEL add_vectors(LC_SPAN(2) s, float scale) {
     LC_EACH(i, s.total) {
@@ -49,7 +49,8 @@ extern "C" int lc_cuda_add_(const lc_kargs *k) {
     double scale = k->f[0];
     if (!lc_dtype_is_float(to) || lc_dtype_is_quant(from)) return LC_K_UNSUPPORTED;
     if (!view_numel(v[0])) return LC_K_OK;
-    add_fn fast = to <= LC_K_F16 && from <= LC_K_F16 && !k->host->option(LC_OPTION_PLAIN_POINTWISE) ? kernels[to][from] : NULL;
+    add_fn fast =
+        to <= LC_K_F16 && from <= LC_K_F16 && !k->host->option(LC_OPTION_PLAIN_POINTWISE) ? kernels[to][from] : NULL;
     auto any = to == LC_K_F64 || from == LC_K_F64 ? add_elements<double> : add_elements<float>;
     each_vector(
         make_operands<2>(v), fast ? 4 : 1, 2,
@@ -58,7 +59,7 @@ extern "C" int lc_cuda_add_(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* ---- scale_ ---------------------------------------------------------------------------------------------------------- */
+/* ---- scale_ ------------------------------------------------------------------------------------------------------ */
 template <class T> LC_KERNEL scale_vectors(LC_SPAN(1) s, scalar_at by) {
     enum { V = 16 / sizeof(T) };
     float scale = (float)by.get();
@@ -90,7 +91,9 @@ extern "C" int lc_cuda_scale_(const lc_kargs *k) {
     if (!view_numel(v[0])) return LC_K_OK;
     scalar_at by = scalar_or(&k->x[1], k->f[0]);
     int width = dtype == LC_K_F64 || k->host->option(LC_OPTION_PLAIN_POINTWISE) ? 1 : dtype == LC_K_F32 ? 4 : 8;
-    auto fast = dtype == LC_K_F32 ? scale_vectors<float> : dtype == LC_K_BF16 ? scale_vectors<bf16> : scale_vectors<f16>;
+    auto fast = dtype == LC_K_F32    ? scale_vectors<float>
+                : dtype == LC_K_BF16 ? scale_vectors<bf16>
+                                     : scale_vectors<f16>;
     auto any = dtype == LC_K_F64 ? scale_elements<double> : scale_elements<float>;
     each_vector(
         make_operands<1>(v), width, 0,

@@ -1,12 +1,12 @@
-/* convert.cu: copies that change the dtype: `to`, and what copy.cu passes on. f32, bf16 and f16 among each other go four elements at a
- * time where the operands allow, all other pairs one by one. Quantised blocks are read out eight elements a thread, so that a block of
- * 32 is four threads' work and a super-block of 256 a warp's. */
-#include "copy.cuh"
+/* convert.cu: copies that change the dtype: `to`, and what copy.cu passes on. f32, bf16 and f16 among each other go
+ * four elements at a time where the operands allow, all other pairs one by one. Quantised blocks are read out eight
+ * elements a thread, so that a block of 32 is four threads' work and a super-block of 256 a warp's. */
 #include "convert.cuh"
+#include "copy.cuh"
 #include "elementwise.cuh"
 #include "quant.cuh"
 
-/* ---- plain dtypes ---------------------------------------------------------------------------------------------------- */
+/* ---- plain dtypes ------------------------------------------------------------------------------------------------ */
 enum { AHEAD = 4 }; /* vectors that a thread has under way */
 
 template <class S, class D> LC_KERNEL convert_vectors(LC_SPAN(2) s) {
@@ -58,11 +58,13 @@ int lc_cuda_convert(const lc_kargs *k, const lc_view *dst, const lc_view *src) {
     each_vector(
         make_operands<2>(v), kernel && !k->host->option(LC_OPTION_PLAIN_POINTWISE) ? 4 : 1, 0,
         [&](const span<2> &s) { LC_LAUNCH(kernel, grid_for(s.total, LC_THREADS * AHEAD), LC_THREADS, 0, s); },
-        [&](const span<2> &s) { LC_LAUNCH(convert_elements, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, from, to, through); });
+        [&](const span<2> &s) {
+            LC_LAUNCH(convert_elements, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, from, to, through);
+        });
     return LC_K_OK;
 }
 
-/* ---- quantised dtypes ------------------------------------------------------------------------------------------------ */
+/* ---- quantised dtypes -------------------------------------------------------------------------------------------- */
 __device__ __forceinline__ void put_eight(int dtype, void *out, int64_t at, const float (&y)[8]) {
     if (dtype == LC_K_F32) {
         float4 *to = (float4 *)((float *)out + at);

@@ -1,7 +1,7 @@
-/* convert.cuh: one element of any plain dtype to another, by the rules of kernels/cpu/convert.h: floats no wider than f32 pass through
- * float, wider ones and mixtures with integers through double, integers among themselves through int64; every rounding is to nearest
- * even, once. Real to integer: truncated, limited to the type's range, NaN becomes 0. Integer to integer: the low bits. The dtype is a
- * run-time number, the same for all threads. */
+/* convert.cuh: one element of any plain dtype to another, by the rules of kernels/cpu/convert.h: floats no wider than
+ * f32 pass through float, wider ones and mixtures with integers through double, integers among themselves through
+ * int64; every rounding is to nearest even, once. Real to integer: truncated, limited to the type's range, NaN becomes
+ * 0. Integer to integer: the low bits. The dtype is a run-time number, the same for all threads. */
 #ifndef LC_CONVERT_CUH
 #define LC_CONVERT_CUH
 
@@ -23,13 +23,13 @@ __host__ __device__ __forceinline__ float round_to_odd(double d) {
 /* R: float, double, or (integers alone) int64_t */
 template <class R> __device__ __forceinline__ R read_as(int dtype, const char *p) {
     switch (dtype) {
-    case LC_K_F32: return (R)*(const float *)p;
+    case LC_K_F32: return (R)(*(const float *)p);
     case LC_K_BF16: return (R)__bfloat162float(*(const bf16 *)p);
     case LC_K_F16: return (R)__half2float(*(const f16 *)p);
-    case LC_K_F64: return (R)*(const double *)p;
-    case LC_K_I32: return (R)*(const int32_t *)p;
-    case LC_K_I64: return (R)*(const int64_t *)p;
-    default: return (R)*(const uint8_t *)p;
+    case LC_K_F64: return (R)(*(const double *)p);
+    case LC_K_I32: return (R)(*(const int32_t *)p);
+    case LC_K_I64: return (R)(*(const int64_t *)p);
+    default: return (R)(*(const uint8_t *)p);
     }
 }
 
@@ -67,7 +67,8 @@ __device__ __forceinline__ void write_int(int dtype, char *p, int64_t v) {
 /* What a pair of dtypes goes through. */
 enum { THROUGH_FLOAT, THROUGH_DOUBLE, THROUGH_INT, THROUGH_INT_TO_FLOAT };
 static inline int convert_through(int from, int to) {
-    if (dtype_is_int(from)) return dtype_is_int(to) ? THROUGH_INT : to == LC_K_F32 ? THROUGH_INT_TO_FLOAT : THROUGH_DOUBLE;
+    if (dtype_is_int(from))
+        return dtype_is_int(to) ? THROUGH_INT : to == LC_K_F32 ? THROUGH_INT_TO_FLOAT : THROUGH_DOUBLE;
     return from == LC_K_F64 || to == LC_K_F64 ? THROUGH_DOUBLE : THROUGH_FLOAT;
 }
 __device__ __forceinline__ void convert_one(int from, const char *in, int to, char *out, int through) {
@@ -86,6 +87,8 @@ struct scalar_at {
     double value;
     __device__ __forceinline__ double get() const { return p ? read_as<double>(dtype, p) : value; }
 };
-static inline scalar_at scalar_or(const lc_view *v, double otherwise) { return {(const char *)v->data, v->dtype, otherwise}; }
+static inline scalar_at scalar_or(const lc_view *v, double otherwise) {
+    return {(const char *)v->data, v->dtype, otherwise};
+}
 
 #endif

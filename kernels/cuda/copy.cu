@@ -1,12 +1,12 @@
-/* copy.cu: copies, fills, choices by a mask, and accumulation in place. Copies within a dtype move bytes: in pieces of 16, 8, 4, 2 or 1
- * byte, whichever the operands allow; a copy that exchanges the dim that lies in one piece goes by tiles through shared memory. */
-#include "copy.cuh"
+/* copy.cu: copies and joins. Copies within a dtype move bytes: in pieces of 16, 8, 4, 2 or 1 byte, whichever the
+ * operands allow; a copy that exchanges the dim that lies in one piece goes by tiles through shared memory. */
 #include "convert.cuh"
+#include "copy.cuh"
 #include "elementwise.cuh"
 #include "quant.cuh"
 
-/* ---- moving bytes ---------------------------------------------------------------------------------------------------- */
-enum { AHEAD = 4, TILE = 64, TILE_THREADS = 256 };
+/* ---- moving bytes ------------------------------------------------------------------------------------------------ */
+enum { AHEAD = 4, TILE = 64, TILE_THREADS = 256, ROWS = TILE_THREADS / 32 };
 
 template <class U> LC_KERNEL move_items(LC_SPAN(2) s) {
     uint32_t step = gridDim.x * blockDim.x;
@@ -27,16 +27,20 @@ template <class U> LC_KERNEL move_items(LC_SPAN(2) s) {
 
 typedef void (*move_fn)(span<2>);
 static move_fn move_kernel(int64_t bytes) {
-    return bytes == 16 ? move_items<uint4> : bytes == 8 ? move_items<uint2> : bytes == 4 ? move_items<uint32_t>
-         : bytes == 2 ? move_items<uint16_t> : move_items<uint8_t>;
+    return bytes == 16  ? move_items<uint4>
+           : bytes == 8 ? move_items<uint2>
+           : bytes == 4 ? move_items<uint32_t>
+           : bytes == 2 ? move_items<uint16_t>
+                        : move_items<uint8_t>;
 }
 
-/* Tiles of a copy whose source lies in one piece along dim `across` and whose result does so along the last: s walks the corners of
- * the tiles, one a block; rows are `rows` long along `across`, `columns` along the last dim. */
+/* Tiles of a copy whose source lies in one piece along dim `across` and whose result does so along the last: s walks
+ * the corners of the tiles, one a block; rows are `rows` long along `across`, `columns` along the last dim. */
 struct tiles {
     span<2> corners;
-    int64_t rows, columns, to_step, from_step; /* steps in bytes: the result's along `across`, the source's along the last dim */
-    uint32_t down, over;                       /* tiles along each */
+    int64_t rows, columns;
+    int64_t to_step, from_step; /* in bytes: the result's along `across`, the source's along the last dim */
+    uint32_t down, over;        /* tiles along each */
 };
 template <class U> __global__ void __launch_bounds__(TILE_THREADS) move_tiles(const __grid_constant__ tiles t) {
     __shared__ U tile[TILE][TILE + 4 / (sizeof(U) < 4 ? sizeof(U) : 4)];
@@ -48,15 +52,26 @@ template <class U> __global__ void __launch_bounds__(TILE_THREADS) move_tiles(co
         const char *from = t.corners.p[1] + at[1] + row * (int64_t)sizeof(U) + column * t.from_step;
         char *to = t.corners.p[0] + at[0] + row * t.to_step + column * (int64_t)sizeof(U);
         int rows = (int)min((int64_t)TILE, t.rows - row), columns = (int)min((int64_t)TILE, t.columns - column);
-        for (int c = y; c < columns; c += TILE_THREADS / 32)
+        U u[TILE / ROWS][TILE / 32]; /* all loads are under way before the first is waited for */
 #pragma unroll
-            for (int r = x; r < TILE; r += 32)
-                if (r < rows) tile[c][r] = *(const U *)(from + c * t.from_step + r * (int64_t)sizeof(U));
+        for (int i = 0; i < TILE / ROWS; i++)
+#pragma unroll
+            for (int j = 0; j < TILE / 32; j++) {
+                int c = y + i * ROWS, r = x + j * 32;
+                if (c < columns && r < rows) u[i][j] = *(const U *)(from + c * t.from_step + r * (int64_t)sizeof(U));
+            }
+#pragma unroll
+        for (int i = 0; i < TILE / ROWS; i++)
+#pragma unroll
+            for (int j = 0; j < TILE / 32; j++) tile[y + i * ROWS][x + j * 32] = u[i][j];
         __syncthreads();
-        for (int r = y; r < rows; r += TILE_THREADS / 32)
 #pragma unroll
-            for (int c = x; c < TILE; c += 32)
-                if (c < columns) *(U *)(to + r * t.to_step + c * (int64_t)sizeof(U)) = tile[c][r];
+        for (int i = 0; i < TILE / ROWS; i++)
+#pragma unroll
+            for (int j = 0; j < TILE / 32; j++) {
+                int r = y + i * ROWS, c = x + j * 32;
+                if (r < rows && c < columns) *(U *)(to + r * t.to_step + c * (int64_t)sizeof(U)) = tile[c][r];
+            }
         __syncthreads();
     }
 }
@@ -83,7 +98,10 @@ static bool move_by_tiles(const operands<2> &a) {
     c.w.total = a.w.total / t.rows / t.columns;
     if (!fits_span(&c) || c.w.total * t.down * t.over > INT32_MAX) return false;
     t.corners = make_span(&c);
-    auto kernel = bytes == 8 ? move_tiles<uint2> : bytes == 4 ? move_tiles<uint32_t> : bytes == 2 ? move_tiles<uint16_t> : move_tiles<uint8_t>;
+    auto kernel = bytes == 8   ? move_tiles<uint2>
+                  : bytes == 4 ? move_tiles<uint32_t>
+                  : bytes == 2 ? move_tiles<uint16_t>
+                               : move_tiles<uint8_t>;
     LC_LAUNCH(kernel, grid_for(c.w.total * t.down * t.over, 1), TILE_THREADS, 0, t);
     return true;
 }
@@ -93,7 +111,9 @@ static void move(const lc_kargs *k, const operands<2> &a) {
     bool plain = k->host->option(LC_OPTION_PLAIN_POINTWISE);
     int64_t bytes = a.bytes[0], rest;
     auto launch = [&](int64_t item) {
-        return [=](const span<2> &s) { LC_LAUNCH(move_kernel(item), grid_for(s.total, LC_THREADS * AHEAD), LC_THREADS, 0, s); };
+        return [=](const span<2> &s) {
+            LC_LAUNCH(move_kernel(item), grid_for(s.total, LC_THREADS * AHEAD), LC_THREADS, 0, s);
+        };
     };
     if (a.w.total <= 0 || (!plain && move_by_tiles(a))) return;
     for (int64_t item = 16; item > bytes && !plain; item /= 2) {

@@ -1,5 +1,5 @@
-/* copy.cuh: copies between views of one shape, for the kernels' own use: any plain dtypes and strides, or quantised blocks to a float
- * dtype; on the stream. */
+/* copy.cuh: copies between views of one shape, for the kernels' own use: any plain dtypes and strides, or quantised
+ * blocks to a float dtype; on the stream. */
 #ifndef LC_COPY_CUH
 #define LC_COPY_CUH
 

@@ -1,7 +1,8 @@
-/* elementwise.cuh: how kernels that treat every element alike get at their operands. A span is a walk in 32-bit arithmetic over bytes,
- * with divisions by multiplication; what is too large for that is cut into several launches. Where the last dim of every operand lies
- * in one piece (or is one value, broadcast) and all is aligned, elements are replaced by vectors of several: the same walk then counts
- * vectors, so column slices and broadcast rows are as fast as plain arrays. Anything else goes element by element. */
+/* elementwise.cuh: how kernels that treat every element alike get at their operands. A span is a walk in 32-bit
+ * arithmetic over bytes, with divisions by multiplication; what is too large for that is cut into several launches.
+ * Where the last dim of every operand lies in one piece (or is one value, broadcast) and all is aligned, elements are
+ * replaced by vectors of several: the same walk then counts vectors, so column slices and broadcast rows are as fast as
+ * plain arrays. Anything else goes element by element. */
 #ifndef LC_ELEMENTWISE_CUH
 #define LC_ELEMENTWISE_CUH
 
@@ -10,14 +11,15 @@
 enum { LC_THREADS = 256 }; /* of a block, in all elementwise kernels */
 
 #define LC_KERNEL __global__ void __launch_bounds__(LC_THREADS)
-#define LC_SPAN(n) const __grid_constant__ span<n> /* read where it lies: indexed by run-time numbers, it would go to local memory */
+/* Read where it lies: indexed by run-time numbers, a copy would go to local memory. */
+#define LC_SPAN(n) const __grid_constant__ span<n>
 
 /* N operands of one shape; operand 0 is the result. Items are elements, or vectors of `width` of them. */
 template <int N> struct span {
     uint32_t total, dim[LC_VIEW_DIMS], magic[LC_VIEW_DIMS];
     int32_t ndim, shift[LC_VIEW_DIMS], stride[N][LC_VIEW_DIMS]; /* strides in bytes */
     uint32_t splat;                                             /* bit o: operand o has one value for a whole vector */
-    int64_t first;                                              /* position of item 0 in the whole, in row-major order */
+    int64_t first; /* position of item 0 in the whole, in row-major order */
     char *p[N];
     __device__ __forceinline__ void at(uint32_t e, int32_t (&offset)[N]) const {
 #pragma unroll
@@ -56,8 +58,8 @@ template <int N> static inline operands<N> make_operands(const lc_view *const (&
     return a;
 }
 
-/* Makes items of `width` elements, if that can be; elements of a single dim that fill no vector are left over: *rest. Splats only where
- * allowed (bit o). */
+/* Makes items of `width` elements, if that can be; elements of a single dim that fill no vector are left over: *rest.
+ * Splats only where allowed (bit o). */
 template <int N> static inline bool make_vectors(operands<N> *a, int width, uint32_t may_splat, int64_t *rest) {
     int last = a->w.ndim - 1;
     uint32_t splat = 0;
@@ -160,10 +162,10 @@ static void each_vector(const operands<N> &a, int width, uint32_t may_splat, V v
 }
 
 /* for (each item of the thread) */
-#define LC_EACH(i, total)                                                                                                        \
+#define LC_EACH(i, total)                                                                                              \
     for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x, step_ = gridDim.x * blockDim.x; i < (total); i += step_)
 
-/* ---- vectors --------------------------------------------------------------------------------------------------------- */
+/* ---- vectors ----------------------------------------------------------------------------------------------------- */
 template <int BYTES> struct raw_of;
 template <> struct raw_of<16> { typedef uint4 type; };
 template <> struct raw_of<8> { typedef uint2 type; };

@@ -1,5 +1,5 @@
-/* fill.cu: what is written without reading much: fills, ranges, identities, triangles, and choices by a mask. Elements are moved by
- * size, whatever their dtype; values come as their bits. */
+/* fill.cu: what is written without reading much: fills, ranges, identities, triangles, and choices by a mask. Elements
+ * are moved by size, whatever their dtype; values come as their bits. */
 #include "convert.cuh"
 #include "elementwise.cuh"
 
@@ -17,15 +17,27 @@ template <> __device__ __forceinline__ uint4 low_bits<uint4>(uint64_t bits) {
 }
 
 /* Runs the statement with U standing for an unsigned type of that size. */
-#define LC_SIZES(bytes, ...)                                                                                                     \
-    switch (bytes) {                                                                                                             \
-    case 1: { typedef uint8_t U; __VA_ARGS__ } break;                                                                            \
-    case 2: { typedef uint16_t U; __VA_ARGS__ } break;                                                                           \
-    case 4: { typedef uint32_t U; __VA_ARGS__ } break;                                                                           \
-    default: { typedef uint64_t U; __VA_ARGS__ } break;                                                                          \
+#define LC_SIZES(bytes, ...)                                                                                           \
+    switch (bytes) {                                                                                                   \
+    case 1: {                                                                                                          \
+        typedef uint8_t U;                                                                                             \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case 2: {                                                                                                          \
+        typedef uint16_t U;                                                                                            \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case 4: {                                                                                                          \
+        typedef uint32_t U;                                                                                            \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    default: {                                                                                                         \
+        typedef uint64_t U;                                                                                            \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
     }
 
-/* ---- fill_, arange_ -------------------------------------------------------------------------------------------------- */
+/* ---- fill_, arange_ ---------------------------------------------------------------------------------------------- */
 template <class U> LC_KERNEL fill_items(LC_SPAN(1) s, uint64_t bits) {
     LC_EACH(i, s.total) {
         int32_t at[1];
@@ -47,7 +59,9 @@ extern "C" int lc_cuda_fill_(const lc_kargs *k) {
             LC_LAUNCH(kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, bits);
         })
     };
-    auto vectors = [&](const span<1> &s) { LC_LAUNCH(fill_items<uint4>, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, wide); };
+    auto vectors = [&](const span<1> &s) {
+        LC_LAUNCH(fill_items<uint4>, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, wide);
+    };
     each_vector(a, k->host->option(LC_OPTION_PLAIN_POINTWISE) ? 1 : (int)(16 / a.bytes[0]), 0, vectors, elements);
     return LC_K_OK;
 }
@@ -72,7 +86,7 @@ extern "C" int lc_cuda_arange_(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* ---- eye_, tril ------------------------------------------------------------------------------------------------------ */
+/* ---- eye_, tril -------------------------------------------------------------------------------------------------- */
 /* Matrices [.., rows, columns]; elements of s stand in row-major order. */
 struct matrix {
     int64_t rows, columns;
@@ -134,7 +148,7 @@ extern "C" int lc_cuda_tril(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* ---- where, masked_fill ---------------------------------------------------------------------------------------------- */
+/* ---- where, masked_fill ------------------------------------------------------------------------------------------ */
 __device__ __forceinline__ bool is_set(int dtype, const char *p) {
     switch (dtype) {
     case LC_K_F32: return *(const float *)p != 0;
@@ -159,7 +173,8 @@ template <class U> LC_KERNEL choose_elements(LC_SPAN(4) s, int mask_dtype, bool 
     }
 }
 
-static int choose(const lc_kargs *k, const lc_view *mask, const lc_view *a, const lc_view *b, bool constant, uint64_t bits) {
+static int choose(const lc_kargs *k, const lc_view *mask, const lc_view *a, const lc_view *b, bool constant,
+                  uint64_t bits) {
     const lc_view *const v[4] = {&k->y[0], mask, a, b};
     int mask_dtype = mask->dtype;
     if (a->dtype != b->dtype || a->dtype != v[0]->dtype) return LC_K_UNSUPPORTED;

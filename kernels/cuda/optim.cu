@@ -1,6 +1,6 @@
-/* optim.cu: optimizer steps, in place, in PyTorch's arithmetic and order of operations. Parameters and moments are contiguous, f32 or
- * f64; gradients may be of any float dtype. Learning rate and step may be 0-dim tensors on the device, so that a recorded graph can be
- * replayed: each block then works out the step's factors for itself. */
+/* optim.cu: optimizer steps, in place, in PyTorch's arithmetic and order of operations. Parameters and moments are
+ * contiguous, f32 or f64; gradients may be of any float dtype. Learning rate and step may be 0-dim tensors on the
+ * device, so that a recorded graph can be replayed: each block then works out the step's factors for itself. */
 #include "convert.cuh"
 #include "elementwise.cuh"
 
@@ -23,15 +23,13 @@ static bool usable(const lc_view *v, const lc_view *p, bool is_gradient) {
     return is_gradient ? lc_dtype_is_float(v->dtype) : v->dtype == p->dtype;
 }
 
-/* ---- adamw_ ---------------------------------------------------------------------------------------------------------- */
+/* ---- adamw_ ------------------------------------------------------------------------------------------------------ */
 struct adam {
     scalar_at lr, step;
     double beta1, beta2, eps, weight_decay;
     int decoupled;
 };
-template <class R> struct adam_factors {
-    R keep, decay, lerp, beta2, rest2, eps, size, root;
-};
+template <class R> struct adam_factors { R keep, decay, lerp, beta2, rest2, eps, size, root; };
 
 template <class R> __device__ __forceinline__ adam_factors<R> adam_at(const adam &c) {
     adam_factors<R> f;
@@ -100,7 +98,8 @@ extern "C" int lc_cuda_adamw_(const lc_kargs *k) {
     int g = x[1].dtype;
     bool wide = x[0].dtype == LC_K_F64;
     if ((!wide && x[0].dtype != LC_K_F32) || !view_contiguous(&x[0])) return LC_K_UNSUPPORTED;
-    if (!usable(&x[1], &x[0], true) || !usable(&x[2], &x[0], false) || !usable(&x[3], &x[0], false)) return LC_K_UNSUPPORTED;
+    if (!usable(&x[1], &x[0], true) || !usable(&x[2], &x[0], false) || !usable(&x[3], &x[0], false))
+        return LC_K_UNSUPPORTED;
     if (!view_numel(&x[0])) return LC_K_OK;
     adam c = {scalar_or(&x[4], k->f[0]), scalar_or(&x[5], k->i[0]), k->f[1], k->f[2], k->f[3], k->f[4], k->i[1]};
     auto fast = g == LC_K_F32 ? adamw_vectors<float> : g == LC_K_BF16 ? adamw_vectors<bf16> : adamw_vectors<f16>;
@@ -113,7 +112,7 @@ extern "C" int lc_cuda_adamw_(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* ---- sgd_ ------------------------------------------------------------------------------------------------------------ */
+/* ---- sgd_ -------------------------------------------------------------------------------------------------------- */
 struct sgd {
     scalar_at lr, step;
     double momentum, dampening, weight_decay;
@@ -144,11 +143,14 @@ extern "C" int lc_cuda_sgd_(const lc_kargs *k) {
     const lc_view *x = k->x;
     bool wide = x[0].dtype == LC_K_F64, has_buf = k->f[1] != 0;
     const lc_view *const v[3] = {&x[0], &x[1], has_buf ? &x[2] : &x[0]};
-    if ((!wide && x[0].dtype != LC_K_F32) || !view_contiguous(&x[0]) || !usable(&x[1], &x[0], true)) return LC_K_UNSUPPORTED;
+    if ((!wide && x[0].dtype != LC_K_F32) || !view_contiguous(&x[0]) || !usable(&x[1], &x[0], true))
+        return LC_K_UNSUPPORTED;
     if (has_buf && (!x[2].data || !usable(&x[2], &x[0], false))) return LC_K_UNSUPPORTED;
     if (!view_numel(&x[0])) return LC_K_OK;
-    sgd c = {scalar_or(&x[3], k->f[0]), scalar_or(&x[4], k->i[0]), k->f[1], k->f[2], k->f[3], k->i[1], has_buf, x[1].dtype};
+    sgd c = {
+        scalar_or(&x[3], k->f[0]), scalar_or(&x[4], k->i[0]), k->f[1], k->f[2], k->f[3], k->i[1], has_buf, x[1].dtype};
     auto kernel = wide ? sgd_elements<double> : sgd_elements<float>;
-    each_span(flat<3>(v), [&](const span<3> &s) { LC_LAUNCH(kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, c); });
+    each_span(flat<3>(v),
+              [&](const span<3> &s) { LC_LAUNCH(kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, c); });
     return LC_K_OK;
 }

@@ -1,6 +1,7 @@
-/* pointwise.cuh: the kernels and launches behind the UNARY, UNARY_FLAT and BINARY rows. A row is a type with n operands and
- * at(x, p) in float and in double; it is instantiated as three vector kernels (f32, bf16, f16) and two that go element by element
- * (all three in float; f64). Operands that a row does not look at cost nothing: their loads are dead code. */
+/* pointwise.cuh: the kernels and launches behind the UNARY, UNARY_FLAT and BINARY rows. A row is a type with n operands
+ * and at(x, p) in float and in double; it is instantiated as three vector kernels (f32, bf16, f16) and two that go
+ * element by element (all three in float; f64). Operands that a row does not look at cost nothing: their loads are dead
+ * code. */
 #ifndef LC_POINTWISE_CUH
 #define LC_POINTWISE_CUH
 
@@ -73,9 +74,12 @@ template <class F> LC_KERNEL pointwise_elements(LC_SPAN(F::n + 1) s, scalars c, 
         for (int o = 0; o < F::n; o++) x[o] = word_as_float(w[o], dtype);
         float y = F::at(x, c.f);
         char *to = s.p[0] + at[0];
-        if (dtype == LC_K_F32) *(float *)to = y;
-        else if (dtype == LC_K_BF16) *(bf16 *)to = store<bf16>(y);
-        else *(f16 *)to = store<f16>(y);
+        if (dtype == LC_K_F32)
+            *(float *)to = y;
+        else if (dtype == LC_K_BF16)
+            *(bf16 *)to = store<bf16>(y);
+        else
+            *(f16 *)to = store<f16>(y);
     }
 }
 template <class F> LC_KERNEL pointwise_doubles(LC_SPAN(F::n + 1) s, scalars c, int) {
@@ -114,30 +118,32 @@ template <int N> static int run_pointwise(const lc_kargs *k, const pointwise_ker
     each_vector(
         make_operands<N + 1>(v), width, ~1u,
         [&](const span<N + 1> &s) { LC_LAUNCH(vector_kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, c); },
-        [&](const span<N + 1> &s) { LC_LAUNCH(element_kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, c, dtype); });
+        [&](const span<N + 1> &s) {
+            LC_LAUNCH(element_kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, c, dtype);
+        });
     return LC_K_OK;
 }
 
 /* A row's type and its entry in the table: an expression over x[0], x[1], .. and p. */
-#define POINTWISE(name, count, ...)                                                                                              \
-    struct name##_row {                                                                                                          \
-        enum { n = count };                                                                                                      \
-        static __device__ __forceinline__ float at(const float (&x)[n], const float *p) {                                        \
-            using namespace single;                                                                                              \
-            (void)p;                                                                                                             \
-            return __VA_ARGS__;                                                                                                  \
-        }                                                                                                                        \
-        static __device__ __forceinline__ double at(const double (&x)[n], const double *p) {                                     \
-            using namespace dual;                                                                                                \
-            (void)p;                                                                                                             \
-            return __VA_ARGS__;                                                                                                  \
-        }                                                                                                                        \
-    };                                                                                                                           \
-    extern "C" int lc_cuda_##name(const lc_kargs *k) {                                                                           \
-        static const pointwise_kernels<count> kernels = {                                                                        \
-            pointwise_vectors<name##_row, float>, pointwise_vectors<name##_row, bf16>, pointwise_vectors<name##_row, f16>,       \
-            pointwise_elements<name##_row>, pointwise_doubles<name##_row>};                                                      \
-        return run_pointwise<count>(k, kernels);                                                                                 \
+#define POINTWISE(name, count, ...)                                                                                    \
+    struct name##_row {                                                                                                \
+        enum { n = count };                                                                                            \
+        static __device__ __forceinline__ float at(const float (&x)[n], const float *p) {                              \
+            using namespace single;                                                                                    \
+            (void)p;                                                                                                   \
+            return __VA_ARGS__;                                                                                        \
+        }                                                                                                              \
+        static __device__ __forceinline__ double at(const double (&x)[n], const double *p) {                           \
+            using namespace dual;                                                                                      \
+            (void)p;                                                                                                   \
+            return __VA_ARGS__;                                                                                        \
+        }                                                                                                              \
+    };                                                                                                                 \
+    extern "C" int lc_cuda_##name(const lc_kargs *k) {                                                                 \
+        static const pointwise_kernels<count> kernels = {                                                              \
+            pointwise_vectors<name##_row, float>, pointwise_vectors<name##_row, bf16>,                                 \
+            pointwise_vectors<name##_row, f16>, pointwise_elements<name##_row>, pointwise_doubles<name##_row>};        \
+        return run_pointwise<count>(k, kernels);                                                                       \
     }
 
 #endif

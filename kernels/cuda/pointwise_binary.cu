@@ -1,6 +1,6 @@
-/* pointwise_binary.cu: the BINARY rows of the op table and their gradients, and the COMPARE rows. NAME: x[0], x[1] -> y[0]. NAME_grad_a,
- * _grad_b: x[0] = g, x[1] = a, x[2] = b, x[3] = y -> y[0]. All of one shape, broadcast by strides of 0, and one dtype; comparisons
- * give uint8. The formulas are kernels/scalar.h. */
+/* pointwise_binary.cu: the BINARY rows of the op table and their gradients, and the COMPARE rows. NAME: x[0], x[1] ->
+ * y[0]. NAME_grad_a, _grad_b: x[0] = g, x[1] = a, x[2] = b, x[3] = y -> y[0]. All of one shape, broadcast by strides of
+ * 0, and one dtype; comparisons give uint8. The formulas are kernels/scalar.h. */
 #include "pointwise.cuh"
 
 /* One kernel a comparison: an operation that is never waited for. */
@@ -32,18 +32,18 @@ static int run_compare(const lc_kargs *k, void (*kernel)(span<3>, int)) {
     return LC_K_OK;
 }
 
-#define COMPARE(name, sig, flags, doc)                                                                                           \
-    struct name##_row {                                                                                                          \
-        static __device__ __forceinline__ int at(float a, float b) { return single::LC_S(name)(a, b); }                          \
-        static __device__ __forceinline__ int at(double a, double b) { return dual::LC_S(name)(a, b); }                          \
-        template <class T> static __device__ __forceinline__ int order(T a, T b) {                                               \
-            return single::LC_S(name)((float)((a > b) - (a < b)), 0.f);                                                          \
-        }                                                                                                                        \
-    };                                                                                                                           \
+#define COMPARE(name, sig, flags, doc)                                                                                 \
+    struct name##_row {                                                                                                \
+        static __device__ __forceinline__ int at(float a, float b) { return single::LC_S(name)(a, b); }                \
+        static __device__ __forceinline__ int at(double a, double b) { return dual::LC_S(name)(a, b); }                \
+        template <class T> static __device__ __forceinline__ int order(T a, T b) {                                     \
+            return single::LC_S(name)((float)((a > b) - (a < b)), 0.f);                                                \
+        }                                                                                                              \
+    };                                                                                                                 \
     extern "C" int lc_cuda_##name(const lc_kargs *k) { return run_compare(k, compare_elements<name##_row>); }
 
-#define BINARY(name, sig, flags, doc)                                                                                            \
-    POINTWISE(name, 2, LC_S(name)(x[0], x[1]))                                                                                   \
-    POINTWISE(name##_grad_a, 4, LC_S(name##_grad_a)(x[0], x[1], x[2], x[3]))                                                     \
+#define BINARY(name, sig, flags, doc)                                                                                  \
+    POINTWISE(name, 2, LC_S(name)(x[0], x[1]))                                                                         \
+    POINTWISE(name##_grad_a, 4, LC_S(name##_grad_a)(x[0], x[1], x[2], x[3]))                                           \
     POINTWISE(name##_grad_b, 4, LC_S(name##_grad_b)(x[0], x[1], x[2], x[3]))
 #include "../../runtime/ops.def"

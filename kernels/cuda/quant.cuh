@@ -1,7 +1,8 @@
-/* quant.cuh: block-quantised formats on the device: eight neighbouring elements of a block at a time, so that a block of 32 is four
- * threads' work and a super-block of 256 a warp's. kernels/quant.c is the reference: products and sums are rounded one by one, so that
- * the values are the same bits. Blocks lie at multiples of their size from a base that is 16-byte aligned or a row away from one; codes
- * are read in words of four bytes where the format keeps these aligned, else of two. */
+/* quant.cuh: block-quantised formats on the device: eight neighbouring elements of a block at a time, so that a block
+ * of 32 is four threads' work and a super-block of 256 a warp's. kernels/quant.c is the reference: products and sums
+ * are rounded one by one, so that the values are the same bits. Blocks lie at multiples of their size from a base that
+ * is 16-byte aligned or a row away from one; codes are read in words of four bytes where the format keeps these
+ * aligned, else of two. */
 #ifndef LC_QUANT_CUH
 #define LC_QUANT_CUH
 
@@ -12,8 +13,10 @@ int lc_cuda_dequantise(int dtype, const void *blocks, int to, void *out, int64_t
 
 /* Elements and bytes a block: lc_dtype_traits, for compile time. */
 template <int Q> struct lc_quant;
-#define LC_QUANT(id, elements, size) \
-    template <> struct lc_quant<id> { enum { block = elements, bytes = size }; }
+#define LC_QUANT(id, elements, size)                                                                                   \
+    template <> struct lc_quant<id> {                                                                                  \
+        enum { block = elements, bytes = size };                                                                       \
+    }
 LC_QUANT(LC_K_Q4_0, 32, 18);
 LC_QUANT(LC_K_Q4_1, 32, 20);
 LC_QUANT(LC_K_Q5_0, 32, 22);
@@ -28,23 +31,56 @@ LC_QUANT(LC_K_IQ4_NL, 32, 18);
 #undef LC_QUANT
 
 /* Runs the statements with Q standing for the dtype; returns LC_K_UNSUPPORTED for one that is not quantised. */
-#define LC_QUANTS(dtype, ...)                                                                                                    \
-    switch (dtype) {                                                                                                             \
-    case LC_K_Q4_0: { enum { Q = LC_K_Q4_0 }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q4_1: { enum { Q = LC_K_Q4_1 }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q5_0: { enum { Q = LC_K_Q5_0 }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q5_1: { enum { Q = LC_K_Q5_1 }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q8_0: { enum { Q = LC_K_Q8_0 }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q2_K: { enum { Q = LC_K_Q2_K }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q3_K: { enum { Q = LC_K_Q3_K }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q4_K: { enum { Q = LC_K_Q4_K }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q5_K: { enum { Q = LC_K_Q5_K }; __VA_ARGS__ } break;                                                               \
-    case LC_K_Q6_K: { enum { Q = LC_K_Q6_K }; __VA_ARGS__ } break;                                                               \
-    case LC_K_IQ4_NL: { enum { Q = LC_K_IQ4_NL }; __VA_ARGS__ } break;                                                           \
-    default: return LC_K_UNSUPPORTED;                                                                                            \
+#define LC_QUANTS(dtype, ...)                                                                                          \
+    switch (dtype) {                                                                                                   \
+    case LC_K_Q4_0: {                                                                                                  \
+        enum { Q = LC_K_Q4_0 };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q4_1: {                                                                                                  \
+        enum { Q = LC_K_Q4_1 };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q5_0: {                                                                                                  \
+        enum { Q = LC_K_Q5_0 };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q5_1: {                                                                                                  \
+        enum { Q = LC_K_Q5_1 };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q8_0: {                                                                                                  \
+        enum { Q = LC_K_Q8_0 };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q2_K: {                                                                                                  \
+        enum { Q = LC_K_Q2_K };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q3_K: {                                                                                                  \
+        enum { Q = LC_K_Q3_K };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q4_K: {                                                                                                  \
+        enum { Q = LC_K_Q4_K };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q5_K: {                                                                                                  \
+        enum { Q = LC_K_Q5_K };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_Q6_K: {                                                                                                  \
+        enum { Q = LC_K_Q6_K };                                                                                        \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    case LC_K_IQ4_NL: {                                                                                                \
+        enum { Q = LC_K_IQ4_NL };                                                                                      \
+        __VA_ARGS__                                                                                                    \
+    } break;                                                                                                           \
+    default: return LC_K_UNSUPPORTED;                                                                                  \
     }
 
-/* ---- pieces ---------------------------------------------------------------------------------------------------------- */
+/* ---- pieces ------------------------------------------------------------------------------------------------------ */
 /* Rounded one by one; a product and a sum written plainly may be fused. */
 __device__ __forceinline__ float q_mul(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float q_add(float a, float b) { return __fadd_rn(a, b); }
@@ -79,9 +115,8 @@ __device__ __forceinline__ int q_iq4_value(int c) {
     return (int8_t)((c & 8 ? high : low) >> 8 * (c & 3));
 }
 
-/* ---- blocks of 32: group g of 0 to 3; groups 0 and 1 are low nibbles, 2 and 3 high ones ------------------------------- */
-#define LC_EIGHT(expr)                        \
-    _Pragma("unroll") for (int i = 0; i < 8; i++) y[i] = (expr)
+/* ---- blocks of 32: group g of 0 to 3; groups 0 and 1 are low nibbles, 2 and 3 high ones -------------------------- */
+#define LC_EIGHT(expr) _Pragma("unroll") for (int i = 0; i < 8; i++) y[i] = (expr)
 
 /* y = elements 8 g to 8 g + 7 of the block at b */
 template <int Q> __device__ __forceinline__ void dequantise_eight(const uint8_t *b, int g, float (&y)[8]);
@@ -129,7 +164,7 @@ template <> __device__ __forceinline__ void dequantise_eight<LC_K_IQ4_NL>(const 
     LC_EIGHT(q_mul((float)q_iq4_value(q_code(w, i, shift, 15)), d));
 }
 
-/* ---- super-blocks of 256: group g of 0 to 31 -------------------------------------------------------------------------- */
+/* ---- super-blocks of 256: group g of 0 to 31 --------------------------------------------------------------------- */
 /* 16 bytes of (min << 4 | scale), 64 of 2-bit codes, d, dmin */
 template <> __device__ __forceinline__ void dequantise_eight<LC_K_Q2_K>(const uint8_t *b, int g, float (&y)[8]) {
     int part = g >> 1, shift = (part & 7) >> 1 << 1, scales = b[part];

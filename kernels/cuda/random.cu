@@ -1,23 +1,30 @@
-/* random.cu: random fills and dropout, on the stream that kernels/philox.h defines: a thread makes the four elements of one counter, so
- * the result of element i depends on seed, offset and i alone. Operands are contiguous. */
+/* random.cu: random fills and dropout, on the stream that kernels/philox.h defines: a thread makes the four elements of
+ * one counter, so the result of element i depends on seed, offset and i alone. Operands are contiguous. */
 #include "convert.cuh"
 #include "elementwise.cuh"
 #include "scalar_math.cuh"
 
 /* Four elements from `at` on; `whole`: all four are there and 16-byte aligned (in f32; 8-byte in halves). */
-template <class R> __device__ __forceinline__ void put_four(int dtype, char *p, int bytes, int64_t n, bool whole, const R (&v)[4]) {
+template <class R>
+__device__ __forceinline__ void put_four(int dtype, char *p, int bytes, int64_t n, bool whole, const R (&v)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; i++)
         if (whole || i < n) write_as<R>(dtype, p + i * bytes, v[i]);
 }
-template <> __device__ __forceinline__ void put_four<float>(int dtype, char *p, int bytes, int64_t n, bool whole, const float (&v)[4]) {
-    if (whole && dtype == LC_K_F32) vector_of<float, 4>::put(p, v);
-    else if (whole && dtype == LC_K_BF16) vector_of<bf16, 4>::put(p, v);
-    else if (whole && dtype == LC_K_F16) vector_of<f16, 4>::put(p, v);
-    else
+template <>
+__device__ __forceinline__ void put_four<float>(int dtype, char *p, int bytes, int64_t n, bool whole,
+                                                const float (&v)[4]) {
+    if (whole && dtype == LC_K_F32) {
+        vector_of<float, 4>::put(p, v);
+    } else if (whole && dtype == LC_K_BF16) {
+        vector_of<bf16, 4>::put(p, v);
+    } else if (whole && dtype == LC_K_F16) {
+        vector_of<f16, 4>::put(p, v);
+    } else {
 #pragma unroll
         for (int i = 0; i < 4; i++)
             if (i < n) write_as<float>(dtype, p + i * bytes, v[i]);
+    }
 }
 
 struct stream {
@@ -27,9 +34,11 @@ struct stream {
 static stream stream_of(const lc_kargs *k) { return {k->seed, k->offset, view_numel(&k->x[0])}; }
 
 /* Whether fours of it can be moved at once. */
-static bool in_fours(const lc_view *v) { return !v->data || (uintptr_t)v->data % (4 * lc_dtype_traits(v->dtype)->bytes) == 0; }
+static bool in_fours(const lc_view *v) {
+    return !v->data || (uintptr_t)v->data % (4 * lc_dtype_traits(v->dtype)->bytes) == 0;
+}
 
-/* ---- fills ----------------------------------------------------------------------------------------------------------- */
+/* ---- fills ------------------------------------------------------------------------------------------------------- */
 enum { UNIFORM, NORMAL };
 
 struct target {
@@ -38,8 +47,12 @@ struct target {
     bool fours;
 };
 
-__device__ __forceinline__ void normal_pair(uint32_t a, uint32_t b, float *x, float *y) { single::lc_normal_pair(a, b, x, y); }
-__device__ __forceinline__ void normal_pair(uint32_t a, uint32_t b, double *x, double *y) { dual::lc_normal_pair(a, b, x, y); }
+__device__ __forceinline__ void normal_pair(uint32_t a, uint32_t b, float *x, float *y) {
+    single::lc_normal_pair(a, b, x, y);
+}
+__device__ __forceinline__ void normal_pair(uint32_t a, uint32_t b, double *x, double *y) {
+    dual::lc_normal_pair(a, b, x, y);
+}
 __device__ __forceinline__ float uniform(uint32_t r, float) { return single::lc_uniform(r); }
 __device__ __forceinline__ double uniform(uint32_t r, double) { return dual::lc_uniform(r); }
 
@@ -83,7 +96,7 @@ extern "C" int lc_cuda_uniform_(const lc_kargs *k) { return fill(k, UNIFORM); }
 /* x[0] = f[0] + f[1] * normal */
 extern "C" int lc_cuda_normal_(const lc_kargs *k) { return fill(k, NORMAL); }
 
-/* ---- dropout --------------------------------------------------------------------------------------------------------- */
+/* ---- dropout ----------------------------------------------------------------------------------------------------- */
 struct drop {
     const char *x;
     char *y, *mask; /* mask NULL: not wanted */
@@ -118,17 +131,26 @@ template <class R> LC_KERNEL dropout_fours(stream s, drop d) {
     }
 }
 
-/* x -> y = x * mask, mask = 0 with probability f[0], else 1 / (1 - f[0]). The mask y[1], if wanted, has x's dtype and holds the factors
- * themselves, so that the backward is a product; as uint8 it says only what was kept. */
+/* x -> y = x * mask, mask = 0 with probability f[0], else 1 / (1 - f[0]). The mask y[1], if wanted, has x's dtype and
+ * holds the factors themselves, so that the backward is a product; as uint8 it says only what was kept. */
 extern "C" int lc_cuda_dropout(const lc_kargs *k) {
     const lc_view *x = &k->x[0], *y = &k->y[0], *mask = &k->y[1];
-    if (!lc_dtype_is_float(x->dtype) || y->dtype != x->dtype || !view_contiguous(x) || !view_contiguous(y)) return LC_K_UNSUPPORTED;
-    if (mask->data && ((mask->dtype != x->dtype && mask->dtype != LC_K_U8) || !view_contiguous(mask))) return LC_K_UNSUPPORTED;
+    if (!lc_dtype_is_float(x->dtype) || y->dtype != x->dtype || !view_contiguous(x) || !view_contiguous(y))
+        return LC_K_UNSUPPORTED;
+    if (mask->data && ((mask->dtype != x->dtype && mask->dtype != LC_K_U8) || !view_contiguous(mask)))
+        return LC_K_UNSUPPORTED;
     stream s = stream_of(k);
     if (!s.n) return LC_K_OK;
     double p = k->f[0];
-    drop d = {(const char *)x->data, (char *)y->data, (char *)mask->data, x->dtype, mask->dtype, lc_dtype_traits(x->dtype)->bytes,
-              in_fours(x) && in_fours(y) && in_fours(mask), p, p < 1 ? 1 / (1 - p) : 0};
+    drop d = {(const char *)x->data,
+              (char *)y->data,
+              (char *)mask->data,
+              x->dtype,
+              mask->dtype,
+              lc_dtype_traits(x->dtype)->bytes,
+              in_fours(x) && in_fours(y) && in_fours(mask),
+              p,
+              p < 1 ? 1 / (1 - p) : 0};
     auto kernel = x->dtype == LC_K_F64 ? dropout_fours<double> : dropout_fours<float>;
     LC_LAUNCH(kernel, grid_for(ceil_div(s.n, 4), LC_THREADS), LC_THREADS, 0, s, d);
     return LC_K_OK;

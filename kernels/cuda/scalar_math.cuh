@@ -1,6 +1,7 @@
-/* scalar_math.cuh: the elementary functions that kernels/scalar.h and kernels/philox.h are written in, for CUDA, and these two in
- * float (namespace single) and in double (namespace dual). The functions are the toolkit's accurate ones: pointwise kernels wait for
- * memory, not for arithmetic. Where its float functions magnify the rounding of their argument, the argument is split. */
+/* scalar_math.cuh: the elementary functions that kernels/scalar.h and kernels/philox.h are written in, for CUDA, and
+ * these two in float (namespace single) and in double (namespace dual). The functions are the toolkit's accurate ones:
+ * pointwise kernels wait for memory, not for arithmetic. Where its float functions magnify the rounding of their
+ * argument, the argument is split. */
 #ifndef LC_SCALAR_MATH_CUH
 #define LC_SCALAR_MATH_CUH
 
