@@ -80,13 +80,14 @@ static inline unsigned __vsubss4(unsigned a, unsigned b) {
     return r;
 }
 
+template <class T> constexpr bool lc_emu_number = std::is_arithmetic<T>::value || std::is_enum<T>::value;
 /* min and max of mixed types; of floats they pass a NaN over, as fmin and fmax do. */
-template <class A, class B, class C = std::common_type_t<A, B>, class = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value>>
+template <class A, class B, class C = std::common_type_t<A, B>, class = std::enable_if_t<lc_emu_number<A> && lc_emu_number<B>>>
 static inline C min(A a, B b) {
     if constexpr (std::is_floating_point<C>::value) return fmin((C)a, (C)b);
     else return (C)a < (C)b ? (C)a : (C)b;
 }
-template <class A, class B, class C = std::common_type_t<A, B>, class = std::enable_if_t<std::is_arithmetic<A>::value && std::is_arithmetic<B>::value>>
+template <class A, class B, class C = std::common_type_t<A, B>, class = std::enable_if_t<lc_emu_number<A> && lc_emu_number<B>>>
 static inline C max(A a, B b) {
     if constexpr (std::is_floating_point<C>::value) return fmax((C)a, (C)b);
     else return (C)a > (C)b ? (C)a : (C)b;
