@@ -134,18 +134,31 @@ static lc_status check_inplace(lc_frame *c) {
 }
 
 /* ---- what the kernel sees -------------------------------------------------------------------------------------------- */
-static lc_status convert(lc_tensor *t, int op, int dtype, lc_tensor **out) {
+static lc_status convert_to(lc_tensor *t, int op, int dtype, int device, lc_tensor **out) {
     lc_frame c;
     lc_frame_init(&c, op);
     c.x[0] = t;
     c.i[0] = dtype;
-    c.i[1] = t->device;
+    c.i[1] = device;
     bool old = lc_grad_enabled;
     lc_grad_enabled = false;
     lc_status rc = lc_run(&c);
     lc_grad_enabled = old;
     *out = rc == LC_OK ? c.y[0] : NULL;
     return rc;
+}
+
+static lc_status convert(lc_tensor *t, int op, int dtype, lc_tensor **out) { return convert_to(t, op, dtype, t->device, out); }
+
+/* Scalars of an op in place may lie elsewhere. */
+static lc_status bring_scalars(lc_frame *c) {
+    for (int i = 1; i < c->row->n_x; i++) {
+        lc_tensor *t = c->k[i], *made;
+        if (!t || t->ndim || t->device == c->x[0]->device || c->op == LC_OP_copy_) continue;
+        LC_TRY(convert_to(t, LC_OP_to, t->dtype, c->x[0]->device, &made));
+        lc_substitute(c, i, made);
+    }
+    return LC_OK;
 }
 
 static inline bool is_half(const lc_tensor *t) { return t->dtype == LC_BF16 || t->dtype == LC_F16; }
@@ -160,6 +173,7 @@ static bool acceptable_layout(const lc_row *r, const lc_tensor *t) {
 /* Broadcasts, makes contiguous, widens halves to f32: each by a temporary in k. */
 static lc_status prepare_inputs(lc_frame *c, bool widen) {
     const lc_row *r = c->row;
+    if (r->flags & LC_F_INPLACE) LC_TRY(bring_scalars(c));
     if (r->rule->broadcast || r->flags & LC_F_POINT) {
         const lc_tensor *to = r->flags & LC_F_INPLACE ? c->x[0] : c->y[0];
         for (int i = 0; i < r->n_x; i++) {
