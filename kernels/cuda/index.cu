@@ -1,6 +1,7 @@
-/* index.cu: reading and writing by integer indices (selection by masks is in the pointwise files). Ids are int32, int64 or uint8,
- * contiguous, and count from 0; one out of range is reported, what it would have read is 0, and what it would have written is left
- * out. Elements are moved by size, 16 bytes at a time where rows allow. Sums run in the order of the ids: no atomics. */
+/* index.cu: reading and writing by integer indices (selection by masks is in the pointwise files). Ids are int32, int64
+ * or uint8, contiguous, and count from 0; one out of range is reported, what it would have read is 0, and what it would
+ * have written is left out. Elements are moved by size, 16 bytes at a time where rows allow. Sums run in the order of
+ * the ids: no atomics. */
 #include "quant.cuh"
 #include "reduce.cuh"
 
@@ -15,7 +16,7 @@ __device__ __forceinline__ bool id_good(int64_t id, int64_t limit, int64_t at, c
     return false;
 }
 
-/* ---- rows by ids ------------------------------------------------------------------------------------------------------- */
+/* ---- rows by ids ---------------------------------------------------------------------------------------------- */
 /* x [outer, rows, width] by ids [n] -> y [outer, n, width]; width counts U (or, quantised, eight elements) */
 typedef struct take_job {
     const void *x, *ids;
@@ -28,13 +29,17 @@ template <class U> __global__ void __launch_bounds__(BLOCK) take_rows(const take
     const int64_t total = j.outer * j.n * j.width, step = (int64_t)gridDim.x * BLOCK;
     for (int64_t e = (int64_t)blockIdx.x * BLOCK + threadIdx.x; e < total; e += step) {
         int64_t r, c;
-        if (total <= 0x7fffffff) r = (uint32_t)e / (uint32_t)j.width;
-        else r = e / j.width;
+        if (total <= 0x7fffffff)
+            r = (uint32_t)e / (uint32_t)j.width;
+        else
+            r = e / j.width;
         c = e - r * j.width;
         int64_t o = r / j.n, i = r - o * j.n, id = id_at(j.ids, j.id_dtype, i);
         U v;
-        if (id_good(id, j.rows, i, fault)) v = ((const U *)j.x)[(o * j.rows + id) * j.width + c];
-        else memset(&v, 0, sizeof v);
+        if (id_good(id, j.rows, i, fault))
+            v = ((const U *)j.x)[(o * j.rows + id) * j.width + c];
+        else
+            memset(&v, 0, sizeof v);
         ((U *)j.y)[e] = v;
     }
 }
@@ -84,23 +89,28 @@ static int take(const lc_kargs *k, int dim) {
     for (int i = dim + 1; i < x->ndim; i++) j.width *= x->dim[i];
     if (!is_ids(ids)) return LC_K_UNSUPPORTED;
     if (!j.outer || !j.n || !j.width) return LC_K_OK;
-    if (lc_dtype_is_quant(x->dtype)) return y->dtype == LC_K_F32 && !dim ? run_take_quantised(j, x->dtype) : LC_K_UNSUPPORTED;
+    if (lc_dtype_is_quant(x->dtype))
+        return y->dtype == LC_K_F32 && !dim ? run_take_quantised(j, x->dtype) : LC_K_UNSUPPORTED;
     return x->dtype == y->dtype ? run_take(j, lc_dtype_traits(x->dtype)->bytes) : LC_K_UNSUPPORTED;
 }
 
-/* ---- gradient of embedding --------------------------------------------------------------------------------------------- */
+/* ---- gradient of embedding ------------------------------------------------------------------------------------ */
 static __global__ void __launch_bounds__(BLOCK) fill_zero(char *y, int64_t bytes) { /* y lies on 16 bytes */
-    const int64_t packs = bytes / 16, step = (int64_t)gridDim.x * BLOCK, first = (int64_t)blockIdx.x * BLOCK + threadIdx.x;
+    const int64_t packs = bytes / 16, step = (int64_t)gridDim.x * BLOCK,
+                  first = (int64_t)blockIdx.x * BLOCK + threadIdx.x;
     for (int64_t e = first; e < packs; e += step) ((int4 *)y)[e] = make_int4(0, 0, 0, 0);
     for (int64_t e = packs * 16 + first; e < bytes; e += step) y[e] = 0;
 }
 
-/* g [n, d]  ids [n]  ->  rows ids[i] of y [rows, d]. Block (i, tile of columns): the first i of an id sums all of that id. */
-template <class T, int V> __global__ void __launch_bounds__(BLOCK) embedding_rows(const T *g, const void *ids, int id_dtype, T *y, int64_t n,
-                                                                              int64_t d, int64_t rows, const fault_to fault) {
+/* g [n, d]  ids [n]  ->  rows ids[i] of y [rows, d]. Block (i, tile of columns): the first i of an id sums all of that
+ * id. */
+template <class T, int V>
+__global__ void __launch_bounds__(BLOCK) embedding_rows(const T *g, const void *ids, int id_dtype, T *y, int64_t n,
+                                                        int64_t d, int64_t rows, const fault_to fault) {
     typedef real_of<T> R;
     __shared__ uint32_t hits[BLOCK / 32];
-    const int64_t i = blockIdx.x, id = id_at(ids, id_dtype, i), column = ((int64_t)blockIdx.y * BLOCK + threadIdx.x) * V;
+    const int64_t i = blockIdx.x, id = id_at(ids, id_dtype, i),
+                  column = ((int64_t)blockIdx.y * BLOCK + threadIdx.x) * V;
     if (id < 0 || id >= rows) {
         if (!blockIdx.y && !threadIdx.x) fault.report(id, rows, i);
         return;
@@ -139,15 +149,15 @@ template <class T> static int run_embedding_backward(const lc_kargs *k) {
     LC_LAUNCH(fill_zero, grid_for(rows * d, BLOCK * V), BLOCK, 0, (char *)out, rows * d * (int64_t)sizeof(T));
     if (!n) return LC_K_OK;
     if (d % V == 0 && aligned16(g) && aligned16(out))
-        LC_LAUNCH((embedding_rows<T, V>), dim3((unsigned)n, (unsigned)ceil_div(d, BLOCK * V)), BLOCK, 0, g, ids->data, ids->dtype, out, n, d, rows,
-                  fault);
+        LC_LAUNCH((embedding_rows<T, V>), dim3((unsigned)n, (unsigned)ceil_div(d, BLOCK * V)), BLOCK, 0, g, ids->data,
+                  ids->dtype, out, n, d, rows, fault);
     else
-        LC_LAUNCH((embedding_rows<T, 1>), dim3((unsigned)n, (unsigned)ceil_div(d, BLOCK)), BLOCK, 0, g, ids->data, ids->dtype, out, n, d, rows,
-                  fault);
+        LC_LAUNCH((embedding_rows<T, 1>), dim3((unsigned)n, (unsigned)ceil_div(d, BLOCK)), BLOCK, 0, g, ids->data,
+                  ids->dtype, out, n, d, rows, fault);
     return LC_K_OK;
 }
 
-/* ---- elements by ids: the indexed tensor is walked with a stride of 0 along the dim, to which the id adds its own --------- */
+/* ---- elements by ids: the indexed tensor is walked with a stride of 0 along the dim, to which the id adds its own  */
 static lc_view indexed_view(const lc_view *v, const lc_view *ids, int dim) {
     lc_view out = *v;
     for (int i = 0; i < v->ndim; i++) out.dim[i] = ids->dim[i];
@@ -156,8 +166,9 @@ static lc_view indexed_view(const lc_view *v, const lc_view *ids, int dim) {
 }
 
 /* y = x[.., ids[..], ..]: the walk goes over y, ids, x */
-template <class U> __global__ void __launch_bounds__(BLOCK) gather_elements(const U *x, const void *ids, int id_dtype, U *y, int64_t along,
-                                                                         int64_t limit, const walk<3> w, const fault_to fault) {
+template <class U>
+__global__ void __launch_bounds__(BLOCK) gather_elements(const U *x, const void *ids, int id_dtype, U *y, int64_t along,
+                                                         int64_t limit, const walk<3> w, const fault_to fault) {
     for (int64_t e = (int64_t)blockIdx.x * BLOCK + threadIdx.x; e < w.total; e += (int64_t)gridDim.x * BLOCK) {
         int64_t at[3];
         walk_at(w, e, at);
@@ -176,7 +187,8 @@ typedef struct scatter_job {
 } scatter_job;
 
 /* A thread a place. */
-template <class T> __global__ void __launch_bounds__(BLOCK) scatter_by_place(const scatter_job j, const fault_to fault) {
+template <class T>
+__global__ void __launch_bounds__(BLOCK) scatter_by_place(const scatter_job j, const fault_to fault) {
     typedef real_of<T> R;
     for (int64_t e = (int64_t)blockIdx.x * BLOCK + threadIdx.x; e < j.places.total; e += (int64_t)gridDim.x * BLOCK) {
         int64_t at[3];
@@ -190,7 +202,8 @@ template <class T> __global__ void __launch_bounds__(BLOCK) scatter_by_place(con
 }
 
 /* A block a place, BLOCK ids at a time: the first of each id among them adds all of that id. */
-template <class T> __global__ void __launch_bounds__(BLOCK) scatter_by_block(const scatter_job j, const fault_to fault) {
+template <class T>
+__global__ void __launch_bounds__(BLOCK) scatter_by_block(const scatter_job j, const fault_to fault) {
     typedef real_of<T> R;
     __shared__ int64_t ids[BLOCK];
     int64_t at[3];
@@ -226,14 +239,17 @@ template <class T> static int run_scatter(const lc_kargs *k, scatter_job j, int6
     LC_LAUNCH((copy_flat<R, T>), grid_for(n, BLOCK), BLOCK, 0, acc, (const T *)k->x[0].data, n);
     j.acc = acc;
     if (j.places.total && j.n) {
-        if (j.places.total < PLACES && j.n > 32) LC_LAUNCH(scatter_by_block<T>, (unsigned)j.places.total, BLOCK, 0, j, fault);
-        else LC_LAUNCH(scatter_by_place<T>, grid_for(j.places.total, BLOCK), BLOCK, 0, j, fault);
+        if (j.places.total < PLACES && j.n > 32)
+            LC_LAUNCH(scatter_by_block<T>, (unsigned)j.places.total, BLOCK, 0, j, fault);
+        else
+            LC_LAUNCH(scatter_by_place<T>, grid_for(j.places.total, BLOCK), BLOCK, 0, j, fault);
     }
-    if (sizeof(T) == 2) LC_LAUNCH((copy_flat<T, R>), grid_for(n, BLOCK), BLOCK, 0, (T *)k->y[0].data, (const R *)acc, n);
+    if (sizeof(T) == 2)
+        LC_LAUNCH((copy_flat<T, R>), grid_for(n, BLOCK), BLOCK, 0, (T *)k->y[0].data, (const R *)acc, n);
     return LC_K_OK;
 }
 
-/* ---- entries ----------------------------------------------------------------------------------------------------------- */
+/* ---- entries -------------------------------------------------------------------------------------------------- */
 extern "C" {
 /* w [n, d] of any dtype, ids [..] -> y [.., d] */
 int lc_cuda_embedding(const lc_kargs *k) { return take(k, 0); }
@@ -259,7 +275,9 @@ int lc_cuda_gather(const lc_kargs *k) {
     const int64_t along = x->ndim ? x->stride[dim] : 0, limit = x->ndim ? x->dim[dim] : 1;
     const fault_to fault = fault_here();
     const unsigned grid = grid_for(w.total, BLOCK);
-#define GATHER(U) LC_LAUNCH(gather_elements<U>, grid, BLOCK, 0, (const U *)x->data, ids->data, ids->dtype, (U *)y->data, along, limit, w, fault)
+#define GATHER(U)                                                                                                      \
+    LC_LAUNCH(gather_elements<U>, grid, BLOCK, 0, (const U *)x->data, ids->data, ids->dtype, (U *)y->data, along,      \
+              limit, w, fault)
     switch (lc_dtype_traits(x->dtype)->bytes) {
     case 8: GATHER(uint64_t); break;
     case 4: GATHER(uint32_t); break;

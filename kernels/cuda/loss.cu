@@ -1,13 +1,15 @@
-/* loss.cu: mean squared error and cross-entropy. Each reads its operands once, in packs of 16 bytes where they lie so: the squares of
- * differences in whatever order the operands share in memory, logits with a running maximum and sum. Nothing is read back: how many
- * labels count is found on the device. Option plain_loss selects twins that take one element at a time, in double. */
+/* loss.cu: mean squared error and cross-entropy. Each reads its operands once, in packs of 16 bytes where they lie so:
+ * the squares of differences in whatever order the operands share in memory, logits with a running maximum and sum.
+ * Nothing is read back: how many labels count is found on the device. Option plain_loss selects twins that take one
+ * element at a time, in double. */
 #include "loss.cuh"
 
 enum { MSE_BLOCK = 256, MSE_BLOCKS = 512, CE_BLOCK = 512, SLOPE_BLOCK = 256, SLOPE_EACH = 8 };
 
-/* ---- mean squared error ------------------------------------------------------------------------------------------------ */
+/* ---- mean squared error --------------------------------------------------------------------------------------- */
 /* The walk goes over a and b; partial [blocks]. */
-template <class T, int V> __global__ void __launch_bounds__(MSE_BLOCK) mse_parts(const T *a, const T *b, const walk<2> w, double *partial) {
+template <class T, int V>
+__global__ void __launch_bounds__(MSE_BLOCK) mse_parts(const T *a, const T *b, const walk<2> w, double *partial) {
     typedef real_of<T> R;
     __shared__ double room[32];
     R sum[V];
@@ -44,15 +46,19 @@ template <class T> static int run_mse(const lc_kargs *k) {
     unsigned blocks = mse_blocks(n);
     double *partial = (double *)k->work;
     bool packs = !k->host->option(LC_OPTION_PLAIN_LOSS) && aligned16(a->data) && aligned16(b->data) && walk_pack(&w, V);
-    if (packs) LC_LAUNCH((mse_parts<T, V>), blocks, MSE_BLOCK, 0, (const T *)a->data, (const T *)b->data, w, partial);
-    else LC_LAUNCH((mse_parts<T, 1>), blocks, MSE_BLOCK, 0, (const T *)a->data, (const T *)b->data, w, partial);
-    LC_LAUNCH(finish_sum, 1, 256, 0, (const double *)partial, (int64_t)blocks, 1 / (double)n, k->y[0].data, k->y[0].dtype);
+    if (packs)
+        LC_LAUNCH((mse_parts<T, V>), blocks, MSE_BLOCK, 0, (const T *)a->data, (const T *)b->data, w, partial);
+    else
+        LC_LAUNCH((mse_parts<T, 1>), blocks, MSE_BLOCK, 0, (const T *)a->data, (const T *)b->data, w, partial);
+    LC_LAUNCH(finish_sum, 1, 256, 0, (const double *)partial, (int64_t)blocks, 1 / (double)n, k->y[0].data,
+              k->y[0].dtype);
     return LC_K_OK;
 }
 
 /* ga = 2 g (a - b) / numel, gb = -ga; either may be NULL. The walk goes over a, b, ga, gb. */
-template <class T, int V> __global__ void __launch_bounds__(MSE_BLOCK) mse_slopes(const void *g, int g_dtype, double each, const T *a, const T *b,
-                                                                              T *ga, T *gb, const walk<4> w) {
+template <class T, int V>
+__global__ void __launch_bounds__(MSE_BLOCK)
+    mse_slopes(const void *g, int g_dtype, double each, const T *a, const T *b, T *ga, T *gb, const walk<4> w) {
     typedef real_of<T> R;
     const R scale = (R)(scalar_at(g, g_dtype, 1) * each);
     for (int64_t e = (int64_t)blockIdx.x * MSE_BLOCK + threadIdx.x; e < w.total; e += (int64_t)gridDim.x * MSE_BLOCK) {
@@ -72,20 +78,25 @@ template <class T> static int run_mse_backward(const lc_kargs *k) {
     constexpr int V = pack_of<T>();
     const lc_view *g = &k->x[0], *a = &k->x[1], *b = &k->x[2], *ga = &k->y[0], *gb = &k->y[1];
     walk<4> w = make_walk_free<4>({a, b, ga->data ? ga : a, gb->data ? gb : a});
-    bool packs = !k->host->option(LC_OPTION_PLAIN_LOSS) && aligned16(a->data) && aligned16(b->data) && aligned16(ga->data) &&
-                 aligned16(gb->data) && walk_pack(&w, V);
+    bool packs = !k->host->option(LC_OPTION_PLAIN_LOSS) && aligned16(a->data) && aligned16(b->data) &&
+                 aligned16(ga->data) && aligned16(gb->data) && walk_pack(&w, V);
     const double each = 2 / (double)view_numel(a);
     const T *pa = (const T *)a->data, *pb = (const T *)b->data;
     T *ya = (T *)ga->data, *yb = (T *)gb->data;
-    if (packs) LC_LAUNCH((mse_slopes<T, V>), grid_for(w.total, MSE_BLOCK), MSE_BLOCK, 0, g->data, g->dtype, each, pa, pb, ya, yb, w);
-    else LC_LAUNCH((mse_slopes<T, 1>), grid_for(w.total, MSE_BLOCK), MSE_BLOCK, 0, g->data, g->dtype, each, pa, pb, ya, yb, w);
+    if (packs)
+        LC_LAUNCH((mse_slopes<T, V>), grid_for(w.total, MSE_BLOCK), MSE_BLOCK, 0, g->data, g->dtype, each, pa, pb, ya,
+                  yb, w);
+    else
+        LC_LAUNCH((mse_slopes<T, 1>), grid_for(w.total, MSE_BLOCK), MSE_BLOCK, 0, g->data, g->dtype, each, pa, pb, ya,
+                  yb, w);
     return LC_K_OK;
 }
 
-/* ---- cross-entropy ------------------------------------------------------------------------------------------------------ */
-/* logits x [n, v]  ->  loss [n] (0 where ignored), lse [n] (likewise; or NULL); a block a row; R: what is computed in */
-template <class T, class R, int V> __global__ void __launch_bounds__(CE_BLOCK) ce_rows(const T *x, const lc_labels l, double *loss,
-                                                                                   real_of<T> *lse) {
+/* ---- cross-entropy -------------------------------------------------------------------------------------------- */
+/* logits x [n, v]  ->  loss [n] (0 where ignored), lse [n] (likewise; or NULL); a block a row; R: what is computed in
+ */
+template <class T, class R, int V>
+__global__ void __launch_bounds__(CE_BLOCK) ce_rows(const T *x, const lc_labels l, double *loss, real_of<T> *lse) {
     __shared__ R room[64];
     const int64_t r = blockIdx.x, label = label_of(l, r);
     if (label < 0) {
@@ -117,21 +128,27 @@ template <class T> static int run_ce(const lc_kargs *k) {
     real_of<T> *lse = (real_of<T> *)k->y[1].data;
     const fault_to fault = fault_here();
     const unsigned n = (unsigned)l.n;
-    if (!n) (void)0;
-    else if (k->host->option(LC_OPTION_PLAIN_LOSS)) LC_LAUNCH((ce_rows<T, double, 1>), n, CE_BLOCK, 0, px, l, loss, lse);
-    else if (l.v % V == 0 && aligned16(px)) LC_LAUNCH((ce_rows<T, real_of<T>, V>), n, CE_BLOCK, 0, px, l, loss, lse);
-    else LC_LAUNCH((ce_rows<T, real_of<T>, 1>), n, CE_BLOCK, 0, px, l, loss, lse);
+    if (!n)
+        (void)0;
+    else if (k->host->option(LC_OPTION_PLAIN_LOSS))
+        LC_LAUNCH((ce_rows<T, double, 1>), n, CE_BLOCK, 0, px, l, loss, lse);
+    else if (l.v % V == 0 && aligned16(px))
+        LC_LAUNCH((ce_rows<T, real_of<T>, V>), n, CE_BLOCK, 0, px, l, loss, lse);
+    else
+        LC_LAUNCH((ce_rows<T, real_of<T>, 1>), n, CE_BLOCK, 0, px, l, loss, lse);
     LC_LAUNCH(loss_mean, 1, 512, 0, (const double *)loss, l, k->y[0].data, k->y[0].dtype, fault);
     return LC_K_OK;
 }
 
 /* y = g / count (softmax - onehot), 0 where ignored; block (part of a row, row) */
-template <class T, int V> __global__ void __launch_bounds__(SLOPE_BLOCK) ce_slopes(const T *x, const lc_labels l, const real_of<T> *lse, T *y,
-                                                                                const void *g, int g_dtype, const double *each) {
+template <class T, int V>
+__global__ void __launch_bounds__(SLOPE_BLOCK) ce_slopes(const T *x, const lc_labels l, const real_of<T> *lse, T *y,
+                                                         const void *g, int g_dtype, const double *each) {
     typedef real_of<T> R;
-    const int64_t parts = (l.v + SLOPE_BLOCK * SLOPE_EACH * V - 1) / (SLOPE_BLOCK * SLOPE_EACH * V), r = blockIdx.x / parts;
+    const int64_t parts = (l.v + SLOPE_BLOCK * SLOPE_EACH * V - 1) / (SLOPE_BLOCK * SLOPE_EACH * V),
+                  r = blockIdx.x / parts;
     const int64_t begin = (blockIdx.x - r * parts) * SLOPE_BLOCK * SLOPE_EACH * V, label = label_of(l, r);
-    const R scale = (R)(scalar_at(g, g_dtype, 1) * *each), shift = lse[r];
+    const R scale = label < 0 ? (R)0 : (R)(scalar_at(g, g_dtype, 1) * *each), shift = lse[r];
     x += r * l.v, y += r * l.v;
 #pragma unroll 4
     for (int o = 0; o < SLOPE_EACH; o++) {
@@ -140,10 +157,8 @@ template <class T, int V> __global__ void __launch_bounds__(SLOPE_BLOCK) ce_slop
         R v[V];
         load_pack<V>(x + i, v);
 #pragma unroll
-        for (int c = 0; c < V; c++) {
-            R p = real_exp(v[c] - shift) * scale;
-            v[c] = label < 0 ? (R)0 : i + c == label ? p - scale : p;
-        }
+        for (int c = 0; c < V; c++)
+            v[c] = (scale == 0 ? (R)0 : real_exp(v[c] - shift) * scale) - (i + c == label ? scale : (R)0);
         store_pack<V>(y + i, v);
     }
 }
@@ -160,12 +175,14 @@ template <class T> static int run_ce_backward(const lc_kargs *k) {
     const bool packs = l.v % V == 0 && aligned16(px) && aligned16(y) && !k->host->option(LC_OPTION_PLAIN_LOSS);
     const unsigned grid = (unsigned)(l.n * ceil_div(l.v, SLOPE_BLOCK * SLOPE_EACH * (packs ? V : 1)));
     LC_LAUNCH(loss_count, 1, 512, 0, l, each, fault);
-    if (packs) LC_LAUNCH((ce_slopes<T, V>), grid, SLOPE_BLOCK, 0, px, l, lse, y, g->data, g->dtype, each);
-    else LC_LAUNCH((ce_slopes<T, 1>), grid, SLOPE_BLOCK, 0, px, l, lse, y, g->data, g->dtype, each);
+    if (packs)
+        LC_LAUNCH((ce_slopes<T, V>), grid, SLOPE_BLOCK, 0, px, l, lse, y, g->data, g->dtype, each);
+    else
+        LC_LAUNCH((ce_slopes<T, 1>), grid, SLOPE_BLOCK, 0, px, l, lse, y, g->data, g->dtype, each);
     return LC_K_OK;
 }
 
-/* ---- entries ------------------------------------------------------------------------------------------------------------ */
+/* ---- entries -------------------------------------------------------------------------------------------------- */
 extern "C" {
 size_t lc_cuda_mse_loss_work(const lc_kargs *k) { return mse_blocks(view_numel(&k->x[0])) * sizeof(double); }
 

@@ -1,5 +1,5 @@
-/* loss.cuh: what the losses share: labels, the number of them that count, and the end of a mean over these. A label that is `ignore`
- * takes no part; one outside [0, v) is reported where labels are counted and then left out too. */
+/* loss.cuh: what the losses share: labels, the number of them that count, and the end of a mean over these. A label
+ * that is `ignore` takes no part; one outside [0, v) is reported where labels are counted and then left out too. */
 #ifndef LC_LOSS_CUH
 #define LC_LOSS_CUH
 
@@ -27,8 +27,10 @@ __device__ __forceinline__ double count_labels(const lc_labels &l, const fault_t
     for (int64_t r = threadIdx.x; r < l.n; r += blockDim.x) {
         int64_t label = id_at(l.data, l.dtype, r);
         if (label == l.ignore) continue;
-        if (label < 0 || label >= l.v) fault.report(label, l.v, r);
-        else count++;
+        if (label < 0 || label >= l.v)
+            fault.report(label, l.v, r);
+        else
+            count++;
     }
     return block_reduce(count, op_sum(), 0.0, room);
 }
@@ -41,7 +43,8 @@ static __global__ void __launch_bounds__(512) loss_count(const lc_labels l, doub
 }
 
 /* y = sum of the rows' losses / how many count, 0 when none does; one block. A bad label's loss is 0. */
-static __global__ void __launch_bounds__(512) loss_mean(const double *loss, const lc_labels l, void *y, int y_dtype, const fault_to fault) {
+static __global__ void __launch_bounds__(512)
+    loss_mean(const double *loss, const lc_labels l, void *y, int y_dtype, const fault_to fault) {
     __shared__ double room[32];
     double count = count_labels(l, fault, room), sum = 0;
     for (int64_t r = threadIdx.x; r < l.n; r += blockDim.x) sum += loss[r];

@@ -1,16 +1,17 @@
-/* loss_linear.cu: cross-entropy straight from hidden states x [n, d] and the output matrix w [v, d]. Rows go in chunks whose logits
- * [rows, v], f32 (f64 beside f64), fit a workspace of some 256 MB: a product, then one kernel that takes each row's maximum, sum and argmax
- * and, when the gradient is wanted, leaves softmax - onehot in the row's place (in the operands' dtype, so in its first half for
- * halves), then a product with w. Operands that differ in dtype, or are quantised, are converted: x a chunk at a time, w in tiles of
- * the vocabulary. Ignored rows are computed too, and count as nothing: how many there are is known on the device only. Option
- * plain_loss selects a twin that takes every dot product in double. */
+/* loss_linear.cu: cross-entropy straight from hidden states x [n, d] and the output matrix w [v, d]. Rows go in chunks
+ * whose logits [rows, v], f32 (f64 beside f64), fit a workspace of some 256 MB: a product, then one kernel that takes
+ * each row's maximum, sum and argmax and, when the gradient is wanted, leaves softmax - onehot in the row's place (in
+ * the operands' dtype, so in its first half for halves), then a product with w. Operands that differ in dtype, or are
+ * quantised, are converted: x a chunk at a time, w in tiles of the vocabulary. Ignored rows are computed too, and count
+ * as nothing: how many there are is known on the device only. Option plain_loss selects a twin that takes every dot
+ * product in double. */
 #include "gemm.cuh"
 #include "loss.cuh"
 #include "quant.cuh"
 
 enum { ROW_BLOCK = 512, PLAIN_BLOCK = 256 };
 #define LOGITS_BYTES ((int64_t)256 << 20)
-#define TILE_BYTES ((int64_t)64 << 20)
+#define TILE_BYTES   ((int64_t)64 << 20)
 
 /* dtypes: c of the products' operands, a of the logits. Pointers are NULL until the workspace is there. */
 typedef struct lce {
@@ -49,7 +50,8 @@ static lce plan_lce(const lc_kargs *k) {
     p.rows = limited(LOGITS_BYTES / (p.v * dtype_bytes(p.a) + 1), 1, p.n);
     if (p.rows > 128 && p.rows < p.n) p.rows = p.rows / 128 * 128;
     p.tile = p.v;
-    if (widen_w && !p.plain) p.tile = limited(TILE_BYTES / (p.d * dtype_bytes(p.c) + 1) / 256 * 256, limited(256, 1, p.v), p.v);
+    if (widen_w && !p.plain)
+        p.tile = limited(TILE_BYTES / (p.d * dtype_bytes(p.c) + 1) / 256 * 256, limited(256, 1, p.v), p.v);
     p.each = (double *)carve(&p, true, 1, LC_K_F64);
     p.loss = (double *)carve(&p, true, p.n, LC_K_F64);
     p.logits = carve(&p, true, p.rows * p.v, p.a);
@@ -59,7 +61,7 @@ static lce plan_lce(const lc_kargs *k) {
     return p;
 }
 
-/* ---- a row of logits --------------------------------------------------------------------------------------------------- */
+/* ---- a row of logits ------------------------------------------------------------------------------------------ */
 /* What the rows of a chunk, the first of which is row `first` of the input, leave behind. */
 typedef struct row_out {
     double *loss;
@@ -69,11 +71,11 @@ typedef struct row_out {
     int64_t first;
 } row_out;
 
-/* A block a row. logits [rows, v] R  ->  loss, losses, argmax; GRAD: and (softmax - onehot) * scale in place, as C; scale is 1 / count
- * when `scaled`, else 1. A piece of the row is read by all threads before any of it is written, and C is not wider than R, so what is
- * written has been read. */
-template <class R, class C, int V, bool GRAD> __global__ void __launch_bounds__(ROW_BLOCK) lce_rows(R *logits, const lc_labels l, const row_out out,
-                                                                                             bool scaled) {
+/* A block a row. logits [rows, v] R  ->  loss, losses, argmax; GRAD: and (softmax - onehot) * scale in place, as C;
+ * scale is 1 / count when `scaled`, else 1. A piece of the row is read by all threads before any of it is written, and
+ * C is not wider than R, so what is written has been read. */
+template <class R, class C, int V, bool GRAD>
+__global__ void __launch_bounds__(ROW_BLOCK) lce_rows(R *logits, const lc_labels l, const row_out out, bool scaled) {
     __shared__ R room[64];
     __shared__ R top_v[32];
     __shared__ int top_i[32];
@@ -116,7 +118,8 @@ template <class R, class C, int V, bool GRAD> __global__ void __launch_bounds__(
     const double sum = (double)p.m + log((double)p.s);
     if (!threadIdx.x) {
         for (int w = 1; w < ROW_BLOCK / 32; w++)
-            if (top_i[w] < v && (top_v[w] > best || (top_v[w] == best && top_i[w] < at))) best = top_v[w], at = top_i[w];
+            if (top_i[w] < v && (top_v[w] > best || (top_v[w] == best && top_i[w] < at)))
+                best = top_v[w], at = top_i[w];
         out.loss[r] = sum - (double)own;
         if (out.losses) ((R *)out.losses)[r] = (R)(sum - (double)own);
         if (out.argmax) out.argmax[r] = at;
@@ -139,19 +142,24 @@ template <class R, class C> static void launch_rows(const lce *p, const row_out 
     constexpr int V = pack_of<R>();
     R *logits = (R *)p->logits;
     const bool packs = p->v % V == 0;
-    if (p->grad && packs) LC_LAUNCH((lce_rows<R, C, V, true>), (unsigned)m, ROW_BLOCK, 0, logits, p->labels, *out, p->direct);
-    else if (p->grad) LC_LAUNCH((lce_rows<R, C, 1, true>), (unsigned)m, ROW_BLOCK, 0, logits, p->labels, *out, p->direct);
-    else if (packs) LC_LAUNCH((lce_rows<R, R, V, false>), (unsigned)m, ROW_BLOCK, 0, logits, p->labels, *out, false);
-    else LC_LAUNCH((lce_rows<R, R, 1, false>), (unsigned)m, ROW_BLOCK, 0, logits, p->labels, *out, false);
+    if (p->grad && packs)
+        LC_LAUNCH((lce_rows<R, C, V, true>), (unsigned)m, ROW_BLOCK, 0, logits, p->labels, *out, p->direct);
+    else if (p->grad)
+        LC_LAUNCH((lce_rows<R, C, 1, true>), (unsigned)m, ROW_BLOCK, 0, logits, p->labels, *out, p->direct);
+    else if (packs)
+        LC_LAUNCH((lce_rows<R, R, V, false>), (unsigned)m, ROW_BLOCK, 0, logits, p->labels, *out, false);
+    else
+        LC_LAUNCH((lce_rows<R, R, 1, false>), (unsigned)m, ROW_BLOCK, 0, logits, p->labels, *out, false);
 }
 
 /* y [m, d] of any float dtype = acc [m, d] / count */
-template <class R> __global__ void lce_scale(const R *acc, const double *each, void *y, int dtype, int64_t first, int64_t n) {
+template <class R>
+__global__ void lce_scale(const R *acc, const double *each, void *y, int dtype, int64_t first, int64_t n) {
     for (int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; e < n; e += (int64_t)gridDim.x * blockDim.x)
         put_any(y, dtype, first + e, (double)acc[e] * *each);
 }
 
-/* ---- a chunk of rows --------------------------------------------------------------------------------------------------- */
+/* ---- a chunk of rows ------------------------------------------------------------------------------------------ */
 static const char *row_of(const lc_view *v, int64_t r, int64_t d) {
     const lc_dtype_trait *t = lc_dtype_traits(v->dtype);
     return (const char *)v->data + r * d / t->block * t->bytes;
@@ -174,7 +182,8 @@ static int chunk_logits(const lce *p, const void *x, int64_t m) {
         const void *w;
         int rc = tile_of(p, v0, vn, &w);
         if (!rc)
-            rc = lc_cuda_gemm(0, 1, m, vn, p->d, 1, x, p->c, p->d, w, p->c, p->d, 0, NULL, 0, (char *)p->logits + v0 * dtype_bytes(p->a), p->a, p->v);
+            rc = lc_cuda_gemm(0, 1, m, vn, p->d, 1, x, p->c, p->d, w, p->c, p->d, 0, NULL, 0,
+                              (char *)p->logits + v0 * dtype_bytes(p->a), p->a, p->v);
         if (rc) return rc;
     }
     return LC_K_OK;
@@ -191,15 +200,18 @@ static int chunk_gradient(const lce *p, int64_t r0, int64_t m) {
         const void *w;
         int rc = tile_of(p, v0, vn, &w);
         if (!rc)
-            rc = lc_cuda_gemm(0, 0, m, p->d, vn, 1, (char *)p->logits + v0 * dtype_bytes(p->c), p->c, wide, w, p->c, p->d, v0 ? 1 : 0,
-                              v0 ? to : NULL, p->d, to, dtype, p->d);
+            rc = lc_cuda_gemm(0, 0, m, p->d, vn, 1, (char *)p->logits + v0 * dtype_bytes(p->c), p->c, wide, w, p->c,
+                              p->d, v0 ? 1 : 0, v0 ? to : NULL, p->d, to, dtype, p->d);
         if (rc) return rc;
     }
     if (p->direct) return LC_K_OK;
     const unsigned grid = grid_for(m * p->d, 256);
     const double *each = p->each;
-    if (p->a == LC_K_F64) LC_LAUNCH(lce_scale<double>, grid, 256, 0, (const double *)p->acc, each, y->data, y->dtype, r0 * p->d, m * p->d);
-    else LC_LAUNCH(lce_scale<float>, grid, 256, 0, (const float *)p->acc, each, y->data, y->dtype, r0 * p->d, m * p->d);
+    if (p->a == LC_K_F64)
+        LC_LAUNCH(lce_scale<double>, grid, 256, 0, (const double *)p->acc, each, y->data, y->dtype, r0 * p->d,
+                  m * p->d);
+    else
+        LC_LAUNCH(lce_scale<float>, grid, 256, 0, (const float *)p->acc, each, y->data, y->dtype, r0 * p->d, m * p->d);
     return LC_K_OK;
 }
 
@@ -222,22 +234,24 @@ static int run_chunk(const lce *p, int64_t r0, int64_t m, const row_out *out) {
     return p->grad ? chunk_gradient(p, r0, m) : LC_K_OK;
 }
 
-/* ---- the twin: a block a row; logits [rows, v] double ------------------------------------------------------------------- */
+/* ---- the twin: a block a row; logits [rows, v] double --------------------------------------------------------- */
 typedef struct plain_job {
     const void *x, *w;
-    void *gx;      /* or NULL */
+    void *gx; /* or NULL */
     double *logits;
     int x_dtype, w_dtype, losses_dtype;
     int64_t d;
 } plain_job;
 
-static __global__ void __launch_bounds__(PLAIN_BLOCK) lce_plain(const plain_job j, const lc_labels l, const row_out out) {
+static __global__ void __launch_bounds__(PLAIN_BLOCK)
+    lce_plain(const plain_job j, const lc_labels l, const row_out out) {
     __shared__ double room[64];
     const int64_t r = out.first + blockIdx.x, label = label_of(l, r);
     double *logits = j.logits + blockIdx.x * l.v, max = -INFINITY, sum = 0, at = (double)l.v;
     for (int64_t v = threadIdx.x; v < l.v && label >= 0; v += PLAIN_BLOCK) {
         double s = 0;
-        for (int64_t i = 0; i < j.d; i++) s += load_any<double>(j.x, j.x_dtype, r * j.d + i) * load_any<double>(j.w, j.w_dtype, v * j.d + i);
+        for (int64_t i = 0; i < j.d; i++)
+            s += load_any<double>(j.x, j.x_dtype, r * j.d + i) * load_any<double>(j.w, j.w_dtype, v * j.d + i);
         logits[v] = s;
         max = s > max ? s : max;
     }
@@ -256,7 +270,8 @@ static __global__ void __launch_bounds__(PLAIN_BLOCK) lce_plain(const plain_job 
     }
     if (!j.gx) return;
     __syncthreads();
-    for (int64_t v = threadIdx.x; v < l.v && label >= 0; v += PLAIN_BLOCK) logits[v] = exp(logits[v] - max) / sum - (v == label ? 1 : 0);
+    for (int64_t v = threadIdx.x; v < l.v && label >= 0; v += PLAIN_BLOCK)
+        logits[v] = exp(logits[v] - max) / sum - (v == label ? 1 : 0);
     __syncthreads();
     for (int64_t i = threadIdx.x; i < j.d; i += PLAIN_BLOCK) {
         double g = 0;
@@ -267,7 +282,8 @@ static __global__ void __launch_bounds__(PLAIN_BLOCK) lce_plain(const plain_job 
 
 static int run_plain(const lce *p, int64_t m, const row_out *out) {
     const lc_view *x = &p->k->x[0], *w = &p->k->x[1];
-    plain_job j = {x->data, w->data, p->grad ? p->k->y[3].data : NULL, (double *)p->logits, x->dtype, w->dtype, p->k->y[1].dtype, p->d};
+    plain_job j = {x->data,          w->data, p->grad ? p->k->y[3].data : NULL, (double *)p->logits, x->dtype, w->dtype,
+                   p->k->y[1].dtype, p->d};
     if (p->w) {
         int rc = tile_of(p, 0, p->v, &j.w);
         if (rc) return rc;
@@ -277,7 +293,7 @@ static int run_plain(const lce *p, int64_t m, const row_out *out) {
     return LC_K_OK;
 }
 
-/* ---- entries ----------------------------------------------------------------------------------------------------------- */
+/* ---- entries -------------------------------------------------------------------------------------------------- */
 extern "C" size_t lc_cuda_linear_cross_entropy_work(const lc_kargs *k) {
     lc_kargs q = *k;
     q.work = NULL;

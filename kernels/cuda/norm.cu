@@ -1,7 +1,7 @@
-/* norm.cu: RMSNorm and rotary position embedding, with their gradients: bound by memory, so every operand is read once, 16 bytes a
- * thread, and a row stays in registers between its sum and its result. Rows that do not lie on packs, or are longer than registers
- * hold, and doubles, take plain twins that read twice. The gradient for weights is summed by each block over its rows, then over the
- * blocks in order. */
+/* norm.cu: RMSNorm and rotary position embedding, with their gradients: bound by memory, so every operand is read once,
+ * 16 bytes a thread, and a row stays in registers between its sum and its result. Rows that do not lie on packs, or are
+ * longer than registers hold, and doubles, take plain twins that read twice. The gradient for weights is summed by each
+ * block over its rows, then over the blocks in order. */
 #include "reduce.cuh"
 
 enum { PACKS = 4, BACK_PACKS = 2, NORM_BLOCK = 1024, DW_BLOCKS = 512, DW_ROWS = 8, ROPE_BLOCK = 256 };
@@ -25,10 +25,11 @@ static unsigned norm_threads(int64_t packs, int each, int64_t most) {
     return packs <= most * 2 ? round_up_32(ceil_div(packs, 2), most) : (unsigned)most;
 }
 
-/* ---- RMSNorm ----------------------------------------------------------------------------------------------------------- */
+/* ---- RMSNorm -------------------------------------------------------------------------------------------------- */
 /* x [rows, n]  w [n]  ->  y [rows, n], rstd [rows] (or NULL); a block a row; n packs of V, at most PACKS a thread */
-template <class T, int V> __global__ void __launch_bounds__(NORM_BLOCK) norm_rows(const T *x, const T *w, T *y, real_of<T> *rstd, int n,
-                                                                               double eps, const walk<2> rows) {
+template <class T, int V>
+__global__ void __launch_bounds__(NORM_BLOCK)
+    norm_rows(const T *x, const T *w, T *y, real_of<T> *rstd, int n, double eps, const walk<2> rows) {
     typedef real_of<T> R;
     __shared__ R room[32];
     pack<T, V> held[PACKS];
@@ -62,8 +63,9 @@ template <class T, int V> __global__ void __launch_bounds__(NORM_BLOCK) norm_row
 }
 
 /* The twin for any n. */
-template <class T> __global__ void __launch_bounds__(256) norm_plain(const T *x, const T *w, T *y, real_of<T> *rstd, int64_t n, double eps,
-                                                                      const walk<2> rows) {
+template <class T>
+__global__ void __launch_bounds__(256)
+    norm_plain(const T *x, const T *w, T *y, real_of<T> *rstd, int64_t n, double eps, const walk<2> rows) {
     typedef real_of<T> R;
     __shared__ double room[32];
     int64_t at[2];
@@ -81,7 +83,8 @@ template <class T> static int run_norm(const lc_kargs *k, int64_t rows, int64_t 
     constexpr int V = pack_of<T>();
     const lc_view *x = &k->x[0], *y = &k->y[0];
     walk<2> walk = rows_of<2>({x, y});
-    unsigned threads = view_packs(x, V) && view_packs(y, V) && aligned16(k->x[1].data) ? norm_threads(n / V, PACKS, NORM_BLOCK) : 0;
+    unsigned threads =
+        view_packs(x, V) && view_packs(y, V) && aligned16(k->x[1].data) ? norm_threads(n / V, PACKS, NORM_BLOCK) : 0;
     const T *px = (const T *)x->data, *pw = (const T *)k->x[1].data;
     T *py = (T *)y->data;
     real_of<T> *rstd = (real_of<T> *)k->y[1].data;
@@ -95,7 +98,7 @@ template <class T> static int run_norm(const lc_kargs *k, int64_t rows, int64_t 
     return LC_K_OK;
 }
 
-/* ---- its gradients: gx = rstd (g w - x rstd^2 mean(g w x)), gw = sum over rows of g x rstd -------------------------------- */
+/* ---- its gradients: gx = rstd (g w - x rstd^2 mean(g w x)), gw = sum over rows of g x rstd -------------------- */
 typedef struct norm_back {
     const void *g, *x, *w, *rstd;
     void *gx;         /* or NULL */
@@ -104,9 +107,10 @@ typedef struct norm_back {
     walk<3> rows;     /* g, x, gx */
 } norm_back;
 
-/* A block takes rows b, b + blocks, ..; BACK_PACKS packs a thread at most. DW: gw's part of these rows stays in registers.
- * MOST threads: with gw, packs of 8 want more registers. */
-template <class T, int V, bool DW, int MOST> __global__ void __launch_bounds__(MOST, 1) norm_back_rows(const norm_back j) {
+/* A block takes rows b, b + blocks, ..; BACK_PACKS packs a thread at most. DW: gw's part of these rows stays in
+ * registers. MOST threads: with gw, packs of 8 want more registers. */
+template <class T, int V, bool DW, int MOST>
+__global__ void __launch_bounds__(MOST, 1) norm_back_rows(const norm_back j) {
     typedef real_of<T> R;
     constexpr int P = BACK_PACKS;
     __shared__ R room[32];
@@ -146,7 +150,8 @@ template <class T, int V, bool DW, int MOST> __global__ void __launch_bounds__(M
             if (i >= n) continue;
             R out[V];
 #pragma unroll
-            for (int c = 0; c < V; c++) out[c] = rstd * (load<R>(g[p].v[c]) * load<R>(w[p].v[c]) - load<R>(x[p].v[c]) * pull);
+            for (int c = 0; c < V; c++)
+                out[c] = rstd * (load<R>(g[p].v[c]) * load<R>(w[p].v[c]) - load<R>(x[p].v[c]) * pull);
             store_pack<V>((T *)j.gx + at[2] + i * V, out);
         }
     }
@@ -170,7 +175,8 @@ template <class T> __global__ void __launch_bounds__(256) norm_back_plain(const 
     const T *g = (const T *)j.g + at[0], *x = (const T *)j.x + at[1], *w = (const T *)j.w;
     R rstd = ((const R *)j.rstd)[blockIdx.x];
     double sum = 0;
-    for (int64_t i = threadIdx.x; i < j.n; i += blockDim.x) sum += (double)(load<R>(g[i]) * load<R>(w[i]) * load<R>(x[i]));
+    for (int64_t i = threadIdx.x; i < j.n; i += blockDim.x)
+        sum += (double)(load<R>(g[i]) * load<R>(w[i]) * load<R>(x[i]));
     sum = block_reduce(sum, op_sum(), 0.0, room);
     R pull = (R)(sum / (double)j.n * (double)rstd * (double)rstd);
     for (int64_t i = threadIdx.x; i < j.n; i += blockDim.x)
@@ -186,7 +192,8 @@ template <class T> __global__ void __launch_bounds__(32 * DW_ROWS) norm_dw_plain
     if (column < j.n)
         for (int64_t r = (int64_t)blockIdx.y * DW_ROWS + threadIdx.y; r < j.count; r += (int64_t)gridDim.y * DW_ROWS) {
             walk_at(j.rows, r, at);
-            sum += load<R>(((const T *)j.g)[at[0] + column]) * (load<R>(((const T *)j.x)[at[1] + column]) * ((const R *)j.rstd)[r]);
+            sum += load<R>(((const T *)j.g)[at[0] + column]) *
+                   (load<R>(((const T *)j.x)[at[1] + column]) * ((const R *)j.rstd)[r]);
         }
     room[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
@@ -196,7 +203,8 @@ template <class T> __global__ void __launch_bounds__(32 * DW_ROWS) norm_dw_plain
 }
 
 /* gw [n] = the sum of parts [parts, n]: blocks of 32 columns x DW_ROWS threads */
-template <class T> __global__ void __launch_bounds__(32 * DW_ROWS) norm_dw(const real_of<T> *partial, int parts, int64_t n, T *gw) {
+template <class T>
+__global__ void __launch_bounds__(32 * DW_ROWS) norm_dw(const real_of<T> *partial, int parts, int64_t n, T *gw) {
     __shared__ double room[DW_ROWS][32];
     int64_t column = (int64_t)blockIdx.x * 32 + threadIdx.x;
     double sum = 0;
@@ -216,7 +224,8 @@ static int64_t norm_parts(int64_t rows) { return rows < DW_BLOCKS ? rows : (int6
 template <class T> static int run_norm_back(const lc_kargs *k, norm_back j) {
     constexpr int V = pack_of<T>();
     const lc_view *g = &k->x[0], *x = &k->x[1], *gx = &k->y[0], *gw = &k->y[1];
-    bool packs = view_packs(g, V) && view_packs(x, V) && (!gx->data || view_packs(gx, V)) && aligned16(k->x[2].data), done = !j.count;
+    bool packs = view_packs(g, V) && view_packs(x, V) && (!gx->data || view_packs(gx, V)) && aligned16(k->x[2].data),
+         done = !j.count;
     int64_t parts = norm_parts(j.count), n = j.n;
     if constexpr (sizeof(T) < 8) {
         constexpr int MOST = sizeof(T) == 2 ? NORM_BLOCK / 2 : NORM_BLOCK; /* with gw */
@@ -224,24 +233,31 @@ template <class T> static int run_norm_back(const lc_kargs *k, norm_back j) {
         if (packs && threads && !done) {
             done = true;
             j.n = n / V;
-            if (j.partial) LC_LAUNCH((norm_back_rows<T, V, true, MOST>), (unsigned)parts, threads, 0, j);
-            else LC_LAUNCH((norm_back_rows<T, V, false, NORM_BLOCK>), (unsigned)j.count, threads, 0, j);
+            if (j.partial)
+                LC_LAUNCH((norm_back_rows<T, V, true, MOST>), (unsigned)parts, threads, 0, j);
+            else
+                LC_LAUNCH((norm_back_rows<T, V, false, NORM_BLOCK>), (unsigned)j.count, threads, 0, j);
         }
     }
     if (!done && j.gx) LC_LAUNCH(norm_back_plain<T>, (unsigned)j.count, 256, 0, j);
-    if (!done && j.partial) LC_LAUNCH(norm_dw_plain<T>, dim3((unsigned)ceil_div(n, 32), (unsigned)parts), dim3(32, DW_ROWS), 0, j);
+    if (!done && j.partial)
+        LC_LAUNCH(norm_dw_plain<T>, dim3((unsigned)ceil_div(n, 32), (unsigned)parts), dim3(32, DW_ROWS), 0, j);
     if (gw->data)
-        LC_LAUNCH(norm_dw<T>, (unsigned)ceil_div(n, 32), dim3(32, DW_ROWS), 0, (const real_of<T> *)j.partial, (int)(j.count ? parts : 0), n,
-                  (T *)gw->data);
+        LC_LAUNCH(norm_dw<T>, (unsigned)ceil_div(n, 32), dim3(32, DW_ROWS), 0, (const real_of<T> *)j.partial,
+                  (int)(j.count ? parts : 0), n, (T *)gw->data);
     return LC_K_OK;
 }
 
-/* ---- rotation ---------------------------------------------------------------------------------------------------------- */
+/* ---- rotation ------------------------------------------------------------------------------------------------- */
 /* pos [rows]  inv_freq [half]  ->  cos, sin [rows, half]; the angle is a double, so long contexts lose nothing */
-template <class T> __global__ void rope_angles(const void *pos, int pos_dtype, const T *inv_freq, T *c, T *s, int64_t rows, int64_t half) {
-    for (int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; e < rows * half; e += (int64_t)gridDim.x * blockDim.x) {
-        double angle = scalar_at(pos_dtype == LC_K_I64 ? (const void *)((const int64_t *)pos + e / half) : (const int32_t *)pos + e / half,
-                                 pos_dtype, 0) * load<double>(inv_freq[e % half]);
+template <class T>
+__global__ void rope_angles(const void *pos, int pos_dtype, const T *inv_freq, T *c, T *s, int64_t rows, int64_t half) {
+    for (int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; e < rows * half;
+         e += (int64_t)gridDim.x * blockDim.x) {
+        double angle = scalar_at(pos_dtype == LC_K_I64 ? (const void *)((const int64_t *)pos + e / half)
+                                                       : (const int32_t *)pos + e / half,
+                                 pos_dtype, 0) *
+                       load<double>(inv_freq[e % half]);
         c[e] = store<T>(cos(angle));
         s[e] = store<T>(sin(angle));
     }
@@ -254,8 +270,8 @@ typedef struct rope_shape {
 } rope_shape;
 
 /* A block a position of a sequence: its threads take packs of V pairs of all heads; C is the tables' type. */
-template <class T, class C, int V> __global__ void __launch_bounds__(ROPE_BLOCK) rope_rows(const T *x, const C *c, const C *s, T *y,
-                                                                                        const rope_shape r) {
+template <class T, class C, int V>
+__global__ void __launch_bounds__(ROPE_BLOCK) rope_rows(const T *x, const C *c, const C *s, T *y, const rope_shape r) {
     typedef real_of<T> R;
     const int64_t b = blockIdx.x / r.len, t = blockIdx.x - b * r.len;
     const int half = (int)(r.half / V), items = (int)r.heads * half;
@@ -287,12 +303,16 @@ template <class T, class C> static int run_rope(const lc_kargs *k, const rope_sh
     const lc_view *x = &k->x[0], *y = &k->y[0], *c = &k->x[1], *s = &k->x[2];
     const unsigned blocks = (unsigned)(x->dim[0] * r->len);
     bool packs = r->half % V == 0 && view_packs(x, V) && view_packs(y, V) && view_packs(c, V) && view_packs(s, V);
-    if (packs) LC_LAUNCH((rope_rows<T, C, V>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data, (const C *)s->data, (T *)y->data, *r);
-    else LC_LAUNCH((rope_rows<T, C, 1>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data, (const C *)s->data, (T *)y->data, *r);
+    if (packs)
+        LC_LAUNCH((rope_rows<T, C, V>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data,
+                  (const C *)s->data, (T *)y->data, *r);
+    else
+        LC_LAUNCH((rope_rows<T, C, 1>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data,
+                  (const C *)s->data, (T *)y->data, *r);
     return LC_K_OK;
 }
 
-/* ---- entries ----------------------------------------------------------------------------------------------------------- */
+/* ---- entries -------------------------------------------------------------------------------------------------- */
 extern "C" {
 int lc_cuda_rms_norm(const lc_kargs *k) {
     const lc_view *x = &k->x[0];
@@ -317,7 +337,8 @@ int lc_cuda_rms_norm_backward(const lc_kargs *k) {
     j.count = view_rows(x), j.n = x->dim[x->ndim - 1];
     j.partial = k->y[1].data && j.count ? k->work : NULL;
     j.rows = rows_of<3>({g, x, gx});
-    if (g->dtype != x->dtype || k->x[2].dtype != x->dtype || k->x[3].dtype != (x->dtype == LC_K_F64 ? LC_K_F64 : LC_K_F32))
+    if (g->dtype != x->dtype || k->x[2].dtype != x->dtype ||
+        k->x[3].dtype != (x->dtype == LC_K_F64 ? LC_K_F64 : LC_K_F32))
         return LC_K_UNSUPPORTED;
     if (!j.n || (!gx->data && !k->y[1].data)) return LC_K_OK;
     LC_FLOATS(x->dtype, return run_norm_back<T>(k, j);)
@@ -329,8 +350,8 @@ int lc_cuda_rope_table(const lc_kargs *k) {
     int pos = k->x[0].dtype;
     if (k->y[0].dtype != k->x[1].dtype || (pos != LC_K_I32 && pos != LC_K_I64)) return LC_K_UNSUPPORTED;
     if (!rows || !half) return LC_K_OK;
-    LC_FLOATS(k->x[1].dtype, LC_LAUNCH(rope_angles<T>, grid_for(rows * half, 128), 128, 0, k->x[0].data, pos, (const T *)k->x[1].data,
-                                       (T *)k->y[0].data, (T *)k->y[1].data, rows, half);)
+    LC_FLOATS(k->x[1].dtype, LC_LAUNCH(rope_angles<T>, grid_for(rows * half, 128), 128, 0, k->x[0].data, pos,
+                                       (const T *)k->x[1].data, (T *)k->y[0].data, (T *)k->y[1].data, rows, half);)
     return LC_K_OK;
 }
 
@@ -339,9 +360,16 @@ int lc_cuda_rope(const lc_kargs *k) {
     const lc_view *x = &k->x[0], *y = &k->y[0], *c = &k->x[1], *s = &k->x[2];
     if (x->ndim != 4 || x->dim[3] % 2 || c->ndim < 2 || c->ndim > 3 || s->dtype != c->dtype) return LC_K_UNSUPPORTED;
     if (!view_numel(x)) return LC_K_OK;
-    rope_shape r = {x->dim[2], x->dim[1], x->dim[3] / 2, {x->stride[0], x->stride[1], x->stride[2]},
-                    {y->stride[0], y->stride[1], y->stride[2]}, c->ndim == 3 ? c->stride[0] : 0, c->stride[c->ndim - 2],
-                    s->ndim == 3 ? s->stride[0] : 0, s->stride[s->ndim - 2], k->i[0] ? -1.0 : 1.0};
+    rope_shape r = {x->dim[2],
+                    x->dim[1],
+                    x->dim[3] / 2,
+                    {x->stride[0], x->stride[1], x->stride[2]},
+                    {y->stride[0], y->stride[1], y->stride[2]},
+                    c->ndim == 3 ? c->stride[0] : 0,
+                    c->stride[c->ndim - 2],
+                    s->ndim == 3 ? s->stride[0] : 0,
+                    s->stride[s->ndim - 2],
+                    k->i[0] ? -1.0 : 1.0};
     if (c->dtype == x->dtype) {
         LC_FLOATS(x->dtype, return run_rope<T, T>(k, &r);)
     } else if (c->dtype == LC_K_F32) {

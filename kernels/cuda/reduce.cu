@@ -1,7 +1,8 @@
-/* reduce.cu: reductions over sets of dims, of strided operands. Three forms: rows, where what is reduced is walked by a warp or a block
- * for each result (in packs where it lies in one piece); columns, where the kept inner dim lies in one piece and a thread owns some of
- * its columns; lists of tensors. Long reductions are cut in chunks by their shape alone, which a second kernel joins in order: results
- * depend neither on the device nor on timing. Threads sum in float, what is between threads and chunks in double. */
+/* reduce.cu: reductions over sets of dims, of strided operands. Three forms: rows, where what is reduced is walked by a
+ * warp or a block for each result (in packs where it lies in one piece); columns, where the kept inner dim lies in one
+ * piece and a thread owns some of its columns; lists of tensors. Long reductions are cut in chunks by their shape
+ * alone, which a second kernel joins in order: results depend neither on the device nor on timing. Threads sum in
+ * float, what is between threads and chunks in double. */
 #include "reduce.cuh"
 
 enum { SUM, SQUARES, BAD, BEST }; /* BAD counts NaN and infinities; BEST: the largest of sign * x */
@@ -26,10 +27,12 @@ template <int MODE, class R> __device__ __forceinline__ R reduce_join(R a, R v, 
 }
 /* Two results of reduce_join. */
 template <int MODE> struct reduce_merge {
-    template <class R> __device__ __forceinline__ R operator()(R a, R b) const { return MODE == BEST ? op_max()(a, b) : a + b; }
+    template <class R> __device__ __forceinline__ R operator()(R a, R b) const {
+        return MODE == BEST ? op_max()(a, b) : a + b;
+    }
 };
 
-/* ---- rows ------------------------------------------------------------------------------------------------------------ */
+/* ---- rows ----------------------------------------------------------------------------------------------------- */
 /* Block: x threads along what is reduced (32: a warp a task, or ALONG), y tasks; a task is (result, chunk). */
 template <class T, int MODE, int V> __global__ void __launch_bounds__(ALONG) reduce_rows(const reduce_job j) {
     typedef sum_of<T> R;
@@ -39,7 +42,8 @@ template <class T, int MODE, int V> __global__ void __launch_bounds__(ALONG) red
     int64_t o = task / j.chunks, c = task - o * j.chunks, at[2], in[1];
     walk_at(j.kept, o, at);
     const T *x = (const T *)j.x + at[0];
-    int64_t each = (j.reduced.total + j.chunks - 1) / j.chunks, end = (c + 1) * each < j.reduced.total ? (c + 1) * each : j.reduced.total;
+    int64_t each = (j.reduced.total + j.chunks - 1) / j.chunks,
+            end = (c + 1) * each < j.reduced.total ? (c + 1) * each : j.reduced.total;
     R acc[V], sign = (R)j.sign;
 #pragma unroll
     for (int i = 0; i < V; i++) acc[i] = reduce_none<MODE, R>();
@@ -54,11 +58,15 @@ template <class T, int MODE, int V> __global__ void __launch_bounds__(ALONG) red
 #pragma unroll
     for (int i = 1; i < V; i++) acc[0] = reduce_merge<MODE>()(acc[0], acc[i]);
     double total = (double)acc[0];
-    if (blockDim.x == 32) total = warp_reduce(total, reduce_merge<MODE>());
-    else total = block_reduce(total, reduce_merge<MODE>(), reduce_none<MODE, double>(), room);
+    if (blockDim.x == 32)
+        total = warp_reduce(total, reduce_merge<MODE>());
+    else
+        total = block_reduce(total, reduce_merge<MODE>(), reduce_none<MODE, double>(), room);
     if (threadIdx.x) return;
-    if (j.partial) j.partial[task] = total;
-    else put_any(j.y, j.y_dtype, at[1], total * j.scale);
+    if (j.partial)
+        j.partial[task] = total;
+    else
+        put_any(j.y, j.y_dtype, at[1], total * j.scale);
 }
 
 /* Joins the chunks of each result: a warp a result. */
@@ -72,14 +80,17 @@ template <int MODE> __global__ void __launch_bounds__(ALONG) reduce_finish_rows(
     if (!threadIdx.x) put_any(j.y, j.y_dtype, at[1], total * j.scale);
 }
 
-/* ---- columns --------------------------------------------------------------------------------------------------------- */
-/* Block: 32 threads of V columns each, times COLUMN_ROWS; a task is (outer results, chunk of the reduced, tile of columns). */
-template <class T, int MODE, int V> __global__ void __launch_bounds__(32 * COLUMN_ROWS) reduce_columns(const reduce_job j) {
+/* ---- columns -------------------------------------------------------------------------------------------------- */
+/* Block: 32 threads of V columns each, times COLUMN_ROWS; a task is (outer results, chunk of the reduced, tile of
+ * columns). */
+template <class T, int MODE, int V>
+__global__ void __launch_bounds__(32 * COLUMN_ROWS) reduce_columns(const reduce_job j) {
     typedef sum_of<T> R;
     __shared__ R room[COLUMN_ROWS][32 * V];
     const int64_t columns = j.kept.dim[j.kept.ndim - 1], tiles = (columns + 32 * V - 1) / (32 * V);
     int64_t tile = blockIdx.x % tiles, rest = blockIdx.x / tiles, c = rest % j.chunks, outer = rest / j.chunks;
-    int64_t each = (j.reduced.total + j.chunks - 1) / j.chunks, end = (c + 1) * each < j.reduced.total ? (c + 1) * each : j.reduced.total;
+    int64_t each = (j.reduced.total + j.chunks - 1) / j.chunks,
+            end = (c + 1) * each < j.reduced.total ? (c + 1) * each : j.reduced.total;
     int64_t column = (tile * 32 + threadIdx.x) * V, at[2], in[1];
     R acc[V], sign = (R)j.sign;
 #pragma unroll
@@ -103,15 +114,18 @@ template <class T, int MODE, int V> __global__ void __launch_bounds__(32 * COLUM
         double total = (double)room[0][i];
         for (int r = 1; r < COLUMN_ROWS; r++) total = reduce_merge<MODE>()(total, (double)room[r][i]);
         int64_t o = outer * columns + tile * 32 * V + i;
-        if (j.partial) j.partial[c * j.kept.total + o] = total;
-        else put_any(j.y, j.y_dtype, at[1] + (tile * 32 * V + i) * j.kept.stride[1][j.kept.ndim - 1], total * j.scale);
+        if (j.partial)
+            j.partial[c * j.kept.total + o] = total;
+        else
+            put_any(j.y, j.y_dtype, at[1] + (tile * 32 * V + i) * j.kept.stride[1][j.kept.ndim - 1], total * j.scale);
     }
 }
 
 /* Joins the chunks: a thread a result. */
 template <int MODE> __global__ void reduce_finish_columns(const reduce_job j) {
     int64_t at[2];
-    for (int64_t o = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; o < j.kept.total; o += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t o = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; o < j.kept.total;
+         o += (int64_t)gridDim.x * blockDim.x) {
         double total = j.partial[o];
 #pragma unroll 8
         for (int c = 1; c < j.chunks; c++) total = reduce_merge<MODE>()(total, j.partial[c * j.kept.total + o]);
@@ -120,7 +134,7 @@ template <int MODE> __global__ void reduce_finish_columns(const reduce_job j) {
     }
 }
 
-/* ---- cutting the work ------------------------------------------------------------------------------------------------ */
+/* ---- cutting the work ----------------------------------------------------------------------------------------- */
 /* Divides x's dims into kept and reduced; y has x's dims with the reduced ones at 1 (NULL: all are reduced). */
 static reduce_job reduce_split(const lc_view *x, const lc_view *y, unsigned reduced) {
     reduce_job j;
@@ -166,8 +180,10 @@ static void reduce_chunks(reduce_job *j, int dtype) {
 
 template <class T, int MODE, int V> static void launch_rows(const reduce_job *j) {
     int64_t tasks = j->kept.total * j->chunks;
-    if (j->reduced.total / j->chunks <= 512) LC_LAUNCH((reduce_rows<T, MODE, V>), (unsigned)ceil_div(tasks, 8), dim3(32, 8), 0, *j);
-    else LC_LAUNCH((reduce_rows<T, MODE, V>), (unsigned)tasks, ALONG, 0, *j);
+    if (j->reduced.total / j->chunks <= 512)
+        LC_LAUNCH((reduce_rows<T, MODE, V>), (unsigned)ceil_div(tasks, 8), dim3(32, 8), 0, *j);
+    else
+        LC_LAUNCH((reduce_rows<T, MODE, V>), (unsigned)tasks, ALONG, 0, *j);
 }
 
 template <class T, int MODE> static int run_rows(reduce_job j) {
@@ -191,8 +207,10 @@ template <class T, int MODE> static int run_columns(const reduce_job *j) {
     for (int i = 0; i + 1 < j->kept.ndim; i++) packs = packs && j->kept.stride[0][i] % V == 0;
     for (int i = 0; i < j->reduced.ndim; i++) packs = packs && j->reduced.stride[0][i] % V == 0;
     dim3 block(32, COLUMN_ROWS);
-    if (packs) LC_LAUNCH((reduce_columns<T, MODE, V>), (unsigned)(outer * ceil_div(columns, 32 * V)), block, 0, *j);
-    else LC_LAUNCH((reduce_columns<T, MODE, 1>), (unsigned)(outer * ceil_div(columns, 32)), block, 0, *j);
+    if (packs)
+        LC_LAUNCH((reduce_columns<T, MODE, V>), (unsigned)(outer * ceil_div(columns, 32 * V)), block, 0, *j);
+    else
+        LC_LAUNCH((reduce_columns<T, MODE, 1>), (unsigned)(outer * ceil_div(columns, 32)), block, 0, *j);
     return LC_K_OK;
 }
 
@@ -216,14 +234,18 @@ template <int MODE> static int run_job(const lc_kargs *k, reduce_job *j, int dty
     bool columns = reduce_by_columns(j, dtype);
     reduce_chunks(j, dtype);
     if (j->chunks > 1) j->partial = (double *)k->work;
-    int rc = lc_dtype_is_float(dtype) ? run_by_dtype<MODE>(j, dtype, columns) : MODE == SUM ? run_integers(j, dtype) : LC_K_UNSUPPORTED;
+    int rc = lc_dtype_is_float(dtype) ? run_by_dtype<MODE>(j, dtype, columns)
+             : MODE == SUM            ? run_integers(j, dtype)
+                                      : LC_K_UNSUPPORTED;
     if (rc || j->chunks == 1) return rc;
-    if (columns) LC_LAUNCH(reduce_finish_columns<MODE>, grid_for(j->kept.total, 128), 128, 0, *j);
-    else LC_LAUNCH(reduce_finish_rows<MODE>, (unsigned)ceil_div(j->kept.total, 8), dim3(32, 8), 0, *j);
+    if (columns)
+        LC_LAUNCH(reduce_finish_columns<MODE>, grid_for(j->kept.total, 128), 128, 0, *j);
+    else
+        LC_LAUNCH(reduce_finish_rows<MODE>, (unsigned)ceil_div(j->kept.total, 8), dim3(32, 8), 0, *j);
     return LC_K_OK;
 }
 
-/* ---- x -> y over the dims listed in i[]; none listed: all -------------------------------------------------------------- */
+/* ---- x -> y over the dims listed in i[]; none listed: all ----------------------------------------------------- */
 static reduce_job reduce_of(const lc_kargs *k) {
     unsigned reduced = 0;
     for (int i = 0; i < k->i[0]; i++) reduced |= 1u << k->i[1 + i];
@@ -276,8 +298,9 @@ int lc_cuda_count_nonfinite(const lc_kargs *k) {
 }
 }
 
-/* ---- lists: the sum of all squares ----------------------------------------------------------------------------------- */
-/* Tensors in one piece go up to LIST a launch; block b takes chunk b - first[i] of tensor i, the last whose first is not above b. */
+/* ---- lists: the sum of all squares ---------------------------------------------------------------------------- */
+/* Tensors in one piece go up to LIST a launch; block b takes chunk b - first[i] of tensor i, the last whose first is
+ * not above b. */
 typedef struct squares_list {
     const void *p[LIST];
     int64_t n[LIST], chunk;
@@ -291,7 +314,8 @@ template <class T> __global__ void __launch_bounds__(ALONG) squares_of_list(cons
     __shared__ double room[32];
     int i = 0;
     while (i + 1 < l.count && (int)blockIdx.x >= l.first[i + 1]) i++;
-    int64_t begin = (blockIdx.x - l.first[i]) * l.chunk, n = l.n[i] - begin < l.chunk ? l.n[i] - begin : l.chunk, whole = 0;
+    int64_t begin = (blockIdx.x - l.first[i]) * l.chunk, n = l.n[i] - begin < l.chunk ? l.n[i] - begin : l.chunk,
+            whole = 0;
     const T *p = (const T *)l.p[i] + begin;
     R acc[V];
 #pragma unroll
@@ -339,7 +363,9 @@ static int squares_flush(squares_list *l, int dtype, int64_t *parts) {
     return LC_K_OK;
 }
 
-extern "C" size_t lc_cuda_sum_squares_work(const lc_kargs *k) { return (size_t)(list_parts(k, list_chunk(k)) + 1) * sizeof(double); }
+extern "C" size_t lc_cuda_sum_squares_work(const lc_kargs *k) {
+    return (size_t)(list_parts(k, list_chunk(k)) + 1) * sizeof(double);
+}
 
 /* list -> the sum of all its elements' squares */
 extern "C" int lc_cuda_sum_squares(const lc_kargs *k) {

@@ -1,5 +1,6 @@
-/* reduce.cuh: what the reductions, the norms, the losses and the indexing share: packs of 16 bytes, walks with divisions of 32 bits where
- * these do, sums across a block in double, scalars and results of any float dtype. Included by .cu files only. */
+/* reduce.cuh: what the reductions, the norms, the losses and the indexing share: packs of 16 bytes, walks with
+ * divisions of 32 bits where these do, sums across a block in double, scalars and results of any float dtype. Included
+ * by .cu files only. */
 #ifndef LC_REDUCE_CUH
 #define LC_REDUCE_CUH
 
@@ -7,8 +8,11 @@
 
 #include "device.cuh"
 
-/* ---- packs ----------------------------------------------------------------------------------------------------------- */
+/* ---- packs ---------------------------------------------------------------------------------------------------- */
 template <class T, int V> struct alignas(V * sizeof(T)) pack { T v[V]; };
+template <int BYTES> struct lc_word { typedef uint16_t type; };
+template <> struct lc_word<16> { typedef uint4 type; };
+template <> struct lc_word<8> { typedef uint2 type; };
 template <class T> constexpr int pack_of() { return 16 / (int)sizeof(T); } /* elements in 16 bytes */
 
 /* V elements from p, which is a multiple of V elements away from 16-byte alignment; 32 bytes go as two loads. */
@@ -21,6 +25,17 @@ template <int V, class R, class T> __device__ __forceinline__ void load_pack(con
         for (int i = 0; i < W; i++) out[o + i] = load<R>(a.v[i]);
     }
 }
+/* One store, which the compiler may not break up into those of the elements, as it does where one element takes a
+ * branch. */
+template <class T, int W> __device__ __forceinline__ void put_pack(T *p, const pack<T, W> &a) {
+    if constexpr (W > 1) {
+        typename lc_word<W * sizeof(T)>::type whole;
+        memcpy(&whole, &a, sizeof whole);
+        __stwb((decltype(whole) *)p, whole);
+    } else {
+        *p = a.v[0];
+    }
+}
 template <int V, class T, class R> __device__ __forceinline__ void store_pack(T *p, const R (&in)[V]) {
     constexpr int W = V * sizeof(T) > 16 ? 16 / (int)sizeof(T) : V;
 #pragma unroll
@@ -28,7 +43,7 @@ template <int V, class T, class R> __device__ __forceinline__ void store_pack(T 
         pack<T, W> a;
 #pragma unroll
         for (int i = 0; i < W; i++) a.v[i] = store<T>(in[o + i]);
-        *(pack<T, W> *)(p + o) = a;
+        put_pack(p + o, a);
     }
 }
 
@@ -42,7 +57,7 @@ static inline bool view_packs(const lc_view *v, int each) {
     return true;
 }
 
-/* ---- walks ----------------------------------------------------------------------------------------------------------- */
+/* ---- walks ---------------------------------------------------------------------------------------------------- */
 template <int N> __device__ __forceinline__ void walk_at(const walk<N> &w, int64_t e, int64_t (&offset)[N]) {
     if (w.total > 0x7fffffff) {
         w.at(e, offset);
@@ -61,8 +76,8 @@ template <int N> __device__ __forceinline__ void walk_at(const walk<N> &w, int64
     for (int o = 0; o < N; o++) offset[o] += (int64_t)rest * w.stride[o][0];
 }
 
-/* Makes the walk count packs of `each` elements; false, and nothing changed, when the innermost dim is not in one piece for every
- * operand or other strides are no multiples. Addresses are the caller's to check. */
+/* Makes the walk count packs of `each` elements; false, and nothing changed, when the innermost dim is not in one piece
+ * for every operand or other strides are no multiples. Addresses are the caller's to check. */
 template <int N> static inline bool walk_pack(walk<N> *w, int each) {
     int last = w->ndim - 1;
     if (each == 1) return true;
@@ -78,7 +93,8 @@ template <int N> static inline bool walk_pack(walk<N> *w, int each) {
     return true;
 }
 
-/* A walk in an order of its own, the operands' longest strides first: for kernels to which order does not matter. Dims of 1 go. */
+/* A walk in an order of its own, the operands' longest strides first: for kernels to which order does not matter. Dims
+ * of 1 go. */
 template <int N> static inline walk<N> make_walk_free(const lc_view *const (&v)[N]) {
     lc_view sorted[N];
     const lc_view *at[N];
@@ -109,7 +125,7 @@ template <int N> static inline walk<N> make_walk_free(const lc_view *const (&v)[
     return make_walk(at);
 }
 
-/* ---- sums and scalars ------------------------------------------------------------------------------------------------ */
+/* ---- sums and scalars ----------------------------------------------------------------------------------------- */
 /* What a thread sums in: float, or double for doubles and for integers, which are not exact in float. */
 template <class T> struct lc_sum_of { typedef real_of<T> type; };
 template <> struct lc_sum_of<int32_t> { typedef double type; };
@@ -145,7 +161,9 @@ __device__ __forceinline__ double scalar_at(const void *p, int dtype, double oth
 
 /* Ids and labels: i32, i64 or u8. */
 __device__ __forceinline__ int64_t id_at(const void *ids, int dtype, int64_t i) {
-    return dtype == LC_K_I64 ? ((const int64_t *)ids)[i] : dtype == LC_K_I32 ? ((const int32_t *)ids)[i] : ((const uint8_t *)ids)[i];
+    return dtype == LC_K_I64   ? ((const int64_t *)ids)[i]
+           : dtype == LC_K_I32 ? ((const int32_t *)ids)[i]
+                               : ((const uint8_t *)ids)[i];
 }
 
 static inline unsigned round_up_32(int64_t n, int64_t most) {

@@ -1,6 +1,7 @@
-/* softmax.cu: reductions and scans along one dim: softmax, log_softmax, their gradient, logsumexp, argmax, argmin, cumsum. Tensors are
- * contiguous and seen as [outer, n, inner]; a row is the n elements of one (outer, inner). With inner 1 a row lies in one piece, and a
- * warp (short rows) or a block goes along it in packs; otherwise a thread takes a row, and neighbours read neighbours. */
+/* softmax.cu: reductions and scans along one dim: softmax, log_softmax, their gradient, logsumexp, argmax, argmin,
+ * cumsum. Tensors are contiguous and seen as [outer, n, inner]; a row is the n elements of one (outer, inner). With
+ * inner 1 a row lies in one piece, and a warp (short rows) or a block goes along it in packs; otherwise a thread takes
+ * a row, and neighbours read neighbours. */
 #include "softmax.cuh"
 
 enum { SOFTMAX, LOG_SOFTMAX, LOGSUMEXP };
@@ -25,7 +26,7 @@ static dim3 row_block(const along *a, int each) {
 }
 static unsigned row_grid(const along *a) { return (unsigned)(a->n <= WARP_ROW ? ceil_div(a->outer, ROWS) : a->outer); }
 
-/* ---- softmax, log_softmax, logsumexp ----------------------------------------------------------------------------------- */
+/* ---- softmax, log_softmax, logsumexp -------------------------------------------------------------------------- */
 /* What is left of x after the statistics: infinite maxima make NaN, as the sum of exp(x - m) would be. */
 template <class R> __device__ __forceinline__ R softmax_value(R x, R m, R scale, R shift, int mode) {
     return mode == SOFTMAX ? real_exp(x - m) * scale : (x - m) - shift;
@@ -64,7 +65,8 @@ template <class T, int V> __global__ void __launch_bounds__(BLOCK_MAX) softmax_r
 /* x [outer, n, inner] -> y [outer, n, inner], or [outer, inner] for logsumexp; a thread a row */
 template <class T> __global__ void softmax_side(const T *x, T *y, const along a) {
     typedef real_of<T> R;
-    for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner; t += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner;
+         t += (int64_t)gridDim.x * blockDim.x) {
         int64_t at = t / a.inner * a.n * a.inner + t % a.inner;
         peak<R> p = peak_none<R>();
         for (int64_t i = 0; i < a.n; i++) {
@@ -85,9 +87,12 @@ template <class T> static void launch_softmax(const lc_kargs *k, const along *a)
     constexpr int V = pack_of<T>();
     const T *x = (const T *)k->x[0].data;
     T *y = (T *)k->y[0].data;
-    if (a->inner > 1) LC_LAUNCH(softmax_side<T>, grid_for(a->outer * a->inner, 128), 128, 0, x, y, *a);
-    else if (a->n % V == 0 && aligned16(x) && aligned16(y)) LC_LAUNCH((softmax_rows<T, V>), row_grid(a), row_block(a, V), 0, x, y, *a);
-    else LC_LAUNCH((softmax_rows<T, 1>), row_grid(a), row_block(a, 1), 0, x, y, *a);
+    if (a->inner > 1)
+        LC_LAUNCH(softmax_side<T>, grid_for(a->outer * a->inner, 128), 128, 0, x, y, *a);
+    else if (a->n % V == 0 && aligned16(x) && aligned16(y))
+        LC_LAUNCH((softmax_rows<T, V>), row_grid(a), row_block(a, V), 0, x, y, *a);
+    else
+        LC_LAUNCH((softmax_rows<T, 1>), row_grid(a), row_block(a, 1), 0, x, y, *a);
 }
 
 static int softmax(const lc_kargs *k, int mode) {
@@ -98,13 +103,14 @@ static int softmax(const lc_kargs *k, int mode) {
     return LC_K_OK;
 }
 
-/* ---- gradient: y (g - sum g y), or g - exp(y) sum g for the logarithm -------------------------------------------------- */
+/* ---- gradient: y (g - sum g y), or g - exp(y) sum g for the logarithm ----------------------------------------- */
 template <class R> __device__ __forceinline__ R softmax_slope(R g, R y, R s, int mode) {
     return mode == LOG_SOFTMAX ? g - real_exp(y) * s : y * (g - s);
 }
 
 /* g, y [outer, n] -> out [outer, n] */
-template <class T, int V> __global__ void __launch_bounds__(BLOCK_MAX) softmax_backward_rows(const T *g, const T *y, T *out, const along a) {
+template <class T, int V>
+__global__ void __launch_bounds__(BLOCK_MAX) softmax_backward_rows(const T *g, const T *y, T *out, const along a) {
     typedef real_of<T> R;
     __shared__ double room[32];
     int64_t r = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
@@ -133,7 +139,8 @@ template <class T, int V> __global__ void __launch_bounds__(BLOCK_MAX) softmax_b
 /* g, y [outer, n, inner] -> out; a thread a row */
 template <class T> __global__ void softmax_backward_side(const T *g, const T *y, T *out, const along a) {
     typedef real_of<T> R;
-    for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner; t += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner;
+         t += (int64_t)gridDim.x * blockDim.x) {
         int64_t at = t / a.inner * a.n * a.inner + t % a.inner;
         double sum = 0;
         for (int64_t i = 0; i < a.n; i++) {
@@ -141,7 +148,8 @@ template <class T> __global__ void softmax_backward_side(const T *g, const T *y,
             sum += a.mode == LOG_SOFTMAX ? vg : vg * load<double>(y[at + i * a.inner]);
         }
         for (int64_t i = 0; i < a.n; i++)
-            out[at + i * a.inner] = store<T>(softmax_slope(load<R>(g[at + i * a.inner]), load<R>(y[at + i * a.inner]), (R)sum, a.mode));
+            out[at + i * a.inner] =
+                store<T>(softmax_slope(load<R>(g[at + i * a.inner]), load<R>(y[at + i * a.inner]), (R)sum, a.mode));
     }
 }
 
@@ -149,14 +157,19 @@ template <class T> static void launch_backward(const lc_kargs *k, const along *a
     constexpr int V = pack_of<T>();
     const T *g = (const T *)k->x[0].data, *y = (const T *)k->x[1].data;
     T *out = (T *)k->y[0].data;
-    if (a->inner > 1) LC_LAUNCH(softmax_backward_side<T>, grid_for(a->outer * a->inner, 128), 128, 0, g, y, out, *a);
+    if (a->inner > 1)
+        LC_LAUNCH(softmax_backward_side<T>, grid_for(a->outer * a->inner, 128), 128, 0, g, y, out, *a);
     else if (a->n % V == 0 && aligned16(g) && aligned16(y) && aligned16(out))
         LC_LAUNCH((softmax_backward_rows<T, V>), row_grid(a), row_block(a, V), 0, g, y, out, *a);
-    else LC_LAUNCH((softmax_backward_rows<T, 1>), row_grid(a), row_block(a, 1), 0, g, y, out, *a);
+    else
+        LC_LAUNCH((softmax_backward_rows<T, 1>), row_grid(a), row_block(a, 1), 0, g, y, out, *a);
 }
 
-/* ---- argmax, argmin: the first best; NaN is best ------------------------------------------------------------------------ */
-template <class R> struct best_at { R v; int64_t i; };
+/* ---- argmax, argmin: the first best; NaN is best -------------------------------------------------------------- */
+template <class R> struct best_at {
+    R v;
+    int64_t i;
+};
 template <class R> __device__ __forceinline__ bool better(best_at<R> a, best_at<R> b) {
     bool na = a.v != a.v, nb = b.v != b.v;
     if (na || nb) return na && (!nb || a.i < b.i);
@@ -172,7 +185,8 @@ template <class R> __device__ __forceinline__ best_at<R> warp_best(best_at<R> p)
 }
 
 /* x [outer, n] -> index [outer]; sign -1 looks for the smallest */
-template <class T, int V> __global__ void __launch_bounds__(BLOCK_MAX) arg_rows(const T *x, int32_t *index, real_of<T> sign, const along a) {
+template <class T, int V>
+__global__ void __launch_bounds__(BLOCK_MAX) arg_rows(const T *x, int32_t *index, real_of<T> sign, const along a) {
     typedef real_of<T> R;
     __shared__ R room_v[32];
     __shared__ int64_t room_i[32];
@@ -195,8 +209,10 @@ template <class T, int V> __global__ void __launch_bounds__(BLOCK_MAX) arg_rows(
         int lane = threadIdx.x & 31, w = threadIdx.x >> 5, n = blockDim.x >> 5;
         if (!lane) room_v[w] = best.v, room_i[w] = best.i;
         __syncthreads();
-        if (lane < n) best = {room_v[lane], room_i[lane]};
-        else best = {-(R)INFINITY, INT64_MAX};
+        if (lane < n)
+            best = {room_v[lane], room_i[lane]};
+        else
+            best = {-(R)INFINITY, INT64_MAX};
         best = warp_best(best);
     }
     if (!threadIdx.x) index[r] = (int32_t)best.i;
@@ -205,7 +221,8 @@ template <class T, int V> __global__ void __launch_bounds__(BLOCK_MAX) arg_rows(
 /* x [outer, n, inner] -> index [outer, inner]; a thread a row */
 template <class T> __global__ void arg_side(const T *x, int32_t *index, real_of<T> sign, const along a) {
     typedef real_of<T> R;
-    for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner; t += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner;
+         t += (int64_t)gridDim.x * blockDim.x) {
         int64_t from = t / a.inner * a.n * a.inner + t % a.inner;
         best_at<R> best = {-(R)INFINITY, INT64_MAX};
         for (int64_t i = 0; i < a.n; i++) {
@@ -221,9 +238,12 @@ template <class T> static void launch_arg(const lc_kargs *k, const along *a, dou
     const T *x = (const T *)k->x[0].data;
     int32_t *index = (int32_t *)k->y[0].data;
     real_of<T> s = (real_of<T>)sign;
-    if (a->inner > 1) LC_LAUNCH(arg_side<T>, grid_for(a->outer * a->inner, 128), 128, 0, x, index, s, *a);
-    else if (a->n % V == 0 && aligned16(x)) LC_LAUNCH((arg_rows<T, V>), row_grid(a), row_block(a, V), 0, x, index, s, *a);
-    else LC_LAUNCH((arg_rows<T, 1>), row_grid(a), row_block(a, 1), 0, x, index, s, *a);
+    if (a->inner > 1)
+        LC_LAUNCH(arg_side<T>, grid_for(a->outer * a->inner, 128), 128, 0, x, index, s, *a);
+    else if (a->n % V == 0 && aligned16(x))
+        LC_LAUNCH((arg_rows<T, V>), row_grid(a), row_block(a, V), 0, x, index, s, *a);
+    else
+        LC_LAUNCH((arg_rows<T, 1>), row_grid(a), row_block(a, 1), 0, x, index, s, *a);
 }
 
 static int arg(const lc_kargs *k, double sign) {
@@ -234,10 +254,11 @@ static int arg(const lc_kargs *k, double sign) {
     return LC_K_OK;
 }
 
-/* ---- cumsum ------------------------------------------------------------------------------------------------------------ */
+/* ---- cumsum --------------------------------------------------------------------------------------------------- */
 /* x [outer, n, inner] -> y; a thread a row, in order and in double */
 template <class T> __global__ void cumsum_side(const T *x, T *y, const along a) {
-    for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner; t += (int64_t)gridDim.x * blockDim.x) {
+    for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner;
+         t += (int64_t)gridDim.x * blockDim.x) {
         int64_t at = t / a.inner * a.n * a.inner + t % a.inner;
         double s = 0;
         for (int64_t i = 0; i < a.n; i++) {
@@ -247,7 +268,8 @@ template <class T> __global__ void cumsum_side(const T *x, T *y, const along a) 
     }
 }
 
-/* x [outer, n] -> y; a block a row, SCAN * SCAN_EACH elements at a time: within a thread, a warp, the block; then carried on */
+/* x [outer, n] -> y; a block a row, SCAN * SCAN_EACH elements at a time: within a thread, a warp, the block; then
+ * carried on */
 template <class T> __global__ void __launch_bounds__(SCAN) cumsum_rows(const T *x, T *y, const along a) {
     __shared__ double room[SCAN / 32];
     int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
@@ -280,7 +302,7 @@ template <class T> __global__ void __launch_bounds__(SCAN) cumsum_rows(const T *
     }
 }
 
-/* ---- entries ------------------------------------------------------------------------------------------------------------ */
+/* ---- entries -------------------------------------------------------------------------------------------------- */
 extern "C" {
 int lc_cuda_softmax(const lc_kargs *k) { return softmax(k, SOFTMAX); }
 int lc_cuda_log_softmax(const lc_kargs *k) { return softmax(k, LOG_SOFTMAX); }
@@ -301,7 +323,8 @@ int lc_cuda_cumsum(const lc_kargs *k) {
     along a = along_of(&k->x[0], k->i[0], 0);
     if (!a.outer || !a.inner || !a.n) return LC_K_OK;
     LC_FLOATS(k->x[0].dtype, const T *x = (const T *)k->x[0].data; T *y = (T *)k->y[0].data;
-              if (a.inner > 1 || a.n <= 64) LC_LAUNCH(cumsum_side<T>, grid_for(a.outer * a.inner, 128), 128, 0, x, y, a);
+              if (a.inner > 1 || a.n <= 64)
+                  LC_LAUNCH(cumsum_side<T>, grid_for(a.outer * a.inner, 128), 128, 0, x, y, a);
               else LC_LAUNCH(cumsum_rows<T>, (unsigned)a.outer, SCAN, 0, x, y, a);)
     return LC_K_OK;
 }

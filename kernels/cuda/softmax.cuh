@@ -1,5 +1,5 @@
-/* softmax.cuh: the running maximum of a row and the sum of exponentials below it, taken in one reading: for softmax and for the losses.
- * Included by .cu files only. */
+/* softmax.cuh: the running maximum of a row and the sum of exponentials below it, taken in one reading: for softmax and
+ * for the losses. Included by .cu files only. */
 #ifndef LC_SOFTMAX_CUH
 #define LC_SOFTMAX_CUH
 
@@ -51,8 +51,10 @@ template <class R> __device__ __forceinline__ peak<R> block_peak(peak<R> p, R *r
     __syncthreads();
     if (!lane) room[w] = p.m, room[32 + w] = p.s;
     __syncthreads();
-    if (lane < n) p = {room[lane], room[32 + lane]};
-    else p = peak_none<R>();
+    if (lane < n)
+        p = {room[lane], room[32 + lane]};
+    else
+        p = peak_none<R>();
     return warp_peak(p);
 }
 
