@@ -73,34 +73,39 @@ static __device__ __forceinline__ void finish_row(const lc_cuda_gemv &g, int64_t
 /* ---- dense weights --------------------------------------------------------------------------------------------------- */
 /* A block's 256 / lanes rows of w, then those gridDim.x times as many further on, and so forth. */
 template <class W, int M, class X>
-static __device__ __forceinline__ void dense_rows(const lc_cuda_gemv &g, const X *x, int64_t r0, int lanes, int4 (*ring)[GEMV_THREADS]) {
+static __device__ __forceinline__ void dense_rows(const lc_cuda_gemv &g, const X *x, int64_t r0, int lane_bits, int4 (*ring)[GEMV_THREADS]) {
     enum { EACH = 16 / sizeof(W) };
-    const int me = (int)threadIdx.x, lane = me % lanes, pieces = (int)(g.k / EACH), steps = (pieces + lanes - 1) / lanes;
-    const int64_t apart = (int64_t)gridDim.x * (GEMV_THREADS / lanes), group = me / lanes, first = (int64_t)blockIdx.x * (GEMV_THREADS / lanes);
-    int64_t ahead = first + group; /* the row and step that is copied next */
-    int ahead_step = 0, slot = 0;
-    const int left = (int)(g.rows - r0);
+    const int lanes = 1 << lane_bits, me = (int)threadIdx.x, lane = me & (lanes - 1), pieces = (int)(g.k / EACH);
+    const int steps = (pieces + lanes - 1) >> lane_bits, left = (int)(g.rows - r0);
+    const int64_t first = (int64_t)blockIdx.x * (GEMV_THREADS >> lane_bits), apart = (int64_t)gridDim.x * (GEMV_THREADS >> lane_bits);
+    const int group = me >> lane_bits;
+    int64_t ahead = first + group; /* the row that is copied, its next piece, and where that lies */
+    int ahead_at = lane, slot = 0;
+    const W *from = (const W *)g.w + ahead * g.ld_w + lane * EACH;
+    const int64_t next_row = apart * g.ld_w - (int64_t)steps * lanes * EACH;
     auto copy_next = [&](int to) {
-        const int i = ahead_step * lanes + lane;
-        if (ahead < g.n && i < pieces) copy16(&ring[to][me], (const W *)g.w + ahead * g.ld_w + (int64_t)i * EACH, true);
+        if (ahead < g.n && ahead_at < pieces) copy16(&ring[to][me], from, true);
         copy_commit();
-        if (++ahead_step == steps) ahead_step = 0, ahead += apart;
+        from += lanes * EACH, ahead_at += lanes;
+        if (ahead_at >= steps << lane_bits) ahead_at = lane, ahead += apart, from += next_row;
     };
     for (int d = 0; d < DEPTH - 1; d++) copy_next(d);
     for (int64_t j = first; j < g.n; j += apart) { /* the same rounds for every thread of the block */
+        const X *p = x + lane * EACH;
+        const int mine = j + group < g.n ? pieces : 0;
         float sum[M] = {};
-        for (int s = 0; s < steps; s++) {
+        for (int at = lane; at < steps << lane_bits; at += lanes) {
             copy_next((slot + DEPTH - 1) % DEPTH);
             copy_wait<DEPTH - 1>();
-            const int i = s * lanes + lane;
-            if (j + group < g.n && i < pieces) {
+            if (at < mine) {
                 alignas(16) W raw[EACH];
                 float w[EACH];
                 *(int4 *)raw = ring[slot][me];
 #pragma unroll
                 for (int e = 0; e < EACH; e++) w[e] = load<float>(raw[e]);
-                add_products<M>(w, x + (int64_t)i * EACH, g.ldx, left, sum);
+                add_products<M>(w, p, g.ldx, left, sum);
             }
+            p += lanes * EACH;
             slot = (slot + 1) % DEPTH;
         }
         finish_row<M>(g, r0, j + group, lane, lanes, sum);
@@ -109,11 +114,11 @@ static __device__ __forceinline__ void dense_rows(const lc_cuda_gemv &g, const X
 
 /* Rows r0 to r0 + M of x against all n rows of w. */
 template <class W, int M>
-static __global__ void __launch_bounds__(GEMV_THREADS, GEMV_BLOCKS) gemv_dense(const lc_cuda_gemv g, int64_t r0, int lanes) {
+static __global__ void __launch_bounds__(GEMV_THREADS, GEMV_BLOCKS) gemv_dense(const lc_cuda_gemv g, int64_t r0, int lane_bits) {
     __shared__ int4 ring[DEPTH][GEMV_THREADS];
-    if (g.x_dtype == LC_K_BF16) dense_rows<W, M>(g, (const bf16 *)g.x + r0 * g.ldx, r0, lanes, ring);
-    else if (g.x_dtype == LC_K_F16) dense_rows<W, M>(g, (const f16 *)g.x + r0 * g.ldx, r0, lanes, ring);
-    else dense_rows<W, M>(g, (const float *)g.x + r0 * g.ldx, r0, lanes, ring);
+    if (g.x_dtype == LC_K_BF16) dense_rows<W, M>(g, (const bf16 *)g.x + r0 * g.ldx, r0, lane_bits, ring);
+    else if (g.x_dtype == LC_K_F16) dense_rows<W, M>(g, (const f16 *)g.x + r0 * g.ldx, r0, lane_bits, ring);
+    else dense_rows<W, M>(g, (const float *)g.x + r0 * g.ldx, r0, lane_bits, ring);
 }
 
 /* ---- quantised weights ----------------------------------------------------------------------------------------------- */
@@ -164,9 +169,11 @@ template <class W> static int run_dense(const lc_cuda_gemv *g) {
     const int lanes = lanes_for(g->n, g->k / (16 / (int64_t)sizeof(W)));
     const int64_t needed = ceil_div(g->n * lanes, GEMV_THREADS), rounds = ceil_div(needed, (int64_t)GEMV_BLOCKS * lc_cuda_now->sms);
     const unsigned grid = (unsigned)ceil_div(needed, rounds); /* as many rounds for each block */
+    int lane_bits = 0;
+    while (1 << lane_bits < lanes) lane_bits++;
     for (int64_t r = 0; r < g->rows; r += 4) {
-        if (g->rows - r == 1) LC_LAUNCH((gemv_dense<W, 1>), grid, GEMV_THREADS, 0, *g, r, lanes);
-        else LC_LAUNCH((gemv_dense<W, 4>), grid, GEMV_THREADS, 0, *g, r, lanes);
+        if (g->rows - r == 1) LC_LAUNCH((gemv_dense<W, 1>), grid, GEMV_THREADS, 0, *g, r, lane_bits);
+        else LC_LAUNCH((gemv_dense<W, 4>), grid, GEMV_THREADS, 0, *g, r, lane_bits);
     }
     return LC_K_OK;
 }
