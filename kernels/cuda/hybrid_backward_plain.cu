@@ -2,6 +2,8 @@
  * that the tensor-core kernels are compared with. A warp has one row, or one row of a state; sums stand in a fixed order. */
 #include "hybrid_backward.cuh"
 
+namespace {
+
 /* Of one query head each, in R; rows before start[b] hold nothing. */
 template <class R> struct plain {
     R *aq, *ak;             /* [b, h, t, F]: features before the clamp */
@@ -23,12 +25,6 @@ template <class R> static size_t plain_carve(const gradients *o, plain<R> *p, vo
     p->delta = w.take<R>(rows), p->rz = w.take<R>(rows), p->x = w.take<R>(rows);
     p->sums = w.take<R>(2 * (size_t)p->parts * m);
     return w.used;
-}
-
-size_t hybrid_backward_plain_work(const gradients *o) {
-    plain<float> f;
-    plain<double> d;
-    return o->a.q.dtype == LC_K_F64 ? plain_carve(o, &d, NULL) : plain_carve(o, &f, NULL);
 }
 
 /* Row r of [b, h, t]. */
@@ -371,7 +367,7 @@ template <class R> __global__ void heads_kernel(gradients o, plain<R> p) {
 }
 
 /* ---- launches -------------------------------------------------------------------------------------------------------- */
-static unsigned warps(int64_t n) { return (unsigned)ceil_div(n, 4); } /* blocks of 128 threads */
+unsigned warps(int64_t n) { return (unsigned)ceil_div(n, 4); } /* blocks of 128 threads */
 
 template <class T, class R> static void linear_part(const gradients &o, const plain<R> &p) {
     const hybrid &a = o.a;
@@ -418,6 +414,14 @@ template <class T> static int plain_backward(const gradients &o, void *work) {
     feature_results<T, R>(o, p);
     if (o.dbq || o.dbk || o.dfactors) LC_LAUNCH((heads_kernel<R>), a.h, 256, 0, o, p);
     return LC_K_OK;
+}
+
+} // namespace
+
+size_t hybrid_backward_plain_work(const gradients *o) {
+    plain<float> f;
+    plain<double> d;
+    return o->a.q.dtype == LC_K_F64 ? plain_carve(o, &d, NULL) : plain_carve(o, &f, NULL);
 }
 
 int hybrid_backward_plain(const gradients *o, void *work) {

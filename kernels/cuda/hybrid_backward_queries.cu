@@ -1,0 +1,288 @@
+/* hybrid_backward_queries.cu: the query side of hybrid attention's gradient on tensor cores: a block walks forward over a segment of
+ * chunks with S in registers and makes dq, its share of the query map's gradient, delta and x of its rows. */
+#include "hybrid_backward_tile.cuh"
+
+/* Values of the 64 queries of a chunk, in shared memory; at: the key at the maximum, counted from the first key of chunk c - lag. */
+struct query_rows {
+    float rz[64], delta[64], c[64], half_x[2][64], z[128];
+    int at[64];
+};
+
+template <int D, int BF, int FW, bool TRI> struct query_block {
+    typedef layout<D, BF, FW> L;
+    static constexpr int HALF = BF / 2, SM = BF / 64, SN = D / 16, WM = D / 64, WN = FW / 16;
+    const gradients &o;
+    const fast &p;
+    chunk_range s;
+    bf16 *q, *g, *ring, *state, *weights_q, *weights_k, *features_k, *ds, *dpre;
+    query_rows *rows;
+    float *exchange;
+    int strip, hf, m; /* of the warp: rows m .. m + 15, half hf */
+    float gamma, lambda;
+
+    __device__ __forceinline__ query_block(const gradients &o, const fast &p, char *memory) : o(o), p(p), s(o.a, p.segments) {
+        bf16 *at = (bf16 *)memory;
+        q = at, at += L::tile;
+        g = at, at += L::tile;
+        ring = at, at += 4 * L::tile;
+        state = at, at += L::state;
+        weights_q = at, at += L::weights;
+        weights_k = at, at += L::weights;
+        features_k = at, at += L::wide;
+        ds = at, at += L::wide;
+        dpre = at, at += L::dp;
+        rows = (query_rows *)at;
+        exchange = (float *)ds;
+        int w = threadIdx.x >> 5;
+        strip = w & 3, hf = w >> 2, m = 16 * strip;
+        gamma = hybrid_gamma<float>(o.a, s.h), lambda = hybrid_lambda<float>(o.a, gamma);
+    }
+    __device__ __forceinline__ bf16 *keys(int c) const { return ring + (c & 1) * 2 * L::tile; }
+    __device__ __forceinline__ bf16 *values(int c) const { return keys(c) + L::tile; }
+    __device__ __forceinline__ void load_own(int c) {
+        if (c < s.c1) load_tile<D>(q, o.a.q, s, s.h, c), load_tile<D>(g, o.g, s, s.h, c);
+        copy_commit();
+    }
+    __device__ __forceinline__ void load_ring(int c) {
+        if (c >= 0 && c < s.c1) load_tile<D>(keys(c), o.a.k, s, s.hk, c), load_tile<D>(values(c), o.a.v, s, s.hk, c);
+        copy_commit();
+    }
+
+    /* Row values of chunk c, by the first thread of each row. */
+    __device__ __forceinline__ void put_row(int c, float delta) {
+        int row = threadIdx.x >> 2, i = c * 64 + row;
+        if (threadIdx.x & 3) return;
+        bool valid = holds(s, c, row);
+        rows->delta[row] = delta;
+        rows->rz[row] = valid ? 1 / *o.z.row<float>(s.b, s.h, s.s0 + i) : 0.f;
+        rows->c[row] = valid && o.a.window ? *o.c.row<float>(s.b, s.h, s.s0 + i) * LC_LOG2E : 0.f;
+        rows->at[row] = valid && o.a.window ? *o.argmax.row<int32_t>(s.b, s.h, s.s0 + i) - s.s0 - (c - p.lag) * 64 : -1;
+        if (valid) p.delta[s.head * o.a.t + s.s0 + i] = delta;
+    }
+
+    /* d [16][HALF] = gradient of the features: lambda / z (S g - delta Z), and the triangle. */
+    __device__ __forceinline__ void feature_gradient(int before, float (&d)[BF / 16][4]) {
+        int lane = threadIdx.x & 31, r0 = m + (lane >> 2), n0 = hf * HALF;
+        clear(d);
+        product<BF / 32>(
+            d, 0, D, [&](uint32_t(&f)[4], int k) { fragment_a<64>(f, g, m, k); },
+            [&](uint32_t(&f)[4], int n, int k) { fragment_b<BF>(f, state, n0 + n, k); });
+        float delta[2] = {rows->delta[r0], rows->delta[r0 + 8]}, by[2] = {rows->rz[r0] * lambda, rows->rz[r0 + 8] * lambda};
+#pragma unroll
+        for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) d[n][j] -= delta[j >> 1] * rows->z[n0 + 8 * n + 2 * (lane & 3) + (j & 1)];
+        if (TRI) {
+            float du[8][4];
+            clear(du);
+            const bf16 *v = values(before);
+            product<4>(
+                du, 0, D, [&](uint32_t(&f)[4], int k) { fragment_a<64>(f, g, m, k); },
+                [&](uint32_t(&f)[4], int n, int k) { fragment_b<64>(f, v, n, k); });
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    du[n][j] = 8 * n + 2 * (lane & 3) + (j & 1) <= r0 + 8 * (j >> 1) ? du[n][j] - delta[j >> 1] : 0.f;
+            product<BF / 32>(
+                d, 0, 64, [&](uint32_t(&f)[4], int k) { fragment_of(f, du, k / 16); },
+                [&](uint32_t(&f)[4], int n, int k) { fragment_b_t<64>(f, features_k, n0 + n, k); });
+        }
+#pragma unroll
+        for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) d[n][j] *= by[j >> 1];
+    }
+
+    /* This half's share of x of its rows. */
+    __device__ __forceinline__ void put_x(const float (&v)[BF / 16][4], const float (&d)[BF / 16][4]) {
+        int lane = threadIdx.x & 31, width = half_width<BF>(o.a, hf);
+        float x[2] = {0, 0};
+#pragma unroll
+        for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) x[j >> 1] += feature_of(o.a, n, width, v[n][j]) * d[n][j];
+        x[0] = quad_sum(x[0]), x[1] = quad_sum(x[1]);
+        if (lane & 3) return;
+        rows->half_x[hf][m + (lane >> 2)] = x[0], rows->half_x[hf][m + (lane >> 2) + 8] = x[1];
+    }
+
+    /* Scale times the gradient of the scores of a strip with one chunk of keys (half 0: chunk c - lag, 1: chunk c) into ds. */
+    __device__ __forceinline__ void score_gradient(const bf16 *k, const bf16 *v) {
+        float sc[8][4], dp[8][4];
+        clear(sc), clear(dp);
+        int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int e = 0; e < D; e += 16) {
+            uint32_t fq[4], fg[4];
+            fragment_a<64>(fq, q, m, e);
+            fragment_a<64>(fg, g, m, e);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                if (hf ? n > strip : TRI && n < strip) continue;
+                uint32_t fk[4], fv[4];
+                fragment_b<64>(fk, k, 16 * n, e);
+                fragment_b<64>(fv, v, 16 * n, e);
+                mma16<bf16>(sc[2 * n], fq, fk[0], fk[1]);
+                mma16<bf16>(sc[2 * n + 1], fq, fk[2], fk[3]);
+                mma16<bf16>(dp[2 * n], fg, fv[0], fv[1]);
+                mma16<bf16>(dp[2 * n + 1], fg, fv[2], fv[3]);
+            }
+        }
+        float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = m + (lane >> 2) + 8 * i, at = rows->at[row] - 64 * hf;
+            float c = rows->c[row], by = rows->rz[row] * gamma, delta = rows->delta[row];
+            float x = rows->half_x[0][row] + rows->half_x[1][row];
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    int col = 8 * n + 2 * (lane & 3) + j;
+                    bool in = hf ? col <= row : !TRI || col > row;
+                    float w = in ? exp2_fast(sc[n][2 * i + j] * scale2 - c) * by : 0.f;
+                    sc[n][2 * i + j] = scale * (w * (dp[n][2 * i + j] - delta) + (col == at ? x : 0.f));
+                }
+        }
+        put_tile(ds, sc, m, 64 * hf);
+    }
+
+    /* Rows of dq: columns hf * D / 2 on. */
+    __device__ __forceinline__ void put_queries(int c, bool near, bool before, bool linear) {
+        float acc[D / 16][4];
+        int n0 = hf * (D / 2);
+        clear(acc);
+        for (int tile = before ? 0 : 1; tile < (near ? 2 : 0); tile++) {
+            const bf16 *k = keys(tile ? c : c - 1);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (tile ? j > strip : TRI && j < strip) continue;
+                product<D / 32>(
+                    acc, 16 * j, 16 * j + 16, [&](uint32_t(&f)[4], int j) { fragment_a<64>(f, ds, m, 64 * tile + j); },
+                    [&](uint32_t(&f)[4], int n, int j) { fragment_b_t<64>(f, k, n0 + n, j); });
+            }
+        }
+        if (linear && o.a.map != MAP_NONE) through_weights<D, FW>(o.a, dpre, weights_q, m, n0, acc);
+        put_rows(o.dq.row<bf16>(s.b, s.h, s.s0 + c * 64) + n0, o.dq.s[2], acc, m, s.len - c * 64, D);
+    }
+
+    __device__ __forceinline__ void zero_padding() { /* rows before the first token */
+        for (int what = 0; what < 2; what++) {
+            const rows4 &r = what ? o.dmq : o.dq;
+            int width = what ? o.a.F : D;
+            if (!r.p || (what && o.a.map != MAP_NONE)) continue;
+            for (int i = threadIdx.x; i < s.s0 * width; i += THREADS) r.row<bf16>(s.b, s.h, i / width)[i % width] = store<bf16>(0.f);
+        }
+    }
+
+    __device__ __forceinline__ void run() {
+        float sum[SM][SN][4], dw[WM][WN][4], z = 0, bias = 0, all_x = 0;
+        int sm = strip * 16 * SM, sn = hf * (D / 2), wm = strip * 16 * WM, wn = hf * (FW / 2), lag = p.lag, tid = threadIdx.x;
+        const bool maps = o.a.map != MAP_NONE, both = has_extreme(o.a), window = o.a.window && o.dq.p;
+        load_ring(s.c0 - lag);
+        load_own(s.c0);
+        load_ring(s.c0 - lag + 1);
+#pragma unroll
+        for (int i = 0; i < SM; i++) clear(sum[i]);
+#pragma unroll
+        for (int i = 0; i < WM; i++) clear(dw[i]);
+        for (int n = 0; n < s.seg; n++) {
+            const float *from = p.state[0] + (s.head * p.segments + n) * (BF * D + BF);
+            add_fragments(sum, from);
+            if (tid < BF) z += from[BF * D + tid];
+        }
+        put_state<BF>(state, sum, sm, sn);
+        if (tid < BF) rows->z[tid] = z;
+        if (maps && o.through_q) load_weights<D, FW>(weights_q, o.a.mq, s.h, o.a.f), load_weights<D, FW>(weights_k, o.a.mk, s.h, o.a.f);
+        if (s.seg == 0) zero_padding();
+        for (int c = s.c0; c < s.c1; c++) {
+            int far = c - lag;
+            bool before = far >= 0, linear = o.through_q && (TRI ? before : far > 0), takes = before && c + 1 < s.c1 && o.through_q;
+            uint4 y[D / 32];
+            float d[BF / 16][4];
+            copy_wait<1>();
+            __syncthreads();
+            fetch_y<D>(o, s, c, y);
+            if (takes || (TRI && linear)) {
+                float v[BF / 16][4];
+                int width = half_width<BF>(o.a, hf);
+                features<D, BF, FW>(o, s, 1, keys(far), weights_k, far, hf, m, v);
+#pragma unroll
+                for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++) v[n][j] = feature_of(o.a, n, width, v[n][j]);
+                put_tile(features_k, v, m, hf * HALF);
+            }
+            put_row(c, row_delta<D>(g, y));
+            float v[BF / 16][4];
+            if (linear) features<D, BF, FW>(o, s, 0, q, weights_q, c, hf, m, v);
+            __syncthreads();
+            if (linear) {
+                feature_gradient(far, d);
+                put_x(v, d);
+                if (maps) map_fragments_backward(o.a, hf, v, d);
+                if (maps && both && hf) send_half(exchange, strip, d);
+            } else {
+                clear(d);
+                if (tid < 128) rows->half_x[tid >> 6][tid & 63] = 0;
+            }
+            if (!maps && o.dmq.p)
+                put_rows(o.dmq.row<bf16>(s.b, s.h, s.s0 + c * 64) + hf * HALF, o.dmq.s[2], d, m, s.len - c * 64, half_width<BF>(o.a, hf));
+            if (takes) {
+                absorb(sum, features_k, sm, values(far), sn);
+                for (int i = 0; tid < BF && i < 64; i++) z += __bfloat162float(*tile_at<64>(features_k, i, tid));
+            }
+            __syncthreads();
+            if (linear && maps && !(both && hf)) {
+                if (both) receive_half(exchange, strip, d);
+                put_tile(dpre, d, m, both ? 0 : hf * HALF);
+                bias += total(d);
+            }
+            if (tid < 64 && holds(s, c, tid)) {
+                float x = rows->half_x[0][tid] + rows->half_x[1][tid];
+                p.x[s.head * o.a.t + s.s0 + c * 64 + tid] = x;
+                all_x += x;
+            }
+            if (takes) {
+                put_state<BF>(state, sum, sm, sn);
+                if (tid < BF) rows->z[tid] = z;
+            }
+            copy_wait<0>();
+            __syncthreads();
+            if (linear && p.dw[0]) absorb(dw, q, wm, dpre, wn);
+            if (window && (hf || before)) score_gradient(keys(hf ? c : far), values(hf ? c : far));
+            __syncthreads();
+            load_own(c + 1);
+            if (o.dq.p) put_queries(c, window, before, linear);
+            __syncthreads();
+            load_ring(far + 2);
+        }
+        copy_wait<0>();
+        int64_t at = s.head * p.segments + s.seg;
+        if (p.dw[0]) put_fragments(p.dw[0] + at * D * FW, dw);
+        if (p.bias[0]) {
+            bias = block_reduce(bias, op_sum(), 0.f, rows->rz);
+            if (!tid) p.bias[0][at] = bias;
+        }
+        all_x = block_reduce(all_x, op_sum(), 0.f, rows->rz);
+        if (!tid) p.xs[at] = all_x;
+    }
+};
+
+template <int D, int BF, int FW, bool TRI> __global__ void __launch_bounds__(THREADS, 1) queries_tile_kernel(gradients o, fast p) {
+    LC_SHARED(memory);
+    query_block<D, BF, FW, TRI> block(o, p, memory);
+    block.run();
+}
+
+template <int D, int BF, int FW, bool TRI> struct queries_launcher {
+    static int launch(const gradients &o, const fast &p) {
+        size_t bytes = layout<D, BF, FW>::bytes;
+        if (allow_shared(queries_tile_kernel<D, BF, FW, TRI>, bytes)) return LC_K_DEVICE;
+        LC_LAUNCH((queries_tile_kernel<D, BF, FW, TRI>), (unsigned)(o.a.b * o.a.h * p.segments), THREADS, bytes, o, p);
+        return LC_K_OK;
+    }
+};
+
+int hybrid_backward_tiles::hybrid_backward_queries(const gradients &o, const fast &p) { return with_shape<queries_launcher>(o, p); }

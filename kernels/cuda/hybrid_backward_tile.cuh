@@ -1,0 +1,405 @@
+/* hybrid_backward_tile.cuh: what the tensor-core kernels of hybrid attention's gradient share: their plan, loads of tiles of 64
+ * tokens, and the feature maps on fragments. A block has 8 warps and a segment of chunks (64 tokens) of one query head. In products
+ * with 64 rows warp w has rows 16 (w & 3) .. + 15 and, of the columns, half w >> 2. Features lie as two halves of BF / 2 columns (of
+ * a full map: of x and of -x), padded with zeros, so a warp has whole rows of its half: sums over features stay within a quad.
+ * Queries of chunk c see linearly the state of the chunks before c - lag and, in geometries with a triangle (TRI: sliding window,
+ * window 0), the keys of chunk c - lag whose row in it is not above the query's; lag is 0 for window 0, else 1. */
+#ifndef LC_HYBRID_BACKWARD_TILE_CUH
+#define LC_HYBRID_BACKWARD_TILE_CUH
+
+#include "hybrid_backward.cuh"
+#include "mma.cuh"
+
+namespace hybrid_backward_tiles { /* names that other files may have too */
+
+struct fast {
+    int segments, lag;
+    int bf, fw;                /* BF; columns of a map's weights as a tile: BF / 2 for full maps, else BF */
+    float *delta, *x;          /* [b, h, t] */
+    float *state[2];           /* [b, h, segments][BF * D fragments, BF]: what a segment adds to S, Z and to R, P */
+    float *dw[2];              /* [b, h, segments][D * fw fragments] */
+    float *bias[2], *xs;       /* [b, h, segments] */
+    bf16 *rows[3];             /* dk, dv [b, h, t, d], dmk [b, h, t, F] of one query head, where heads share a row */
+};
+
+/* hybrid_backward_{queries,keys,sums}.cu: launches; d, BF, TRI and fw are known to have a kernel. */
+int hybrid_backward_queries(const gradients &o, const fast &p);
+int hybrid_backward_keys(const gradients &o, const fast &p);
+int hybrid_backward_sums(const gradients &o, const fast &p);
+int hybrid_backward_finish(const gradients &o, const fast &p);
+
+/* The table of instances: D, BF, FW. */
+#ifdef LC_EMULATED /* enough for tests; they compile for long */
+#define LC_SHAPES(X) X(128, 128, 64) X(64, 128, 64) X(64, 64, 32) X(64, 64, 64)
+#else
+#define LC_SHAPES(X) X(128, 128, 64) X(128, 64, 32) X(128, 64, 64) X(64, 128, 64) X(64, 128, 128) X(64, 64, 32) X(64, 64, 64)
+#endif
+static inline bool has_shape(int d, int bf, int fw) {
+#define LC_SHAPE(D, BF, FW) || (d == D && bf == BF && fw == FW)
+    return false LC_SHAPES(LC_SHAPE);
+#undef LC_SHAPE
+}
+/* Calls launch of L<D, BF, FW, TRI>. */
+template <template <int, int, int, bool> class L> static int with_shape(const gradients &o, const fast &p) {
+    bool tri = o.a.kind == KIND_SLIDING || !o.a.window;
+#define LC_SHAPE(D, BF, FW)                                                                                                      \
+    if (o.a.d == D && p.bf == BF && p.fw == FW) return tri ? L<D, BF, FW, true>::launch(o, p) : L<D, BF, FW, false>::launch(o, p);
+    LC_SHAPES(LC_SHAPE)
+#undef LC_SHAPE
+    return LC_K_UNSUPPORTED;
+}
+
+enum { THREADS = 256 };
+#define LC_LOG2E 1.4426950408889634f
+
+/* The parts of a block's shared memory, in halves; every tile starts at a multiple of 1024 bytes. */
+constexpr size_t shared_bytes(int d, int bf, int fw) {
+    return 2 * ((size_t)6 * 64 * d + bf * d + (fw < 64 ? 64 : fw) * (2 * d + 64) + 3 * 64 * 128) + 4096; /* 4096: values of rows */
+}
+template <int D, int BF, int FW> struct layout {
+    static constexpr int tile = 64 * D, state = BF * D, fw64 = FW < 64 ? 64 : FW, weights = D * fw64, wide = 64 * 128, dp = 64 * fw64;
+    static constexpr size_t bytes = shared_bytes(D, BF, FW);
+};
+
+/* Which segment a block has. Chunks count from the first real token s0; n of them are there. */
+struct chunk_range {
+    int b, h, hk, seg, s0, len, n, c0, c1;
+    int64_t head; /* (b, h) as one number */
+    __device__ __forceinline__ chunk_range(const hybrid &a, int segments) {
+        seg = blockIdx.x % segments;
+        head = blockIdx.x / segments;
+        h = (int)(head % a.h), b = (int)(head / a.h), hk = h / a.group;
+        s0 = start_of(a, b), len = a.t - s0, n = (len + 63) / 64;
+        c0 = (int)((int64_t)n * seg / segments), c1 = (int)((int64_t)n * (seg + 1) / segments);
+    }
+};
+
+__device__ __forceinline__ bool holds(const chunk_range &s, int chunk, int row) {
+    return chunk >= 0 && chunk * 64 + row < s.len;
+}
+
+/* Chunk `chunk` of rows [b, head] into a tile [64][D]; rows that do not exist are zeros. */
+template <int D> __device__ __forceinline__ void load_tile(bf16 *tile, const rows4 &x, const chunk_range &s, int head, int chunk) {
+    const bf16 *base = x.row<bf16>(s.b, head, s.s0);
+    for (int i = threadIdx.x; i < 64 * D / 8; i += THREADS) {
+        int row = i / (D / 8), e = i % (D / 8) * 8;
+        bool valid = holds(s, chunk, row);
+        copy16(tile_at<64>(tile, row, e), valid ? base + (int64_t)(chunk * 64 + row) * x.s[2] + e : (const bf16 *)x.p, valid);
+    }
+}
+
+/* Weights [d, f] of head h, as halves, into a tile [D][FW]; columns that do not exist are zeros. */
+template <int D, int FW> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f) {
+    for (int i = threadIdx.x; i < D * FW; i += THREADS) {
+        int e = i / FW, n = i % FW;
+        float v = n < f ? read_as<float>(m.p, m.dtype, h * m.s[1] + e * m.s[2] + n) : 0.f;
+        *tile_at<D>(tile, e, n) = store<bf16>(v);
+    }
+}
+
+/* acc [16][16 N] += A B over k0 <= k < k1; a(fragment, k) and b(fragment, n, k) load. */
+template <int N, class A, class B> __device__ __forceinline__ void product(float (&acc)[2 * N][4], int k0, int k1, A a, B b) {
+#pragma unroll
+    for (int k = k0; k < k1; k += 16) {
+        uint32_t fa[4], fb[N][4];
+        a(fa, k);
+#pragma unroll
+        for (int n = 0; n < N; n++) b(fb[n], 16 * n, k);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+            mma16<bf16>(acc[2 * n], fa, fb[n][0], fb[n][1]);
+            mma16<bf16>(acc[2 * n + 1], fa, fb[n][2], fb[n][3]);
+        }
+    }
+}
+
+template <int N> __device__ __forceinline__ void clear(float (&acc)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) acc[n][j] = 0;
+}
+
+/* A [16][16] from accumulators of columns 16 k .. + 15. */
+template <int N> __device__ __forceinline__ void fragment_of(uint32_t (&a)[4], const float (&acc)[N][4], int k) {
+    a[0] = pack2<bf16>(acc[2 * k][0], acc[2 * k][1]), a[1] = pack2<bf16>(acc[2 * k][2], acc[2 * k][3]);
+    a[2] = pack2<bf16>(acc[2 * k + 1][0], acc[2 * k + 1][1]), a[3] = pack2<bf16>(acc[2 * k + 1][2], acc[2 * k + 1][3]);
+}
+
+/* A persistent sum [16 MT WARPS_M][8 NT WARPS_N] over the chunks, transposed: rows m .., columns n .. of this warp += A^T B with A
+ * [64][M] and B [64][N] tiles of tokens. */
+template <int MT, int NT> __device__ __forceinline__ void absorb(float (&acc)[MT][NT][4], const bf16 *a, int m, const bf16 *b, int n) {
+#pragma unroll
+    for (int k = 0; k < 64; k += 16) {
+        uint32_t fa[MT][4];
+#pragma unroll
+        for (int i = 0; i < MT; i++) fragment_a_t<64>(fa[i], a, m + 16 * i, k);
+#pragma unroll
+        for (int j = 0; j < NT / 2; j++) {
+            uint32_t fb[4];
+            fragment_b_t<64>(fb, b, n + 16 * j, k);
+#pragma unroll
+            for (int i = 0; i < MT; i++) {
+                mma16<bf16>(acc[i][2 * j], fa[i], fb[0], fb[1]);
+                mma16<bf16>(acc[i][2 * j + 1], fa[i], fb[2], fb[3]);
+            }
+        }
+    }
+}
+
+/* Such a sum as a tile [ROWS][..] of halves. */
+template <int ROWS, int MT, int NT>
+__device__ __forceinline__ void put_state(bf16 *tile, const float (&acc)[MT][NT][4], int m, int n) {
+    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            *(uint32_t *)tile_at<ROWS>(tile, m + 16 * i + g, n + 8 * j + 2 * q) = pack2<bf16>(acc[i][j][0], acc[i][j][1]);
+            *(uint32_t *)tile_at<ROWS>(tile, m + 16 * i + g + 8, n + 8 * j + 2 * q) = pack2<bf16>(acc[i][j][2], acc[i][j][3]);
+        }
+}
+
+/* Fragments in the workspace: [MT][NT][THREADS][4]. */
+template <int MT, int NT> __device__ __forceinline__ void add_fragments(float (&acc)[MT][NT][4], const float *from) {
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+            float4 v = ((const float4 *)from)[(i * NT + j) * THREADS + threadIdx.x];
+            acc[i][j][0] += v.x, acc[i][j][1] += v.y, acc[i][j][2] += v.z, acc[i][j][3] += v.w;
+        }
+}
+template <int MT, int NT> __device__ __forceinline__ void put_fragments(float *to, const float (&acc)[MT][NT][4]) {
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+            ((float4 *)to)[(i * NT + j) * THREADS + threadIdx.x] = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
+}
+
+/* 16 rows by 8 N columns of accumulators into a tile of halves, from column n on. */
+template <int N> __device__ __forceinline__ void put_tile(bf16 *tile, const float (&acc)[N][4], int m, int n) {
+    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        *(uint32_t *)tile_at<64>(tile, m + g, n + 8 * j + 2 * q) = pack2<bf16>(acc[j][0], acc[j][1]);
+        *(uint32_t *)tile_at<64>(tile, m + g + 8, n + 8 * j + 2 * q) = pack2<bf16>(acc[j][2], acc[j][3]);
+    }
+}
+
+/* The same into rows of a result; base is row 0 of the chunk, from column n on, `width` columns at most. */
+template <int N>
+__device__ __forceinline__ void put_rows(bf16 *base, int64_t stride, const float (&acc)[N][4], int m, int rows, int width) {
+    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        if (8 * j >= width) continue;
+        if (m + g < rows) *(uint32_t *)(base + (m + g) * stride + 8 * j + 2 * q) = pack2<bf16>(acc[j][0], acc[j][1]);
+        if (m + g + 8 < rows) *(uint32_t *)(base + (m + g + 8) * stride + 8 * j + 2 * q) = pack2<bf16>(acc[j][2], acc[j][3]);
+    }
+}
+
+__device__ __forceinline__ float quad_sum(float v) {
+    v += __shfl_xor_sync(0xffffffffu, v, 1);
+    return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+__device__ __forceinline__ float quad_max(float v) {
+    v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+    return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+
+/* ---- feature maps on fragments --------------------------------------------------------------------------------------- */
+__device__ __forceinline__ bool has_extreme(const hybrid &a) { return a.map == MAP_SOFTMAX_DIM || a.map == MAP_EXP_DIM; }
+/* How many columns of half `hf` are features. */
+template <int BF> __device__ __forceinline__ int half_width(const hybrid &a, int hf) {
+    if (has_extreme(a)) return a.f;
+    int w = a.F - hf * (BF / 2);
+    return w < 0 ? 0 : w < BF / 2 ? w : BF / 2;
+}
+
+/* Rows m .. m + 15 of half hf: the map's inputs become features before the clamp, 0 in columns that are none. */
+template <int N> __device__ __forceinline__ void map_fragments(const hybrid &a, int hf, int width, float (&v)[N][4]) {
+    if (has_extreme(a)) {
+        float sign = hf ? -LC_LOG2E : LC_LOG2E, m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                v[n][j] *= sign;
+                if (8 * n < width) m[j >> 1] = fmaxf(m[j >> 1], v[n][j]);
+            }
+        m[0] = quad_max(m[0]), m[1] = quad_max(m[1]);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                v[n][j] = 8 * n < width ? exp2_fast(v[n][j] - m[j >> 1]) : 0.f;
+                sum[j >> 1] += v[n][j];
+            }
+        if (a.map == MAP_EXP_DIM) return;
+        sum[0] = 1 / quad_sum(sum[0]), sum[1] = 1 / quad_sum(sum[1]);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[n][j] *= sum[j >> 1];
+        return;
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float x = v[n][j], y = a.map == MAP_RELU ? fmaxf(x, 0.f) : x > 0 ? 1 + x : exp2_fast(x * LC_LOG2E);
+            v[n][j] = 8 * n < width ? y : 0.f;
+        }
+}
+
+/* The clamp, for column block n. */
+__device__ __forceinline__ float feature_of(const hybrid &a, int n, int width, float v) {
+    return a.map == MAP_NONE ? v : 8 * n < width ? fmaxf(v, (float)a.feature_eps) : 0.f;
+}
+
+/* d, gradients of clamped features, becomes what this half gives to the map's inputs; v as map_fragments left it. */
+template <int N> __device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, const float (&v)[N][4], float (&d)[N][4]) {
+    float eps = (float)a.feature_eps;
+    if (has_extreme(a)) {
+        float dot[2] = {0, 0}, ties[2] = {0, 0}, sign = hf ? -1.f : 1.f;
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (v[n][j] < eps) d[n][j] = 0;
+                dot[j >> 1] += v[n][j] * d[n][j];
+                ties[j >> 1] += v[n][j] == 1.f;
+            }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            dot[i] = quad_sum(dot[i]);
+            if (a.map == MAP_EXP_DIM) dot[i] /= quad_sum(ties[i]); /* the extreme has the value 1 */
+        }
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float x = v[n][j], at = dot[j >> 1];
+                d[n][j] = sign * (a.map == MAP_EXP_DIM ? x * d[n][j] - (x == 1.f ? at : 0.f) : x * (d[n][j] - at));
+            }
+        return;
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float x = v[n][j], slope = a.map == MAP_RELU ? (x > 0 ? 1.f : 0.f) : fminf(x, 1.f);
+            d[n][j] = x >= eps ? d[n][j] * slope : 0.f;
+        }
+}
+
+/* Features before the clamp of rows m .. m + 15 (half hf) of a chunk: from its tile x [64][D] and the weights [D][FW], or ready ones
+ * from memory. */
+template <int D, int BF, int FW>
+__device__ __forceinline__ void features(const gradients &o, const chunk_range &s, int key, const bf16 *x, const bf16 *w, int chunk, int hf,
+                                         int m, float (&v)[BF / 16][4]) {
+    const hybrid &a = o.a;
+    int width = half_width<BF>(a, hf), g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    if (a.map == MAP_NONE) {
+        const rows4 &ready = key ? a.mk : a.mq;
+        const bf16 *base = ready.row<bf16>(s.b, key ? s.h / a.mk_group : s.h, s.s0) + hf * (BF / 2) + 2 * q;
+#pragma unroll
+        for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                int row = m + g + 8 * i;
+                uint32_t two = 0;
+                if (8 * n < width && holds(s, chunk, row)) two = *(const uint32_t *)(base + (chunk * 64 + row) * ready.s[2] + 8 * n);
+                float2 f = unpack2<bf16>(two);
+                v[n][2 * i] = f.x, v[n][2 * i + 1] = f.y;
+            }
+        return;
+    }
+    int n0 = FW == BF ? hf * (BF / 2) : 0;
+    float bias = key ? bias_of<float>(a.bk, a.bk_dtype, s.h) : bias_of<float>(a.bq, a.bq_dtype, s.h);
+#pragma unroll
+    for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[n][j] = bias;
+    product<BF / 32>(
+        v, 0, D, [&](uint32_t(&f)[4], int k) { fragment_a<64>(f, x, m, k); },
+        [&](uint32_t(&f)[4], int n, int k) { fragment_b_t<D>(f, w, n0 + n, k); });
+    if (a.skip) {
+#pragma unroll
+        for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (8 * n >= width) continue;
+                float2 f = unpack2<bf16>(*(const uint32_t *)tile_at<64>((bf16 *)x, m + g + 8 * i, n0 + 8 * n + 2 * q));
+                v[n][2 * i] += f.x, v[n][2 * i + 1] += f.y;
+            }
+    }
+    map_fragments(a, hf, width, v);
+}
+
+/* The gradient of the map's inputs onto rows of d: acc [16][D / 2], columns n .. of the map's d, += dp W^T (+ dp where skip). */
+template <int D, int FW>
+__device__ __forceinline__ void through_weights(const hybrid &a, const bf16 *dp, const bf16 *w, int m, int n, float (&acc)[D / 16][4]) {
+    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    product<D / 32>(
+        acc, 0, FW, [&](uint32_t(&f)[4], int k) { fragment_a<64>(f, dp, m, k); },
+        [&](uint32_t(&f)[4], int j, int k) { fragment_b<D>(f, w, n + j, k); });
+    if (!a.skip) return;
+#pragma unroll
+    for (int j = 0; j < D / 16; j++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (n + 8 * j >= FW) continue;
+            float2 f = unpack2<bf16>(*(const uint32_t *)tile_at<64>((bf16 *)dp, m + g + 8 * i, n + 8 * j + 2 * q));
+            acc[j][2 * i] += f.x, acc[j][2 * i + 1] += f.y;
+        }
+}
+
+/* What a half gives to the map's inputs, from the warp of -x to that of x of the same rows; conflict-free floats. */
+template <int N> __device__ __forceinline__ void send_half(float *room, int strip, const float (&d)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) room[((strip * N + n) * 4 + j) * 32 + (threadIdx.x & 31)] = d[n][j];
+}
+template <int N> __device__ __forceinline__ void receive_half(const float *room, int strip, float (&d)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) d[n][j] += room[((strip * N + n) * 4 + j) * 32 + (threadIdx.x & 31)];
+}
+template <int N> __device__ __forceinline__ float total(const float (&d)[N][4]) {
+    float sum = 0;
+#pragma unroll
+    for (int n = 0; n < N; n++) sum += d[n][0] + d[n][1] + d[n][2] + d[n][3];
+    return sum;
+}
+
+/* delta = g . y of a row: four neighbouring threads a row, row threadIdx.x / 4; all four get it. y was fetched before. */
+template <int D> __device__ __forceinline__ void fetch_y(const gradients &o, const chunk_range &s, int chunk, uint4 (&y)[D / 32]) {
+    int row = threadIdx.x >> 2;
+    const bf16 *base = o.y.row<bf16>(s.b, s.h, s.s0) + (int64_t)(chunk * 64 + row) * o.y.s[2] + (threadIdx.x & 3) * 8;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) y[i] = holds(s, chunk, row) ? *(const uint4 *)(base + 32 * i) : make_uint4(0, 0, 0, 0);
+}
+template <int D> __device__ __forceinline__ float row_delta(const bf16 *g, const uint4 (&y)[D / 32]) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < D / 32; i++) {
+        uint4 x = *(const uint4 *)tile_at<64>((bf16 *)g, threadIdx.x >> 2, 32 * i + (threadIdx.x & 3) * 8);
+        const uint32_t *a = &x.x, *b = &y[i].x;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 u = unpack2<bf16>(a[j]), v = unpack2<bf16>(b[j]);
+            sum += u.x * v.x + u.y * v.y;
+        }
+    }
+    return quad_sum(sum);
+}
+
+} // namespace hybrid_backward_tiles
+using namespace hybrid_backward_tiles;
+
+#endif
