@@ -196,6 +196,9 @@ size_t hybrid_plain_work(const lc_kargs *k, const hybrid &a);
 bool hybrid_tiles_fit(const lc_kargs *k, const hybrid &a);
 int hybrid_tiles(const lc_kargs *k, const hybrid &a, const carried &s);
 size_t hybrid_tiles_work(const lc_kargs *k, const hybrid &a);
+/* hybrid_state.cu: one token with a carried state; whether it takes the call. No workspace. */
+bool hybrid_step_fit(const lc_kargs *k, const hybrid &a);
+int hybrid_step(const lc_kargs *k, const hybrid &a, const carried &s);
 /* The last keys and values of a call with state enter the cache (after all has been read). */
 int hybrid_remember(const lc_kargs *k, const hybrid &a, const carried &s);
 

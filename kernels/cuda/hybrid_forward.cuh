@@ -34,7 +34,7 @@ template <int N> __device__ __forceinline__ void load_rows(bf16 *tile, const row
     for (int i = threadIdx.x; i < CHUNK * PIECES; i += TILE_THREADS) {
         int r = i / PIECES, e = i % PIECES * 8, p = first + r;
         bf16 *to = tile_at<CHUNK>(tile, r, e);
-        if (p < s.cached && p >= s.from) {
+        if (p < s.cached && p >= s.from && p < s.to) {
             const float4 *c = (const float4 *)(s.cache + (int64_t)(p % s.ring) * N + e);
             float4 lo = c[0], hi = c[1];
             *(uint4 *)to = make_uint4(pack2<bf16>(lo.x, lo.y), pack2<bf16>(lo.z, lo.w), pack2<bf16>(hi.x, hi.y), pack2<bf16>(hi.z, hi.w));
@@ -70,7 +70,7 @@ template <int RA, int RB, int K, int NN> __device__ __forceinline__ void product
         fragment_a<RA>(x, a, m, k);
 #pragma unroll
         for (int i = 0; i < NN; i++) {
-            fragment_b_t<RB>(y, b, k, n + 16 * i);
+            fragment_b_t<RB>(y, b, n + 16 * i, k);
             mma16<bf16>(acc[2 * i], x, y[0], y[1]);
             mma16<bf16>(acc[2 * i + 1], x, y[2], y[3]);
         }
@@ -295,7 +295,7 @@ template <int D, int F> struct state {
             }
 #pragma unroll
             for (int n = 0; n < NN; n++) {
-                fragment_b_t<CHUNK>(y, v, k, n0 + 16 * n);
+                fragment_b_t<CHUNK>(y, v, n0 + 16 * n, k);
 #pragma unroll
                 for (int i = 0; i < MT; i++) {
                     mma16<bf16>(s[i][2 * n], x[i], y[0], y[1]);

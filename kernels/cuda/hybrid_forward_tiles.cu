@@ -121,7 +121,7 @@ template <int D, int F, int IN> __device__ __forceinline__ void put_results(cons
         fragment_a<CHUNK>(x1, left, m0 + 16, k);
 #pragma unroll
         for (int n = 0; n < NN; n++) {
-            fragment_b_t<decltype(rows)::value>(b, right, rows_k, n0 + 16 * n);
+            fragment_b_t<decltype(rows)::value>(b, right, n0 + 16 * n, rows_k);
             mma16<bf16>(y[0][2 * n], x0, b[0], b[1]);
             mma16<bf16>(y[0][2 * n + 1], x0, b[2], b[3]);
             mma16<bf16>(y[1][2 * n], x1, b[0], b[1]);
@@ -254,7 +254,7 @@ template <int D, int F, int IN> struct walker {
     }
 };
 
-/* Grid [b][segments][h]. parts [b * h][segments - 1][F D + F]: what the sum kernel left. */
+/* Grid [b][segments][h]. parts [b * h][segments][F D + F]: what the sum kernel left. */
 template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 1) forward_kernel(hybrid a, carried c, hybrid_out o, int segments, const float *parts) {
     LC_SHARED(shared);
     int rest = blockIdx.x / a.h, h = blockIdx.x % a.h;
@@ -279,8 +279,10 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
     int64_t head = g.b * a.h + g.h;
     float *own = (float *)c.state + (g.at.slot * a.h + g.h) * (F * D), *own_z = (float *)c.zsum + (g.at.slot * a.h + g.h) * F;
     if (c.state && segments == 1 && g.at.k_min > 0) st.add(own, own_z), w.has_state = true;
-    for (int i = 0; i < g.s; i++) {
-        const float *part = parts + (head * (segments - 1) + i) * (F * D + F);
+    parts += head * segments * (F * D + F);
+    bool carries = c.state && segments > 1 && !g.s && g.at.k_min > 0; /* the state itself is written by the last segment's block */
+    for (int i = carries ? segments - 1 : 0; i < (carries ? segments : g.s); i++) {
+        const float *part = parts + (int64_t)i * (F * D + F);
         st.add(part, part + F * D), w.has_state = true;
     }
     if (w.has_state) st.put(w.t.s, w.t.z);
@@ -299,8 +301,8 @@ template <int D, int F, int IN> struct sum_tiles {
     enum { BYTES = 2 * (4 * Z::X + Z::W + 2 * Z::PHI) };
 };
 
-/* Grid [b][segments - 1][h]: parts [F D + F] = sum over the keys that the segment adds to the state, of phi_k^T v and of phi_k. The
- * first segment's begins with the carried state. Two chunks at a time, one a side. */
+/* Grid [b][segments - 1][h]: part s [F D + F] of a head = sum over the keys that the segment adds to the state, of phi_k^T v and of phi_k. The
+ * first segment's begins with the carried state, of which part segments - 1 is a copy. Two chunks at a time, one a side. */
 template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 1) sum_kernel(hybrid a, carried c, int segments, float *parts) {
     typedef tile_sizes<D, F, IN> Z;
     LC_SHARED(shared);
@@ -327,6 +329,8 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
     if (c.state && !s && g.at.k_min > 0) {
         int64_t at = g.at.slot * a.h + h;
         st.add((const float *)c.state + at * (F * D), (const float *)c.zsum + at * F);
+        float *copy = parts + ((int64_t)(b * a.h + h) * segments + segments - 1) * (F * D + F);
+        st.save(copy, copy + F * D);
     }
 #pragma unroll 1
     for (int i = first; i < end; i += 2) {
@@ -343,7 +347,7 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
         if (a.map == MAP_NONE) fetch(i + 2, false);
         fetch(i + 2, true);
     }
-    float *part = parts + ((int64_t)(b * a.h + h) * (segments - 1) + s) * (F * D + F);
+    float *part = parts + ((int64_t)(b * a.h + h) * segments + s) * (F * D + F);
     st.save(part, part + F * D);
 }
 
@@ -377,13 +381,13 @@ template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &
 }
 
 /* The shapes that there are kernels for. */
+#define SHAPE(D, F, IN) {D, F, IN, forward_tiles<D, F, IN>::BYTES, run<D, F, IN>}
 static const struct {
-    int d, F, in;
+    int d, F, in, shared;
     int (*run)(const lc_kargs *k, const hybrid &a, const carried &s);
 } shapes[] = {
-    {128, 128, 64, run<128, 128, 64>}, {128, 64, 32, run<128, 64, 32>}, {128, 128, 128, run<128, 128, 128>}, {128, 64, 64, run<128, 64, 64>},
-    {128, 32, 32, run<128, 32, 32>},   {64, 128, 64, run<64, 128, 64>}, {64, 64, 32, run<64, 64, 32>},       {64, 64, 64, run<64, 64, 64>},
-    {64, 32, 32, run<64, 32, 32>},
+    SHAPE(128, 128, 64), SHAPE(128, 64, 32), SHAPE(128, 128, 128), SHAPE(128, 64, 64), SHAPE(128, 32, 32),
+    SHAPE(64, 128, 64),  SHAPE(64, 64, 32),  SHAPE(64, 64, 64),    SHAPE(64, 32, 32),
 };
 static int shape_of(const hybrid &a) {
     for (int i = 0; i < (int)(sizeof shapes / sizeof *shapes); i++)
@@ -399,7 +403,9 @@ static bool even_rows(const lc_view *v) {
 }
 
 bool hybrid_tiles_fit(const lc_kargs *k, const hybrid &a) {
-    if (k->x[0].dtype != LC_K_BF16 || shape_of(a) < 0 || (a.window && a.window != CHUNK) || !(a.scale > 0)) return false;
+    int shape = shape_of(a);
+    if (shape < 0 || lc_cuda_select(k->device) || (size_t)shapes[shape].shared > lc_cuda_now->shared_max) return false;
+    if (k->x[0].dtype != LC_K_BF16 || (a.window && a.window != CHUNK) || !(a.scale > 0)) return false;
     for (int i = 0; i < 5; i++)
         if ((i < 3 || a.map == MAP_NONE) && !even_rows(k->x + i)) return false;
     if (a.map != MAP_NONE && (a.mq.s[1] % 2 || a.mq.s[2] % 2 || a.mk.s[1] % 2 || a.mk.s[2] % 2)) return false;
@@ -409,7 +415,8 @@ bool hybrid_tiles_fit(const lc_kargs *k, const hybrid &a) {
 
 size_t hybrid_tiles_work(const lc_kargs *k, const hybrid &a) {
     (void)k;
-    return (size_t)a.b * a.h * (segments_of(a) - 1) * (a.F * a.d + a.F) * sizeof(float);
+    int segments = segments_of(a);
+    return segments > 1 ? (size_t)a.b * a.h * segments * (a.F * a.d + a.F) * sizeof(float) : 0;
 }
 
 int hybrid_tiles(const lc_kargs *k, const hybrid &a, const carried &s) { return shapes[shape_of(a)].run(k, a, s); }
