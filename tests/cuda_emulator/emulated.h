@@ -38,7 +38,7 @@ template <class... P>
 static inline void lc_emu_launch_kernel(const char *name, dim3 grid, dim3 block, size_t shared, void (*kernel)(P...),
                                         std::common_type_t<P>... argument) {
     auto body = [&] { kernel(argument...); };
-    (lc_emu_check_argument<P>(argument), ...);
+    (lc_emu_check_argument(argument), ...);
     lc_emu_launch(name, (const void *)kernel, grid, block, shared, [](void *f) { (*(decltype(body) *)f)(); }, &body);
 }
 #define LC_LAUNCH(kernel, grid, block, shared, ...)                                                                              \
