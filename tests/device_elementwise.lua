@@ -192,6 +192,9 @@ t.test("quantised blocks", function()
     local there = q:to(device)
     for _, dtype in ipairs(FLOATS) do same(there:to(dtype), q:to(dtype), 0, q.dtype .. " to " .. dtype) end
     same(there[{{2, 3}}]:to("f32"), q[{{2, 3}}]:to("f32"), 0, q.dtype .. " rows")
+    local off = lc.zeros({3 * 512 + 1}, {device = device}) -- a result off the 16-byte grid
+    lc.no_grad(function() off[{{2, 3 * 512 + 1}}]:reshape(3, 512):copy_(there) end)
+    same(off[{{2, 3 * 512 + 1}}]:reshape(3, 512), q:to("f32"), 0, q.dtype .. " off the grid")
     same(there:to("cpu"):to("f32"), q:to("f32"), 0, q.dtype .. " there and back")
   end
   f:close()

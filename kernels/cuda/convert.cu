@@ -65,38 +65,43 @@ int lc_cuda_convert(const lc_kargs *k, const lc_view *dst, const lc_view *src) {
 }
 
 /* ---- quantised dtypes -------------------------------------------------------------------------------------------- */
-__device__ __forceinline__ void put_eight(int dtype, void *out, int64_t at, const float (&y)[8]) {
-    if (dtype == LC_K_F32) {
-        float4 *to = (float4 *)((float *)out + at);
-        to[0] = make_float4(y[0], y[1], y[2], y[3]);
-        to[1] = make_float4(y[4], y[5], y[6], y[7]);
-    } else if (dtype == LC_K_BF16) {
-        vector_of<bf16, 8>::put((char *)((bf16 *)out + at), y);
-    } else if (dtype == LC_K_F16) {
-        vector_of<f16, 8>::put((char *)((f16 *)out + at), y);
+/* vectors: the result lies on the 16-byte grid */
+__device__ __forceinline__ void put_eight(int dtype, char *out, int bytes, bool vectors, const float (&y)[8]) {
+    if (vectors && dtype == LC_K_F32) {
+        ((float4 *)out)[0] = make_float4(y[0], y[1], y[2], y[3]);
+        ((float4 *)out)[1] = make_float4(y[4], y[5], y[6], y[7]);
+    } else if (vectors && dtype == LC_K_BF16) {
+        vector_of<bf16, 8>::put(out, y);
+    } else if (vectors && dtype == LC_K_F16) {
+        vector_of<f16, 8>::put(out, y);
     } else {
 #pragma unroll
-        for (int i = 0; i < 8; i++) ((double *)out)[at + i] = y[i];
+        for (int i = 0; i < 8; i++) write_as<float>(dtype, out + i * bytes, y[i]);
     }
 }
 
 /* n groups of eight */
-template <int Q> LC_KERNEL dequantise(const uint8_t *blocks, int to, void *out, int64_t n) {
+template <int Q>
+LC_KERNEL dequantise(const uint8_t *blocks, int to, char *out, int bytes, bool vectors, int64_t n) {
     enum { groups = lc_quant<Q>::block / 8 };
     int64_t step = (int64_t)gridDim.x * blockDim.x;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
         float y[8];
         dequantise_eight<Q>(blocks + i / groups * lc_quant<Q>::bytes, (int)(i % groups), y);
-        put_eight(to, out, 8 * i, y);
+        put_eight(to, out + 8 * i * bytes, bytes, vectors, y);
     }
 }
 
 int lc_cuda_dequantise(int dtype, const void *blocks, int to, void *out, int64_t n) {
     if (!lc_dtype_is_float(to)) return LC_K_UNSUPPORTED;
+    int bytes = lc_dtype_traits(to)->bytes;
+    bool vectors = (uintptr_t)out % 16 == 0;
     LC_QUANTS(dtype, {
         if (n % lc_quant<Q>::block) return LC_K_UNSUPPORTED;
         auto kernel = dequantise<Q>;
-        if (n) LC_LAUNCH(kernel, grid_for(n / 8, LC_THREADS), LC_THREADS, 0, (const uint8_t *)blocks, to, out, n / 8);
+        if (n)
+            LC_LAUNCH(kernel, grid_for(n / 8, LC_THREADS), LC_THREADS, 0, (const uint8_t *)blocks, to, (char *)out,
+                      bytes, vectors, n / 8);
     })
     return LC_K_OK;
 }
