@@ -18,6 +18,12 @@ struct gradients {
     int through_q, through_k;    /* the features' gradients are wanted */
 };
 
+/* Of a result that is not wanted nothing but data is set. */
+static inline rows4 result_of(const lc_view *v) {
+    rows4 none = {NULL, {0, 0, 0}, 0};
+    return v->data ? rows4_of(v) : none;
+}
+
 static inline int gradients_open(gradients *o, const lc_kargs *k) {
     const lc_view *x = k->x, *y = k->y;
     memset(o, 0, sizeof *o);
@@ -25,7 +31,7 @@ static inline int gradients_open(gradients *o, const lc_kargs *k) {
     if (rc) return rc;
     o->g = rows4_of(x), o->y = rows4_of(x + 10);
     o->c = rows3_of(x + 11), o->argmax = rows3_of(x + 12), o->z = rows3_of(x + 13);
-    o->dq = rows4_of(y), o->dk = rows4_of(y + 1), o->dv = rows4_of(y + 2), o->dmq = rows4_of(y + 3), o->dmk = rows4_of(y + 4);
+    o->dq = result_of(y), o->dk = result_of(y + 1), o->dv = result_of(y + 2), o->dmq = result_of(y + 3), o->dmk = result_of(y + 4);
     o->dbq = y[5].data, o->dbk = y[6].data, o->dfactors = o->a.window ? y[7].data : NULL;
     o->dbq_dtype = y[5].dtype, o->dbk_dtype = y[6].dtype, o->dfactors_dtype = y[7].dtype;
     if (!o->a.F) o->dmq.p = o->dmk.p = NULL;
