@@ -148,12 +148,7 @@ typedef struct target {
     int is_double;
 } target;
 
-static int supported(const char *isa) {
-    if (!strcmp(isa, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (!strcmp(isa, "avx512")) return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-    if (!strcmp(isa, "avx512bf16")) return supported("avx512") && __builtin_cpu_supports("avx512bf16");
-    return 1;
-}
+static int supported(const char *isa) { return lc_cpu_kernels(isa, 0) != NULL; } /* built in, and the machine has it */
 static const target targets[] = {{"generic", 1}, {"generic", 0}, {"avx2", 0}, {"avx512", 0}, {"avx512bf16", 0}};
 enum { N_TARGETS = sizeof targets / sizeof *targets };
 static int dtype_of(const target *t) { return t->is_double ? LC_K_F64 : LC_K_F32; }
