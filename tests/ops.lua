@@ -199,7 +199,7 @@ local function check_inplace(op, name, sample)
   for k = 1, #want do expect(name, "f32 operand " .. k, difference(f32[k], want[k]), 1e-5) end
   if device ~= "cpu" then
     for k, x in ipairs(after("f32", device)) do expect(name, device .. " operand " .. k, difference(x, f32[k]), same_code and 1e-6 or 1e-5) end
-    if halves(device) then
+    if halves(device) and op.name ~= "adamw_" and op.name ~= "sgd_" then -- what is trained is f32
       local narrow = after("bf16", "cpu")
       for k, x in ipairs(after("bf16", device)) do expect(name, device .. " bf16 operand " .. k, difference(x, narrow[k]), 0.01) end
     end

@@ -68,7 +68,7 @@ static int emulated_sync(int index) {
 }
 
 /* ---- memory ---------------------------------------------------------------------------------------------------------- */
-enum { PAGE = 4096, ALIGN = 64 };
+enum { PAGE = 4096, ALIGN = 16 }; /* the least that kernels may count on */
 typedef struct block { char *map, *p; size_t map_bytes, bytes; int open; } block;
 static block *blocks; /* in the order of their addresses */
 static int block_count, block_room;
