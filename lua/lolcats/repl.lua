@@ -325,10 +325,15 @@ local function line_source(env)
   local path = history_file()
   if path then program.history_open(path) end
   local complete = require "lolcats.complete"
+  local told = false
   return function(prompt)
     io.stdout:flush()
     local line = program.read_line(prompt, function(text) return complete.line(text, env) end)
-    if line and line:match("%S") then program.history_add(line) end
+    local why = line and line:match("%S") and program.history_add(line)
+    if why and not told then
+      told = true
+      io.stderr:write("  the history is not saved: ", why, "\n")
+    end
     return line
   end
 end

@@ -1,12 +1,13 @@
 /* edit.c: line editing by libedit, with history and completion. The completer is a Lua function, called through the
  * classic API from inside el_gets, itself called from Lua: an ordinary C function calling Lua, no FFI. */
-#define _GNU_SOURCE /* ppoll */
+#define _GNU_SOURCE /* ppoll, memfd_create */
 #include <errno.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <wchar.h>
@@ -177,18 +178,40 @@ static int program_history_open(lua_State *L) {
     return 0;
 }
 
-/* history_add(text): one entry, of one line or several; saved at once. */
+/* Writes the history aside and renames it: a full disk must not cost the one there is. */
+static int save_history(void) {
+    HistEvent event;
+    int fd = memfd_create("history", MFD_CLOEXEC); /* libedit wants a file with a number */
+    FILE *memory = fd >= 0 ? fdopen(fd, "w+") : NULL;
+    if (!memory) {
+        if (fd >= 0) close(fd);
+        return LC_ENOMEM;
+    }
+    int status = LC_ENOMEM;
+    long length = history(history_list, &event, H_SAVE_FP, memory) >= 0 && fflush(memory) == 0 ? ftell(memory) : -1;
+    char *text = length > 0 ? malloc((size_t)length) : NULL;
+    rewind(memory);
+    if (text && fread(text, 1, (size_t)length, memory) == (size_t)length) {
+        mode_t old = umask(077); /* what a user types is the user's own */
+        status = lc_write_file(history_path, text, (double)length);
+        umask(old);
+    }
+    free(text);
+    fclose(memory);
+    return status;
+}
+
+/* history_add(text) -> nil, or why it could not be saved: one entry, of one line or several; saved at once. */
 static int program_history_add(lua_State *L) {
     const char *text = luaL_checkstring(L, 1);
     HistEvent event;
     if (!history_list) return 0;
     history(history_list, &event, H_ENTER, text);
-    if (history_path[0]) {
-        mode_t old = umask(077); /* what a user types is the user's own */
-        history(history_list, &event, H_SAVE, history_path);
-        umask(old);
-    }
-    return 0;
+    if (!history_path[0]) return 0;
+    int status = save_history();
+    if (status == LC_OK) return 0;
+    lua_pushstring(L, status == LC_ENOMEM ? "out of memory" : lc_error_message());
+    return 1;
 }
 
 void lc_module_edit(lua_State *L) {
