@@ -22,6 +22,7 @@ local args = lc.args {
 }
 
 local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
+if not model.tokenizer then lc.fail("%s has no tokenizer (tokenizer.json)", args.model) end
 local prompt = args.prompt == "-" and io.read "*a" or args.prompt
 local opts = { max_new = args.max_new, temperature = args.temperature, top_k = args.top_k, top_p = args.top_p,
                min_p = args.min_p, repetition = args.repetition, seed = args.seed, stop = args.stop }

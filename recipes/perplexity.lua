@@ -20,7 +20,7 @@ local args = lc.args {
 }
 
 local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
-if not model.tokenizer then lc.fail("%s has no tokenizer", args.model) end
+if not model.tokenizer then lc.fail("%s has no tokenizer (tokenizer.json)", args.model) end
 if (args.window_only or args.teacher) and not model.is_student then
     lc.fail("--window-only and --teacher are for linearized models; %s is not one", args.model)
 end

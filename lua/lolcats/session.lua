@@ -192,7 +192,10 @@ end
 function Session:encode(prompt, opts)
     if type(prompt) == "table" then return prompt end
     local tok = self.model.tokenizer
-    if not tok then lc.fail("this model has no tokenizer; give token ids instead of text") end
+    if not tok then
+        lc.fail("the model%s has no tokenizer (tokenizer.json): give token ids instead of text",
+                self.model.source and " " .. self.model.source or "")
+    end
     return tok:encode(prompt, opts or { special = true, parse = true })
 end
 

@@ -16,10 +16,12 @@ local function clean(v)
     return out
 end
 
+local MOST = { num_hidden_layers = 10000 } -- a damaged count must not be believed before the file is looked at
+
 local function need(c, key, where)
-    local v = c[key]
-    if type(v) ~= "number" or v < 1 or v ~= math.floor(v) then
-        lc.fail("%s: '%s' must be a whole number above 0, it is %s", where, key, tostring(v))
+    local v, most = c[key], MOST[key] or 2 ^ 31 - 1
+    if type(v) ~= "number" or v < 1 or v > most or v ~= math.floor(v) then
+        lc.fail("%s: '%s' must be a whole number from 1 to %d, it is %s", where, key, most, tostring(v))
     end
     return v
 end

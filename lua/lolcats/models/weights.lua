@@ -68,15 +68,7 @@ local function shape_text(s) return "[" .. table.concat(s, ", ") .. "]" end
 
 -- Reads one tensor of the file into its place and looks for NaN and infinity.
 local function read_part(src, c, name, into, opts)
-    local stored = stored_name(src, c, name)
-    local info = src.file:info(stored)
-    local want = into.shape
-    local same = #info.shape == #want
-    for i = 1, #want do same = same and info.shape[i] == want[i] end
-    if not same then
-        lc.fail("%s: tensor '%s' is %s; the config makes it %s", src.path, stored, shape_text(info.shape),
-                shape_text(want))
-    end
+    local stored, want = stored_name(src, c, name), into.shape
     local heads = src.format == "gguf" and (name:match "q_proj" and c.num_attention_heads or
                                             name:match "k_proj" and c.num_key_value_heads)
     if heads then
@@ -96,7 +88,8 @@ local function read_part(src, c, name, into, opts)
     end
 end
 
-local function missing(src, c, plan)
+-- Before any memory is taken: every tensor is there, in the shape that the config makes it.
+local function check(src, c, plan)
     local lost = {}
     for _, group in ipairs(plan) do
         for _, part in ipairs(group.parts) do
@@ -109,6 +102,16 @@ local function missing(src, c, plan)
         lc.fail("%s: %d tensor%s missing: %s%s", src.path, #lost, #lost == 1 and " is" or "s are", shown,
                 #lost > 6 and ", ..." or "")
     end
+    for _, group in ipairs(plan) do
+        for _, part in ipairs(group.parts) do
+            local stored = stored_name(src, c, part[1])
+            local have, want = src.file:info(stored).shape, { part[2], group.cols }
+            if shape_text(have) ~= shape_text(want) then
+                lc.fail("%s: tensor '%s' is %s; the config makes it %s", src.path, stored, shape_text(have),
+                        shape_text(want))
+            end
+        end
+    end
 end
 
 --- Loads all weights. src: {file = opened tensors, format =, path =}. opts: dtype (of matrices), compute (of norms),
@@ -116,7 +119,7 @@ end
 --- "model.layers.N.mlp.gate_up".
 function M.load(src, c, opts)
     local plan = M.plan(c)
-    missing(src, c, plan)
+    check(src, c, plan)
     return M.fill(c, plan, opts, function(name, into) read_part(src, c, name, into, opts) end)
 end
 
