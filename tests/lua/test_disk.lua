@@ -1,5 +1,6 @@
 -- test_disk.lua: a disk that is really full. In a name space of its own (unshare, as an ordinary user too) it mounts a small tmpfs and
 -- runs itself again inside: what is saved there fails with the file's name and the system's reason, and what was there before stays.
+-- The same for a disk that may only be read.
 local t = dofile(((arg and arg[0] or ""):match("^(.*/)") or "") .. "harness.lua")
 local lc = require "lolcats"
 local program = require "lolcats.program"
@@ -52,6 +53,24 @@ local function refused(name, f)
   t.ok(e.message:find(path(name), 1, true), e.message)
   t.eq(files.exists(path(name) .. ".tmp"), false, "remains")
 end
+
+-- first: a run of this process keeps its lock open for writing, and the disk busy with it
+t.test("a folder that may only be read", function()
+  files.make_dirs(path("given"))
+  files.save_tensors(path("given/x.safetensors"), {x = lc.ones(3)})
+  t.eq(os.execute(("mount -o remount,ro %s"):format(quote(disk))), 0)
+  for _, name in ipairs {"given", "new"} do
+    local status, text = shell(("%s %sresume.lua --child --out %s"):format(quote(program.path), repo, quote(path(name))))
+    t.eq(status, 3, text)
+    t.ok(text:find("the run folder " .. path(name), 1, true) and text:find("Read-only file system", 1, true), text)
+  end
+  local e = t.errors(function() files.save_tensors(path("given/x.safetensors"), {x = lc.ones(4)}) end, "Read%-only file system")
+  t.ok(e.message:find(path("given/x.safetensors"), 1, true), e.message)
+  local f = files.open_tensors(path("given/x.safetensors"))
+  t.eq(f:tensor("x"):sum():item(), 3)
+  f:close()
+  t.eq(os.execute(("mount -o remount,rw %s"):format(quote(disk))), 0)
+end)
 
 t.test("files and tensors: the old one stays", function()
   local x = lc.randn(1000)
