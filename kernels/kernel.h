@@ -105,6 +105,8 @@ typedef struct lc_backend {
     int (*copy)(int device, void *to, const void *from, size_t bytes);
     int (*sync)(int device);
     const char *(*last_error)(void);
+    /* NULL, or: on 1 begins to time kernels, on 0 ends it, waits, and returns the device's seconds of each op, LC_OP_COUNT of them. */
+    const double *(*timing)(int device, int on);
     const lc_kernel *kernels; /* LC_OP_COUNT of them */
 } lc_backend;
 

@@ -166,6 +166,7 @@ int lc_plugin_open(const lc_host *host, lc_backend *out, const char **why) {
     b.copy = cuda_copy;
     b.sync = cuda_sync;
     b.last_error = cuda_last_error;
+    b.timing = lc_cuda_timings;
     b.kernels = lc_cuda_table;
     *out = b;
     return 0;

@@ -41,6 +41,11 @@ typedef struct lc_cuda_device {
 extern lc_cuda_device *lc_cuda_now;
 extern const lc_host *lc_cuda_host;
 
+/* While ops are timed (timing.c): called before and after each. */
+extern int lc_cuda_timing;
+void lc_cuda_time_op(int op, int after);
+const double *lc_cuda_timings(int device, int on);
+
 /* Makes a device current, and ready at its first use; 0, or LC_K_DEVICE with the text recorded. */
 int lc_cuda_select(int device);
 /* Records text for last_error and returns LC_K_DEVICE. */

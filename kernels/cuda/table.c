@@ -13,7 +13,9 @@ static int run(const lc_kargs *k, int op, lc_kernel_fn kernel) {
     if (!kernel) return LC_K_UNSUPPORTED;
     if (lc_cuda_select(k->device)) return LC_K_DEVICE;
     lc_cuda_now->last_op[lc_cuda_now->op_count++ % LC_CUDA_LAST_OPS] = (int16_t)op;
+    if (lc_cuda_timing) lc_cuda_time_op(op, 0);
     int rc = kernel(k);
+    if (lc_cuda_timing) lc_cuda_time_op(op, 1);
     if (rc) return rc;
     return lc_cuda_check(cudaGetLastError(), lc_cuda_op_name(op));
 }

@@ -205,6 +205,7 @@ static lc_status prepare_inputs(lc_frame *c, bool widen) {
 static inline void fill_view(lc_view *v, const lc_tensor *t) {
     if (!t) {
         v->data = NULL;
+        v->ndim = 0;
         return;
     }
     v->data = lc_tensor_ptr(t);
@@ -248,8 +249,8 @@ static lc_status launch(lc_frame *c, lc_tensor *const *y, int device) {
         fill_view(&k.y[i], y[i]);
         if (y[i] && y[i]->dtype == LC_F64) is_double = true;
     }
-    for (int i = r->n_x; i < LC_KARGS_IN; i++) k.x[i].data = NULL; /* one kernel may serve rows of different width */
-    for (int i = r->n_y; i < LC_KARGS_OUT; i++) k.y[i].data = NULL;
+    for (int i = r->n_x; i < LC_KARGS_IN; i++) fill_view(&k.x[i], NULL); /* one kernel may serve rows of different width */
+    for (int i = r->n_y; i < LC_KARGS_OUT; i++) fill_view(&k.y[i], NULL);
     if (r->has_list) {
         if (c->n_list > STACK_LIST && !(list = lc_alloc((size_t)c->n_list, sizeof *list))) return LC_ENOMEM;
         for (int i = 0; i < c->n_list; i++) {
@@ -471,17 +472,28 @@ int lc_call(int op, lc_args *a) {
 int lc_profile(int on) {
     int old = profiling;
     if (on > 0) memset(profile, 0, sizeof profile);
+    for (int d = 0; on > 0 && d < lc_device_count(); d++) {
+        const lc_backend *b = lc_device_get(d)->backend;
+        if (b && b->timing) b->timing(lc_device_get(d)->index, 1);
+    }
     if (on >= 0) profiling = on;
     return old;
 }
 
+/* An op a line: calls, seconds of the host in them, copies made for them, seconds of devices. */
 const char *lc_profile_report(void) {
     static char text[64 * 1024];
+    double device[LC_OP_COUNT] = {0};
     int n = 0;
     text[0] = 0;
+    for (int d = 0; d < lc_device_count(); d++) {
+        const lc_backend *b = lc_device_get(d)->backend;
+        const double *seconds = b && b->timing ? b->timing(lc_device_get(d)->index, 0) : NULL;
+        for (int i = 0; seconds && i < LC_OP_COUNT; i++) device[i] += seconds[i];
+    }
     for (int i = 0; i < LC_OP_COUNT && n < (int)sizeof text - 128; i++)
         if (profile[i].calls)
-            n += snprintf(text + n, sizeof text - (size_t)n, "%-28s %8lld %10.4f %6lld\n", lc_row_of(i)->name, (long long)profile[i].calls,
-                          profile[i].seconds, (long long)profile[i].copies);
+            n += snprintf(text + n, sizeof text - (size_t)n, "%-28s %8lld %10.5f %6lld %10.5f\n", lc_row_of(i)->name, (long long)profile[i].calls,
+                          profile[i].seconds, (long long)profile[i].copies, device[i]);
     return text;
 }
