@@ -5,7 +5,7 @@
 
 /* Values of the queries of two chunks, slot chunk & 1, in shared memory; at: the key at the maximum, from the first token on. */
 struct near_rows {
-    float rz[2][64], delta[2][64], c[2][64], x[2][64], sum[128];
+    float rz[2][64], delta[2][64], c[2][64], x[2][64], sum[128], more[128]; /* P; what the next one gets */
     int at[2][64];
 };
 
@@ -206,7 +206,7 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
     }
 
     __device__ __forceinline__ void run() {
-        float sum[SM][SN][4], dw[WM][WN][4], ps = 0, bias = 0;
+        float sum[SM][SN][4], dw[WM][WN][4], bias = 0;
         int sm = strip * 16 * SM, sn = hf * (D / 2), wm = strip * 16 * WM, wn = hf * (FW / 2), lag = p.lag, tid = threadIdx.x;
         const bool maps = o.a.map != MAP_NONE, both = has_extreme(o.a), rows_wanted = o.dk.p || o.dv.p, has_f = o.a.F > 0;
         load_ring(s.c1 - 1 + lag);
@@ -216,20 +216,20 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         for (int i = 0; i < SM; i++) clear(sum[i]);
 #pragma unroll
         for (int i = 0; i < WM; i++) clear(dw[i]);
+        if (tid < BF) rows->sum[tid] = 0;
         for (int n = s.seg + 1; n < p.segments; n++) {
             const float *from = p.state[1] + (s.head * p.segments + n) * (BF * D + BF);
             add_fragments(sum, from);
-            if (tid < BF) ps += from[BF * D + tid];
+            if (tid < BF) rows->sum[tid] += from[BF * D + tid];
         }
         put_state<BF>(state, sum, sm, sn);
-        if (tid < BF) rows->sum[tid] = ps;
         if (maps && has_f) load_weights<D, FW>(weights_q, o.a.mq, s.h, o.a.f), load_weights<D, FW>(weights_k, o.a.mk, s.h, o.a.f);
         if (lag) put_rows_of(s.c1);
         if (s.seg == 0) zero_padding();
         for (int c = s.c1 - 1; c >= s.c0; c--) {
             int far = c + lag;
             bool after = far < s.n, linear = has_f && (TRI ? after : far + 1 < s.n), takes = has_f && after && c > s.c0;
-            float f[BF / 16][4], d[BF / 16][4], dv[D / 16][4], weights[TRI ? 8 : 1][4];
+            float f[BF / 16][4], d[BF / 16][4], weights[TRI ? 8 : 1][4];
             copy_wait<1>();
             __syncthreads();
             put_rows_of(c);
@@ -239,7 +239,7 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
                 put_key_features(f);
             }
             __syncthreads();
-            clear(dv), clear(weights), clear(d);
+            clear(weights), clear(d);
             if (linear && o.through_k) {
                 feature_gradient(far, d);
                 if (maps) map_fragments_backward(o.a, hf, f, d);
@@ -250,22 +250,17 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
                 bf16 *to = result(2, c, &stride);
                 put_rows(to + hf * HALF, stride, d, m, s.len - c * 64, half_width<BF>(o.a, hf));
             }
-            if (linear && o.dv.p) {
-                product<D / 32>(
-                    dv, 0, BF, [&](uint32_t(&a)[4], int e) { fragment_a<64>(a, features_k, m, e); },
-                    [&](uint32_t(&b)[4], int n, int e) { fragment_b_t<BF>(b, state, sn + n, e); });
-                if constexpr (TRI) {
-                    if (!hf) {
-                        product<4>(
-                            weights, 0, BF, [&](uint32_t(&a)[4], int e) { fragment_a<64>(a, features_k, m, e); },
-                            [&](uint32_t(&b)[4], int n, int e) { fragment_b<64>(b, features_q, n, e); });
-                        triangle(weights, NULL);
-                    }
+            if constexpr (TRI) {
+                if (linear && o.dv.p && !hf) {
+                    product<4>(
+                        weights, 0, BF, [&](uint32_t(&a)[4], int e) { fragment_a<64>(a, features_k, m, e); },
+                        [&](uint32_t(&b)[4], int n, int e) { fragment_b<64>(b, features_q, n, e); });
+                    triangle(weights, NULL);
                 }
             }
             if (takes) {
                 absorb(sum, features_q, sm, givens(far), sn);
-                for (int i = 0; tid < BF && i < 64; i++) ps += __bfloat162float(*tile_at<64>(features_q, i, tid)) * rows->delta[far & 1][i];
+                if (hf) column_sums<SM>(rows->more, false, features_q, sm, rows->delta[far & 1]);
             }
             __syncthreads();
             if (linear && o.through_k && maps && !(both && hf)) {
@@ -273,28 +268,34 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
                 put_tile(dpre, d, m, both ? 0 : hf * HALF);
                 bias += total(d);
             }
-            if (takes) {
-                put_state<BF>(state, sum, sm, sn);
-                if (tid < BF) rows->sum[tid] = ps;
-            }
             copy_wait<0>();
             __syncthreads();
             if (linear && p.dw[1]) absorb(dw, k, wm, dpre, wn);
             if (rows_wanted && (hf ? o.a.window > 0 : after)) window_weights(c, hf ? c : far, o.a.window > 0, weights);
             __syncthreads();
             load_own(c - 1);
+            float acc[D / 16][4];
             if (o.dv.p) {
-                over_window(features_q, c, after, o.a.window > 0, true, true, dv);
-                put_result(1, c, dv);
+                clear(acc);
+                if (linear)
+                    product<D / 32>(
+                        acc, 0, BF, [&](uint32_t(&a)[4], int e) { fragment_a<64>(a, features_k, m, e); },
+                        [&](uint32_t(&b)[4], int n, int e) { fragment_b_t<BF>(b, state, sn + n, e); });
+                over_window(features_q, c, after, o.a.window > 0, true, true, acc);
+                put_result(1, c, acc);
             }
             if (o.dk.p) {
-                clear(dv);
-                if (o.a.window) over_window(ds, c, after, true, false, false, dv);
-                if (linear && maps) through_weights<D, FW>(o.a, dpre, weights_k, m, sn, dv);
-                put_result(0, c, dv);
+                clear(acc);
+                if (o.a.window) over_window(ds, c, after, true, false, false, acc);
+                if (linear && maps) through_weights<D, FW>(o.a, dpre, weights_k, m, sn, acc);
+                put_result(0, c, acc);
             }
             __syncthreads();
             load_ring(far - 2);
+            if (takes) {
+                put_state<BF>(state, sum, sm, sn);
+                if (tid < BF) rows->sum[tid] += rows->more[tid];
+            }
         }
         copy_wait<0>();
         int64_t at = s.head * p.segments + s.seg;

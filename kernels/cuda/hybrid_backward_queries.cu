@@ -4,7 +4,7 @@
 
 /* Values of the 64 queries of a chunk, in shared memory; at: the key at the maximum, counted from the first key of chunk c - lag. */
 struct query_rows {
-    float rz[64], delta[64], c[64], half_x[2][64], z[128];
+    float rz[64], delta[64], c[64], half_x[2][64], z[128], more[128]; /* more: what the next state's Z gets */
     int at[64];
 };
 
@@ -177,7 +177,7 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
     }
 
     __device__ __forceinline__ void run() {
-        float sum[SM][SN][4], dw[WM][WN][4], z = 0, bias = 0, all_x = 0;
+        float sum[SM][SN][4], dw[WM][WN][4], bias = 0, all_x = 0;
         int sm = strip * 16 * SM, sn = hf * (D / 2), wm = strip * 16 * WM, wn = hf * (FW / 2), lag = p.lag, tid = threadIdx.x;
         const bool maps = o.a.map != MAP_NONE, both = has_extreme(o.a), window = o.a.window && o.dq.p;
         load_ring(s.c0 - lag);
@@ -187,13 +187,13 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         for (int i = 0; i < SM; i++) clear(sum[i]);
 #pragma unroll
         for (int i = 0; i < WM; i++) clear(dw[i]);
+        if (tid < BF) rows->z[tid] = 0;
         for (int n = 0; n < s.seg; n++) {
             const float *from = p.state[0] + (s.head * p.segments + n) * (BF * D + BF);
             add_fragments(sum, from);
-            if (tid < BF) z += from[BF * D + tid];
+            if (tid < BF) rows->z[tid] += from[BF * D + tid];
         }
         put_state<BF>(state, sum, sm, sn);
-        if (tid < BF) rows->z[tid] = z;
         if (maps && o.through_q) load_weights<D, FW>(weights_q, o.a.mq, s.h, o.a.f), load_weights<D, FW>(weights_k, o.a.mk, s.h, o.a.f);
         if (s.seg == 0) zero_padding();
         for (int c = s.c0; c < s.c1; c++) {
@@ -231,7 +231,7 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
                 put_rows(o.dmq.row<bf16>(s.b, s.h, s.s0 + c * 64) + hf * HALF, o.dmq.s[2], d, m, s.len - c * 64, half_width<BF>(o.a, hf));
             if (takes) {
                 absorb(sum, features_k, sm, values(far), sn);
-                for (int i = 0; tid < BF && i < 64; i++) z += __bfloat162float(*tile_at<64>(features_k, i, tid));
+                if (hf) column_sums<SM>(rows->more, false, features_k, sm, NULL);
             }
             __syncthreads();
             if (linear && maps && !(both && hf)) {
@@ -246,7 +246,7 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
             }
             if (takes) {
                 put_state<BF>(state, sum, sm, sn);
-                if (tid < BF) rows->z[tid] = z;
+                if (tid < BF) rows->z[tid] += rows->more[tid];
             }
             copy_wait<0>();
             __syncthreads();

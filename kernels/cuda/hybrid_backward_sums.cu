@@ -5,7 +5,7 @@
 /* ---- what a segment adds to S, Z (blockIdx.y 0) and to R, P (1) -------------------------------------------------------- */
 template <int D, int BF, int FW> struct sums_layout {
     typedef layout<D, BF, FW> L;
-    static constexpr size_t bytes = 2 * ((size_t)4 * L::tile + L::weights + 64 * BF) + 1024;
+    static constexpr size_t bytes = 2 * ((size_t)4 * L::tile + L::weights + 64 * BF) + 1024; /* 1024: 64 + BF floats */
 };
 
 template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 1) segment_sums_kernel(gradients o, fast p) {
@@ -16,16 +16,17 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 1) s
     bool back = blockIdx.y;
     if (s.seg == (back ? 0 : p.segments - 1)) return; /* nobody asks */
     bf16 *tiles = (bf16 *)memory, *w = tiles + 4 * L::tile, *feature = w + L::weights;
-    float *delta = (float *)(feature + 64 * BF);
+    float *delta = (float *)(feature + 64 * BF), *z = delta + 64;
     int first = back ? s.c0 + p.lag : s.c0 - p.lag, end = back ? s.c1 + p.lag : s.c1 - p.lag, tid = threadIdx.x;
     if (first < 0) first = 0;
     if (end > s.n) end = s.n;
     const hybrid &a = o.a;
     const rows4 &x = back ? a.q : a.k, &u = back ? o.g : a.v;
     int head = back ? s.h : s.hk, strip = tid >> 5 & 3, hf = tid >> 7, m = 16 * strip, width = half_width<BF>(a, hf);
-    float lambda = hybrid_lambda<float>(a, hybrid_gamma<float>(a, s.h)), z = 0, sum[SM][SN][4];
+    float lambda = hybrid_lambda<float>(a, hybrid_gamma<float>(a, s.h)), sum[SM][SN][4];
 #pragma unroll
     for (int i = 0; i < SM; i++) clear(sum[i]);
+    if (tid < BF) z[tid] = 0;
     if (a.map != MAP_NONE) load_weights<D, FW>(w, back ? a.mq : a.mk, s.h, a.f);
     if (first < end) load_tile<D>(tiles, x, s, head, first), load_tile<D>(tiles + L::tile, u, s, head, first);
     copy_commit();
@@ -52,11 +53,12 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 1) s
         if (!(tid & 3)) delta[tid >> 2] = row;
         __syncthreads();
         absorb(sum, feature, strip * 16 * SM, tu, hf * (D / 2));
-        for (int i = 0; tid < BF && i < 64; i++) z += __bfloat162float(*tile_at<64>(feature, i, tid)) * delta[i];
+        if (hf) column_sums<SM>(z, true, feature, strip * 16 * SM, delta);
     }
     float *to = p.state[back] + (s.head * p.segments + s.seg) * (BF * D + BF);
     put_fragments(to, sum);
-    if (tid < BF) to[BF * D + tid] = z;
+    __syncthreads();
+    if (tid < BF) to[BF * D + tid] = z[tid];
     copy_wait<0>();
 }
 

@@ -147,6 +147,38 @@ template <int MT, int NT> __device__ __forceinline__ void absorb(float (&acc)[MT
     }
 }
 
+/* sum[m + r] of A [64][M], rows weighed by `weight` [64] (NULL: all 1), for the 16 MT rows of this warp: into `out`, or added. The
+ * weights go as two halves each, in the first two columns of B. */
+template <int MT> __device__ __forceinline__ void column_sums(float *out, bool add, const bf16 *a, int m, const float *weight) {
+    int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    float acc[MT][4];
+    clear(acc);
+#pragma unroll
+    for (int k = 0; k < 64; k += 16) {
+        uint32_t b[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float2 w = weight ? *(const float2 *)(weight + k + 8 * i + 2 * q) : make_float2(1, 1);
+            uint32_t high = pack2<bf16>(w.x, w.y);
+            float2 h = unpack2<bf16>(high);
+            b[i] = g == 0 ? high : g == 1 ? pack2<bf16>(w.x - h.x, w.y - h.y) : 0u;
+        }
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            uint32_t fa[4];
+            fragment_a_t<64>(fa, a, m + 16 * i, k);
+            mma16<bf16>(acc[i], fa, b[0], b[1]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int j = 0; !q && j < 2; j++) {
+            float *to = out + m + 16 * i + g + 8 * j, v = acc[i][2 * j] + acc[i][2 * j + 1];
+            *to = add ? *to + v : v;
+        }
+}
+
 /* Such a sum as a tile [ROWS][..] of halves. */
 template <int ROWS, int MT, int NT>
 __device__ __forceinline__ void put_state(bf16 *tile, const float (&acc)[MT][NT][4], int m, int n) {
