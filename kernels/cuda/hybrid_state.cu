@@ -1,5 +1,5 @@
 /* hybrid_state.cu: hybrid attention of one token with a carried state: decoding. Bound by memory: the state is read once, in pieces of 16
- * bytes that are asked for before anything else is done, and written only when keys leave the window (terrace: every `window` tokens).
+ * bytes (with one head a block asked for before anything else is done), and written only when keys leave the window (terrace: every `window` tokens).
  * A block takes HB query heads of one key head of one row: 1 where there are few heads in all, 4 where the cached keys are worth
  * sharing. All in f32; q, k, v of any float dtype but f64.
  *
@@ -256,12 +256,12 @@ template <int D, int F, int HB> __global__ void __launch_bounds__(STEP_THREADS, 
     bool linear = t.lo > 0;
     int n = a.window ? t.p + 1 - t.lo : 0;
     float4 S[L::ROWS], y[HB];
-    if (linear && a.window) t.read_state(h0, S);
+    if (HB == 1 && linear && a.window) t.read_state(h0, S);
     t.read_token();
     __syncthreads();
     if (!a.window) {
         for (int i = 0; i < HB; i++) t.absorb(h0 + i, t.p, t.p + 1);
-        t.read_state(h0, S);
+        if (HB == 1) t.read_state(h0, S);
     }
     if (linear) t.query_features();
     t.scores(n);
@@ -280,7 +280,7 @@ template <int D, int F, int HB> __global__ void __launch_bounds__(STEP_THREADS, 
 #pragma unroll
     for (int i = 0; i < HB; i++) {
         if (linear) {
-            if (i) t.read_state(h0 + i, S);
+            if (HB > 1) t.read_state(h0 + i, S);
 #pragma unroll
             for (int r = 0; r < L::ROWS; r++) add_scaled(y[i], s.features[i * F + group * L::ROWS + r], S[r]);
         }
