@@ -10,12 +10,22 @@ extern const lc_kernel lc_avx2_f32_table[LC_OP_COUNT] __attribute__((weak));
 extern const lc_kernel lc_avx512_f32_table[LC_OP_COUNT] __attribute__((weak));
 extern const lc_kernel lc_avx512bf16_f32_table[LC_OP_COUNT] __attribute__((weak));
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+/* clang's __builtin_cpu_supports does not know f16c. Its registers are AVX's. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 /* __builtin_cpu_supports also asks whether the system saves the registers. */
 static int machine_has(const char *isa) {
     if (strcmp(isa, "generic") == 0) return 1;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (strcmp(isa, "avx2") == 0) return avx2;

@@ -26,6 +26,21 @@ typedef int64_t vint __attribute__((vector_size(LC_VBYTES)));
 typedef int32_t vint __attribute__((vector_size(LC_VBYTES)));
 #endif
 
+#ifdef __clang__ /* has no __builtin_shuffle, but makes one of these when the mask is a constant */
+static inline vreal shuffle_one(vreal a, vint m) {
+    vreal r;
+    for (int i = 0; i < VL; i++) r[i] = a[m[i] & (VL - 1)];
+    return r;
+}
+static inline vreal shuffle_two(vreal a, vreal b, vint m) {
+    vreal r;
+    for (int i = 0; i < VL; i++) r[i] = m[i] & VL ? b[m[i] & (VL - 1)] : a[m[i] & (VL - 1)];
+    return r;
+}
+#define LC_FOURTH(a, b, c, d, ...) d
+#define __builtin_shuffle(...) LC_FOURTH(__VA_ARGS__, shuffle_two, shuffle_one, 0)(__VA_ARGS__)
+#endif
+
 static inline vreal vload(const real *p) { return *(const vreal_u *)p; }
 static inline void vstore(real *p, vreal v) { *(vreal_u *)p = v; }
 static inline vreal vset(real x) { return x - (vreal){0}; }
