@@ -16,6 +16,7 @@ typedef struct job {
     real *delta, *x;                            /* [b, h, t] */
     real *gm[2], *gb[2], *xs; /* [b, h, segments][f][dp], [b, h, segments], same: sums of one segment */
     real *rows[3];            /* gk, gv [b, h, keys, d], gmk [b, h, t, F]: of one query head, where heads share a row */
+    char *summed;             /* [b, g]: gk and gv are in place, not in rows */
     char *scratch;
     size_t scratch_bytes;
 } job;
@@ -359,19 +360,39 @@ static void key_window(const job *j, scratch *s, const span *at, int64_t h, cons
     }
 }
 
+/* Where gk and gv of a head go: to rows of its own, which are added up at the end; or, where all heads of a group walk
+ * together, to the result, in the same order. */
+enum { OWN_ROWS, PUT, ADD };
+
 /* Where row 0 of a key-side result of this head goes, and how far apart its rows are. */
-static real *key_rows(const job *j, int which, int64_t b, int64_t h, int64_t *stride) {
+static real *key_rows(const job *j, int which, int put, int64_t b, int64_t h, int64_t *stride) {
     const hybrid *a = j->call;
     const lc_view *v = &j->k->y[which == 2 ? GMK : GK + which];
     int64_t n = which == 2 ? a->t : j->keys, width = which == 2 ? a->F : a->d;
     if (!v->data) return NULL;
-    *stride = j->rows[which] ? width : v->stride[2];
-    if (j->rows[which]) return j->rows[which] + (b * a->h + h) * n * width;
+    int own = j->rows[which] && (which == 2 || put == OWN_ROWS);
+    *stride = own ? width : v->stride[2];
+    if (own) return j->rows[which] + (b * a->h + h) * n * width;
     return row_at(v, b, which == 2 ? h / a->mk_group : h / a->group, 0);
 }
 
-static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed, int *has_suffix,
-                     sums *sum) {
+static void put_key_rows(const job *j, const scratch *s, const span *at, int64_t h, int64_t c, int put) {
+    int64_t d = j->call->d, dp = padded(d), to = LC_MIN(at->p1 - c * TILE, TILE), stride;
+    for (int which = 0; which < 2; which++) {
+        real *out = key_rows(j, which, put, at->b, h, &stride);
+        const real *tile = which ? s->y2 : s->y;
+        if (out) out += (c * TILE + at->k_shift) * stride;
+        for (int64_t n = 0; out && n < to; n++, out += stride, tile += dp) {
+            if (put == ADD)
+                for (int64_t e = 0; e < d; e++) out[e] += tile[e];
+            else
+                memcpy(out, tile, (size_t)d * sizeof(real));
+        }
+    }
+}
+
+static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_t c, int put, int64_t *absorbed,
+                     int *has_suffix, sums *sum) {
     const hybrid *a = j->call;
     double gamma = hybrid_gamma(a, h), lambda = hybrid_lambda(a, gamma);
     int64_t to = LC_MIN(at->p1 - c * TILE, TILE), dp = padded(a->d), stride;
@@ -380,7 +401,7 @@ static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_
     if (j->linear_k)
         for (; a->F && *absorbed > all_see; *has_suffix = 1) absorb_queries(j, s, at, h, --*absorbed, (real)lambda);
     memset(s->y, 0, (size_t)(TILE * dp) * sizeof(real)), memset(s->y2, 0, (size_t)(TILE * dp) * sizeof(real));
-    real *gm = a->map == MAP_NONE && a->F ? key_rows(j, 2, at->b, h, &stride) : NULL;
+    real *gm = a->map == MAP_NONE && a->F ? key_rows(j, 2, put, at->b, h, &stride) : NULL;
     if (j->linear_k && a->F && hybrid_hi(a, c * TILE) < at->p1) {
         const panel *k = K(side_panel)(&s->k, c, HAS_F | HAS_VT | (a->map ? HAS_X : 0));
         if (key_features(j, s, at, h, k, *absorbed, *has_suffix, features, (real)lambda)) {
@@ -391,11 +412,7 @@ static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_
         for (int64_t n = 0; n < to; n++)
             memset(gm + (c * TILE + n + at->k_shift) * stride, 0, (size_t)a->F * sizeof(real));
     if (j->window_k) key_window(j, s, at, h, K(side_panel)(&s->k, c, HAS_XT | HAS_V), (real)gamma);
-    for (int which = 0; which < 2; which++) {
-        real *out = key_rows(j, which, at->b, h, &stride), *tile = which ? s->y2 : s->y;
-        for (int64_t n = 0; out && n < to; n++)
-            memcpy(out + (c * TILE + n + at->k_shift) * stride, tile + n * dp, (size_t)a->d * sizeof(real));
-    }
+    put_key_rows(j, s, at, h, c, put);
 }
 
 /* ---- walks
@@ -406,12 +423,22 @@ typedef struct walk {
     share share;
 } walk;
 
+/* A head on its walk. */
+typedef struct walker {
+    int64_t h, item;      /* item: of the segment it is in, among the sums */
+    int64_t seg, to;      /* the segment, of its walk; the one before which it stops */
+    int64_t from, until;  /* steps of the walk that are this segment's */
+    int64_t absorbed;
+    int has, put;
+    sums sum;
+} walker;
+
 static void zero_rows(const lc_view *v, int64_t b, int64_t h, int64_t from, int64_t to) {
     for (int64_t i = from; v->data && i < to; i++) memset(row_at(v, b, h, i), 0, (size_t)v->dim[3] * sizeof(real));
 }
 
 /* Rows of results that belong to no token. */
-static void zero_padding(const job *j, const span *at, int64_t h, int keys) {
+static void zero_padding(const job *j, const span *at, int64_t h, int keys, int put) {
     const hybrid *a = j->call;
     int64_t stride, first = LC_MIN(at->p0 + at->q_shift, a->t);
     if (!keys) {
@@ -419,8 +446,8 @@ static void zero_padding(const job *j, const span *at, int64_t h, int keys) {
         if (a->map == MAP_NONE && a->F) zero_rows(&j->k->y[GMQ], at->b, h, 0, first);
         return;
     }
-    for (int which = 0; which < 3; which++) {
-        real *out = which < 2 || (a->map == MAP_NONE && a->F) ? key_rows(j, which, at->b, h, &stride) : NULL;
+    for (int which = put == ADD ? 2 : 0; which < 3; which++) {
+        real *out = which < 2 || (a->map == MAP_NONE && a->F) ? key_rows(j, which, put, at->b, h, &stride) : NULL;
         int64_t n = which == 2 ? a->t : j->keys, width = which == 2 ? a->F : a->d;
         for (int64_t i = 0; out && i < n; i++)
             if (i < at->k_shift || i >= at->p1 + at->k_shift) memset(out + i * stride, 0, (size_t)width * sizeof(real));
@@ -434,60 +461,105 @@ static void put_sums(const job *j, const scratch *s, int64_t item, int keys, con
     if (!keys && j->xs) j->xs[item] = (real)sum->x;
 }
 
-/* Segments from .. to - 1 of one head; the keys' are counted from the end. */
-static void walk_head(const walk *w, scratch *s, int64_t head, int64_t from, int64_t to) {
-    const job *j = w->j;
-    const hybrid *a = j->call;
-    int64_t h = head % a->h, n_seg = j->segments, steps = to - from;
-    int has = 0;
-    span at;
-    whole_span(a, head / a->h, &at);
-    int64_t first = w->keys ? 0 : at.p0 / TILE, n = at.p1 > at.p0 ? (at.p1 - 1) / TILE + 1 - first : 0;
-    int64_t absorbed = w->keys ? first + n : 0;
-    K(side_open)(&s->q, a, &at, 0, h, a->q, j->from.g, wanted(j, GQ));
-    K(side_open)(&s->k, a, &at, 1, h, a->k, a->v, wanted(j, GK));
-    s->q.step = s->k.step = w->keys ? -1 : 1;
-    memset(s->s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s->z, 0, (size_t)a->F * sizeof(real));
-    if (from == 0) zero_padding(j, &at, h, w->keys);
-    for (int64_t step = 0; step < steps; step++) {
-        int64_t seg = w->keys ? n_seg - 1 - from - step : from + step, c0 = seg * n / n_seg, c1 = (seg + 1) * n / n_seg;
-        sums sum = {0};
-        if (s->gm) memset(s->gm, 0, (size_t)(a->f * padded(a->d)) * sizeof(real));
-        if (a->kind == KIND_CAUSAL) { /* a pair of tiles, n of them in all */
-            for (int64_t u = 0; u < 2; u++) {
-                int64_t c = u ? n - 1 - seg : seg;
-                if (2 * seg >= n || (u && c == seg)) break;
-                if (w->keys)
-                    key_tile(j, s, &at, h, first + c, &absorbed, &has, &sum);
-                else
-                    query_tile(j, s, &at, h, first + c, &absorbed, &has, &sum);
-            }
-        } else
-            for (int64_t c = 0; c < c1 - c0; c++)
-                if (w->keys)
-                    key_tile(j, s, &at, h, first + c1 - 1 - c, &absorbed, &has, &sum);
-                else
-                    query_tile(j, s, &at, h, first + c0 + c, &absorbed, &has, &sum);
-        put_sums(j, s, head * n_seg + seg, w->keys, &sum);
+/* Panels of a sequence: n from `first`. A walk over keys counts steps and segments from the end. */
+typedef struct stretch {
+    int64_t first, n, segments;
+    int keys;
+} stretch;
+static int64_t segment_from(const stretch *x, int64_t seg) {
+    return x->keys ? x->n - (x->segments - seg) * x->n / x->segments : seg * x->n / x->segments;
+}
+
+static void enter_segment(const stretch *x, const walk *w, scratch *s, walker *r) {
+    const hybrid *a = w->j->call;
+    r->from = segment_from(x, r->seg), r->until = segment_from(x, r->seg + 1);
+    r->sum = (sums){0};
+    if (s->gm) memset(s->gm, 0, (size_t)(a->f * padded(a->d)) * sizeof(real));
+}
+
+/* Segments that end before this step are put away. */
+static void leave_segments(const stretch *x, const walk *w, scratch *s, walker *r, int64_t step) {
+    while (r->seg < r->to && r->until <= step) {
+        put_sums(w->j, s, r->item + (x->keys ? x->segments - 1 - r->seg : r->seg), x->keys, &r->sum);
+        if (++r->seg < r->to) enter_segment(x, w, s, r);
     }
 }
 
-static void carve_scratch(const job *j, arena *w, int keys, scratch *s) {
+static void walk_tile(const stretch *x, const walk *w, scratch *s, const span *at, walker *r, int64_t step) {
+    int64_t c = x->first + (x->keys ? x->n - 1 - step : step);
+    if (x->keys)
+        key_tile(w->j, s, at, r->h, c, r->put, &r->absorbed, &r->has, &r->sum);
+    else
+        query_tile(w->j, s, at, r->h, c, &r->absorbed, &r->has, &r->sum);
+}
+
+/* Whether gk and gv of head i can be added up in place. */
+static int way_to_put(const walk *w, const batch *heads, int i) {
+    int64_t group = w->j->call->group, first = i - (heads->h + i) % group;
+    if (group == 1) return PUT;
+    if (first < 0 || first + group > heads->n) return OWN_ROWS;
+    for (int64_t n = first; n < first + group; n++)
+        if (heads->from[n] || heads->to[n] < w->share.segments) return OWN_ROWS;
+    return i == first ? PUT : ADD;
+}
+
+static void walk_open(const stretch *x, const walk *w, scratch *s, const span *at, const batch *heads, int i,
+                      walker *r) {
+    const job *j = w->j;
+    const hybrid *a = j->call;
+    int64_t h = heads->h + i;
+    *r = (walker){.h = h, .item = (heads->b * a->h + h) * x->segments, .seg = heads->from[i], .to = heads->to[i]};
+    r->absorbed = x->keys ? x->first + x->n : 0, r->put = way_to_put(w, heads, i);
+    if (x->keys && r->put != OWN_ROWS) j->summed[heads->b * a->g + h / a->group] = 1;
+    K(side_open)(&s->q, a, at, 0, h, a->q, j->from.g, wanted(j, GQ), NULL);
+    K(side_open)(&s->k, a, at, 1, h, a->k, a->v, wanted(j, GK), i && h % a->group ? leader_of(&s[-1].k) : NULL);
+    s->q.step = s->k.step = x->keys ? -1 : 1;
+    memset(s->s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s->z, 0, (size_t)a->F * sizeof(real));
+    if (r->seg == 0) zero_padding(j, at, h, x->keys, r->put);
+    enter_segment(x, w, s, r);
+}
+
+static void walk_batch(const walk *w, scratch *s, const batch *heads) {
+    const hybrid *a = w->j->call;
+    walker r[TOGETHER];
+    span at;
+    whole_span(a, heads->b, &at);
+    stretch x = {w->keys ? 0 : at.p0 / TILE, 0, w->share.segments, w->keys};
+    x.n = at.p1 > at.p0 ? (at.p1 - 1) / TILE + 1 - x.first : 0;
+    int64_t begin = x.n, end = 0;
+    for (int i = 0; i < heads->n; i++) {
+        walk_open(&x, w, &s[i], &at, heads, i, &r[i]);
+        begin = LC_MIN(begin, r[i].from), end = LC_MAX(end, segment_from(&x, r[i].to));
+    }
+    if (a->kind == KIND_CAUSAL) /* a segment is a pair of tiles, a cheap and a dear one */
+        for (int64_t u = heads->from[0]; u < heads->to[0] && 2 * u < x.n; u++) {
+            walk_tile(&x, w, s, &at, r, u);
+            if (x.n - 1 - u != u) walk_tile(&x, w, s, &at, r, x.n - 1 - u);
+        }
+    else
+        for (int64_t step = begin; step < end; step++)
+            for (int i = 0; i < heads->n; i++) {
+                leave_segments(&x, w, &s[i], &r[i], step);
+                if (r[i].seg < r[i].to && step >= r[i].from) walk_tile(&x, w, &s[i], &at, &r[i], step);
+            }
+    for (int i = 0; i < heads->n; i++) leave_segments(&x, w, &s[i], &r[i], x.n);
+}
+
+/* What the two walks need; walks differ in the side that has the ring. */
+static void carve_scratch(const job *j, arena *memory, int keys, scratch *s) {
     int n = (int)reach(j->call, j->panels);
-    K(scratch_carve)(w, j->call, keys ? n : 1, keys ? 1 : n, 2, 1, s);
+    extent e = {(int)heads_together(j->call, j->k->host->threads()), keys ? n : 1, keys ? 1 : n, 2, 1};
+    K(scratch_carve)(memory, j->call, &e, s);
 }
 
 static void walk_body(void *ctx, int64_t begin, int64_t end, int thread) {
     walk *w = ctx;
     arena memory = {w->j->scratch + (size_t)thread * w->j->scratch_bytes, 0};
-    scratch s;
-    carve_scratch(w->j, &memory, w->keys, &s);
+    scratch s[TOGETHER];
+    batch heads;
+    carve_scratch(w->j, &memory, w->keys, s);
     while (share_take(&w->share, &begin, &end))
-        for (int64_t to; begin < end; begin = to) {
-            int64_t head = begin / w->share.segments, first = head * w->share.segments;
-            to = LC_MIN(end, first + w->share.segments);
-            walk_head(w, &s, head, begin - first, to - first);
-        }
+        while (share_batch(&w->share, w->j->call->h, &begin, end, &heads)) walk_batch(w, s, &heads);
 }
 
 static void do_walk(const job *j, int keys, int threads) {
@@ -544,8 +616,9 @@ static void finish_rows(const job *j, int which, int64_t b) {
     int64_t group = which == 2 ? a->mk_group : a->group, n = which == 2 ? a->t : j->keys,
             width = which == 2 ? a->F : a->d;
     if (!j->rows[which]) return;
+    const char *summed = which < 2 ? j->summed + b * a->g : NULL;
     for (int64_t g = 0; g < a->h / group; g++)
-        for (int64_t i = 0; i < n; i++) {
+        for (int64_t i = 0; i < n && !(summed && summed[g]); i++) {
             real *to = row_at(out, b, g, i);
             const real *from = j->rows[which] + ((b * a->h + g * group) * n + i) * width;
             memcpy(to, from, (size_t)width * sizeof(real));
@@ -570,7 +643,7 @@ static void finish_body(void *ctx, int64_t begin, int64_t end, int thread) {
 static size_t plan(job *j, const lc_kargs *k, const hybrid *a) {
     arena w = {k->work, 0};
     size_t heads = (size_t)(a->b * a->h), one;
-    scratch s;
+    scratch s[TOGETHER];
     *j = (job){.k = k, .call = a, .keys = a->k->dim[2]};
     j->panels = LC_MAX((a->t + LC_MAX(a->offset, 0) + TILE - 1) / TILE, 1), j->segments = segments_of(a, j->panels);
     int maps = a->F && a->map != MAP_NONE, factors = wanted(j, GFACTORS) && a->window;
@@ -589,10 +662,11 @@ static size_t plan(job *j, const lc_kargs *k, const hybrid *a) {
     for (int which = 0; which < 2; which++)
         if (a->group > 1 && wanted(j, GK + which))
             j->rows[which] = carve(&w, heads * (size_t)(j->keys * a->d) * sizeof(real));
+    j->summed = carve(&w, (size_t)(a->b * a->g));
     if (a->mk_group > 1 && wanted(j, GMK)) j->rows[2] = carve(&w, heads * (size_t)(a->t * a->F) * sizeof(real));
     for (int keys = 0; keys < 2; keys++) {
         arena measure = {0};
-        carve_scratch(j, &measure, keys, &s);
+        carve_scratch(j, &measure, keys, s);
         j->scratch_bytes = LC_MAX(j->scratch_bytes, measure.used);
     }
     j->scratch = carve(&w, j->scratch_bytes * (size_t)k->host->threads());
@@ -610,6 +684,7 @@ int K(chunked_backward)(const lc_kargs *k, const hybrid *a, const saved *from) {
     job j;
     plan(&j, k, a);
     j.from = *from;
+    memset(j.summed, 0, (size_t)(a->b * a->g));
     int threads = k->host->threads();
     do_walk(&j, 0, threads);
     if (j.linear_k || j.window_k) do_walk(&j, 1, threads);

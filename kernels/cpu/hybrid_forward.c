@@ -27,6 +27,7 @@ static void score(const hybrid *a, scratch *s, const tile *t, int64_t k0, int64_
         for (int64_t jb = 0; jb < TILE; jb += 8) {
             int64_t from, to;
             columns(a, 0, t->c, kp, jb, &from, &to);
+            look_ahead(s);
             if (to > from)
                 K(tile_gemm)
                 (8, to - from, a->d, k->xt + jb, 1, TILE, q->xt + from, TILE,
@@ -71,14 +72,15 @@ static void scale_rows(const real *by, real *y, int64_t dp) {
         for (int64_t e = 0; e < dp; e += VL) vstore(y + i * dp + e, vload(y + i * dp + e) * by[i]);
 }
 
-/* y [TILE][dp] += u^T v for one key panel; u [TILE][TILE] of that panel. */
-static void add_values(const hybrid *a, int linear, int64_t c, int64_t kp, const real *u, const real *v, real *y) {
+/* s->y [TILE][dp] += u^T v for one key panel; u [TILE][TILE] of that panel. */
+static void add_values(const hybrid *a, scratch *s, int linear, int64_t c, int64_t kp, const real *u, const real *v) {
     int64_t dp = padded(a->d);
     for (int64_t ib = 0; ib < TILE; ib += 8) {
         int64_t from, to;
         keys_of(a, linear, c, kp, ib, &from, &to);
+        look_ahead(s);
         if (to > from)
-            K(tile_gemm)(8, dp, to - from, u + from * TILE + ib, 1, TILE, v + from * dp, dp, y + ib * dp, dp, 1);
+            K(tile_gemm)(8, dp, to - from, u + from * TILE + ib, 1, TILE, v + from * dp, dp, s->y + ib * dp, dp, 1);
     }
 }
 
@@ -96,7 +98,7 @@ static void window_part(const hybrid *a, scratch *s, tile *t) {
         }
         if (k0 > first) scale_rows(keep, s->y, dp);
         for (int64_t kp = k0; kp < k1; kp++)
-            add_values(a, 0, t->c, kp, s->u + (kp - k0) * TILE * TILE, K(side_panel)(&s->k, kp, HAS_V)->v, s->y);
+            add_values(a, s, 0, t->c, kp, s->u + (kp - k0) * TILE * TILE, K(side_panel)(&s->k, kp, HAS_V)->v);
     }
 }
 
@@ -142,7 +144,7 @@ static void linear_part(const hybrid *a, scratch *s, tile *t, int64_t absorbed, 
     for (int64_t kp = absorbed; kp * TILE < end; kp++) {
         const panel *k = K(side_panel)(&s->k, kp, HAS_F | HAS_V);
         linear_weights(a, s, t, kp, q->f, k->f);
-        add_values(a, 1, t->c, kp, s->t, k->v, s->y);
+        add_values(a, s, 1, t->c, kp, s->t, k->v);
     }
 }
 
@@ -202,10 +204,8 @@ void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span 
     tile_open(&t, a, at, c);
     int64_t boundary = LC_MIN(hybrid_lo(a, t.p_first), t.p_first) / TILE;
     for (; a->F && *absorbed < boundary; ++*absorbed, *has_state = 1) K(absorb)(a, s, *absorbed, TILE);
-    for (int64_t p = t.p_first; p <= t.p_last; p++) { /* the rows to write, far apart */
-        const char *row = (const char *)row_at(&k->y[0], at->b, h, p + at->q_shift);
-        for (int64_t n = 0; n < a->d * (int64_t)sizeof(real); n += 64) __builtin_prefetch(row + n, 1, 2);
-    }
+    s->ahead[AHEAD_Y] = (ahead){(const char *)row_at(&k->y[0], at->b, h, t.p_first + at->q_shift),
+                                k->y[0].stride[2] * (int64_t)sizeof(real), t.p_last + 1 - t.p_first};
     memset(s->y, 0, (size_t)(TILE * dp) * sizeof(real));
     if (a->window) {
         window_part(a, s, &t);
@@ -224,54 +224,58 @@ typedef struct job {
     const lc_kargs *k;
     const hybrid *call;
     int64_t panels; /* of the longest sequence */
-    int n_u;
+    extent extent;
     size_t scratch_bytes;
     share share;
 } job;
 
-/* Segments from .. to - 1 of one head. */
-static void forward_head(const job *j, scratch *s, int64_t head, int64_t from, int64_t to) {
+static void forward_batch(const job *j, scratch *s, const batch *w) {
     const hybrid *a = j->call;
-    int64_t h = head % a->h, n_seg = j->share.segments, absorbed = 0, first, n;
-    int has_state = 0;
+    int64_t n_seg = j->share.segments, absorbed[TOGETHER] = {0}, first, n;
+    int has_state[TOGETHER] = {0};
     span at;
-    whole_span(a, head / a->h, &at);
+    whole_span(a, w->b, &at);
     first = at.p0 / TILE, n = at.p1 > at.p0 ? (at.p1 - 1) / TILE + 1 - first : 0;
-    K(side_open)(&s->q, a, &at, 0, h, a->q, NULL, 0);
-    K(side_open)(&s->k, a, &at, 1, h, a->k, a->v, 0);
-    memset(s->s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s->z, 0, (size_t)a->F * sizeof(real));
-    if (from == 0) K(put_padding)(j->k, a, &at, h);
+    int64_t begin = n, end = 0;
+    for (int i = 0; i < w->n; i++) {
+        int64_t h = w->h + i;
+        K(side_open)(&s[i].q, a, &at, 0, h, a->q, NULL, 0, NULL);
+        K(side_open)(&s[i].k, a, &at, 1, h, a->k, a->v, 0, i && h % a->group ? leader_of(&s[i - 1].k) : NULL);
+        memset(s[i].s, 0, (size_t)(a->F * padded(a->d)) * sizeof(real)), memset(s[i].z, 0, (size_t)a->F * sizeof(real));
+        if (w->from[i] == 0) K(put_padding)(j->k, a, &at, h);
+        begin = LC_MIN(begin, w->from[i] * n / n_seg), end = LC_MAX(end, w->to[i] * n / n_seg);
+    }
     if (a->kind == KIND_CAUSAL)
-        for (int64_t u = from; u < to && 2 * u < n; u++) { /* a cheap and a dear tile make a pair */
-            K(forward_tile)(j->k, a, s, &at, h, first + u, &absorbed, &has_state);
-            if (n - 1 - u != u) K(forward_tile)(j->k, a, s, &at, h, first + n - 1 - u, &absorbed, &has_state);
+        for (int64_t u = w->from[0]; u < w->to[0] && 2 * u < n; u++) { /* a cheap and a dear tile make a pair */
+            K(forward_tile)(j->k, a, s, &at, w->h, first + u, absorbed, has_state);
+            if (n - 1 - u != u) K(forward_tile)(j->k, a, s, &at, w->h, first + n - 1 - u, absorbed, has_state);
         }
     else
-        for (int64_t c = from * n / n_seg; c < to * n / n_seg; c++)
-            K(forward_tile)(j->k, a, s, &at, h, first + c, &absorbed, &has_state);
+        for (int64_t c = begin; c < end; c++)
+            for (int i = 0; i < w->n; i++)
+                if (c >= w->from[i] * n / n_seg && c < w->to[i] * n / n_seg)
+                    K(forward_tile)(j->k, a, &s[i], &at, w->h + i, first + c, &absorbed[i], &has_state[i]);
 }
 
 static void forward_body(void *ctx, int64_t begin, int64_t end, int thread) {
     job *j = ctx;
-    scratch s;
-    arena w = {(char *)j->k->work + (size_t)thread * j->scratch_bytes, 0};
-    K(scratch_carve)(&w, j->call, 1, (int)reach(j->call, j->panels), j->n_u, 0, &s);
+    scratch s[TOGETHER];
+    arena memory = {(char *)j->k->work + (size_t)thread * j->scratch_bytes, 0};
+    batch w;
+    K(scratch_carve)(&memory, j->call, &j->extent, s);
     while (share_take(&j->share, &begin, &end))
-        for (int64_t to; begin < end; begin = to) {
-            int64_t head = begin / j->share.segments, first = head * j->share.segments;
-            to = LC_MIN(end, first + j->share.segments);
-            forward_head(j, &s, head, begin - first, to - first);
-        }
+        while (share_batch(&j->share, j->call->h, &begin, end, &w)) forward_batch(j, s, &w);
 }
 
 static void plan(job *j, const lc_kargs *k, const hybrid *a) {
     *j = (job){.k = k, .call = a};
     j->panels = LC_MAX((a->t + LC_MAX(a->offset, 0) + TILE - 1) / TILE, 1);
     j->share.segments = segments_of(a, j->panels);
-    j->n_u = a->window ? (int)LC_MIN(reach(a, j->panels), BLOCK_PANELS) : 0;
+    int n = (int)reach(a, j->panels);
+    j->extent = (extent){(int)heads_together(a, k->host->threads()), 1, n, a->window ? LC_MIN(n, BLOCK_PANELS) : 0, 0};
     arena w = {0};
-    scratch s;
-    K(scratch_carve)(&w, a, 1, (int)reach(a, j->panels), j->n_u, 0, &s);
+    scratch s[TOGETHER];
+    K(scratch_carve)(&w, a, &j->extent, s);
     j->scratch_bytes = w.used;
 }
 

@@ -3,8 +3,8 @@
 
 static void carve_side(arena *at, const hybrid *a, int n, int backward, side *s) {
     size_t tile = (size_t)(padded(a->d) * TILE) * sizeof(real), features = (size_t)(a->F * TILE) * sizeof(real);
-    panel *slots = carve(at, (size_t)n * sizeof(panel));
-    s->n_slots = n, s->slots = slots;
+    panel *slots = carve(at, (size_t)n * sizeof(panel)), *own = carve(at, (size_t)n * sizeof(panel));
+    s->n_slots = n, s->slots = slots, s->own = own;
     s->w = carve(at, (size_t)(a->d * a->f) * sizeof(real));
     s->wt = backward ? carve(at, (size_t)(a->f * padded(a->d)) * sizeof(real)) : NULL;
     for (int i = 0; i < n; i++) {
@@ -13,29 +13,37 @@ static void carve_side(arena *at, const hybrid *a, int n, int backward, side *s)
         p.vt = backward ? carve(at, tile) : NULL;
         p.f = carve(at, features);
         p.a = backward ? carve(at, features) : p.f;
-        if (slots) slots[i] = p;
+        if (own) own[i] = p;
     }
 }
 
-void K(scratch_carve)(arena *at, const hybrid *a, int nq, int nk, int n_u, int backward, scratch *s) {
+void K(scratch_carve)(arena *at, const hybrid *a, const extent *e, scratch *s) {
     int64_t dp = padded(a->d), rows = LC_MAX(padded(a->F), TILE);
     size_t tile = (size_t)(dp * TILE) * sizeof(real);
-    carve_side(at, a, nq, backward, &s->q);
-    carve_side(at, a, nk, backward, &s->k);
-    s->s = carve(at, (size_t)(a->F * dp) * sizeof(real)), s->z = carve(at, (size_t)a->F * sizeof(real));
-    s->u = carve(at, (size_t)(n_u * TILE * TILE) * sizeof(real)),
+    s->u = carve(at, (size_t)(e->n_u * TILE * TILE) * sizeof(real)),
     s->t = carve(at, (size_t)(rows * TILE) * sizeof(real));
     s->y = carve(at, tile), s->y2 = carve(at, tile);
     s->q.row = s->k.row = carve(at, (size_t)(padded(a->F) * TILE) * sizeof(real));
-    s->gm = backward ? carve(at, (size_t)(a->f * dp) * sizeof(real)) : NULL;
+    s->row_bytes = a->d * (int64_t)sizeof(real);
+    s->ahead = carve(at, AHEADS * sizeof(ahead));
+    if (s->ahead) memset(s->ahead, 0, AHEADS * sizeof(ahead));
+    s->q.ahead = s->ahead ? s->ahead + AHEAD_Q : NULL, s->k.ahead = s->ahead ? s->ahead + AHEAD_K : NULL;
+    for (int i = 0; i < e->n; i++) {
+        s[i] = s[0];
+        carve_side(at, a, e->nq, e->backward, &s[i].q);
+        carve_side(at, a, e->nk, e->backward, &s[i].k);
+        s[i].s = carve(at, (size_t)(a->F * dp) * sizeof(real)), s[i].z = carve(at, (size_t)a->F * sizeof(real));
+        s[i].gm = e->backward ? carve(at, (size_t)(a->f * dp) * sizeof(real)) : NULL;
+    }
 }
 
 void K(side_open)(side *s, const hybrid *call, const span *at, int is_key, int64_t h, const lc_view *x,
-                  const lc_view *v, int transposed_w) {
+                  const lc_view *v, int transposed_w, side *leader) {
+    s->leader = leader;
     s->call = call, s->at = at, s->is_key = is_key, s->h = h, s->x = x, s->v = v, s->cache = NULL;
     s->step = 1;
     s->hx = is_key ? h / call->group : h;
-    for (int i = 0; i < s->n_slots; i++) s->slots[i].index = -1;
+    memcpy(s->slots, s->own, (size_t)s->n_slots * sizeof(panel));
     if (!call->F || call->map == MAP_NONE) return;
     const lc_view *m = is_key ? call->mk : call->mq;
     const real *w = weights_at(m, h);
@@ -70,16 +78,15 @@ static const real *token_row(const side *s, int which, int64_t p) {
     return row_at(v, at->b, head, p + (s->is_key ? at->k_shift : at->q_shift));
 }
 
-/* Rows of one head lie far apart, so no hardware looks ahead for them: ask for the next panel while this one is worked
- * on. */
-static inline __attribute__((always_inline)) void fetch_ahead(const side *s, int which, int64_t index) {
-    int64_t from, end, bytes = s->call->d * (int64_t)sizeof(real);
+static void look_at_panel(const side *s, int which, int64_t index) {
+    int64_t from, end, p = index * TILE;
+    s->ahead[which].rows = 0;
     if (index < 0 || !s->step) return;
     valid_rows(s, index, &from, &end);
-    for (int64_t i = from; i < end; i++) {
-        const char *row = (const char *)token_row(s, which, index * TILE + i);
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-    }
+    if (from == end || (s->is_key && p < s->at->cached)) return;
+    const lc_view *v = which ? s->v : s->x;
+    s->ahead[which] =
+        (ahead){(const char *)token_row(s, which, p + from), v->stride[2] * (int64_t)sizeof(real), end - from};
 }
 
 static void load_rows(const side *s, int which, int64_t index, real *to) {
@@ -88,7 +95,7 @@ static void load_rows(const side *s, int which, int64_t index, real *to) {
     memset(to, 0, (size_t)(from * dp) * sizeof(real));
     memset(to + end * dp, 0, (size_t)((TILE - end) * dp) * sizeof(real));
     for (int64_t i = from; i < end; i++) copy_row(to + i * dp, token_row(s, which, p + i), d, dp);
-    fetch_ahead(s, which, index + s->step);
+    look_at_panel(s, which, index + s->step);
 }
 
 /* [dp][TILE] straight from the rows, where they are whole and evenly spaced; returns 0 where not. */
@@ -98,7 +105,7 @@ static int transpose_in_place(const side *s, int which, int64_t index, real *to)
     valid_rows(s, index, &from, &end);
     if (d % VL || from || end < TILE || (s->is_key && p < s->at->cached)) return 0;
     K(tile_transpose)(d, token_row(s, which, p), v->stride[2], to);
-    fetch_ahead(s, which, index + s->step);
+    look_at_panel(s, which, index + s->step);
     return 1;
 }
 
@@ -136,24 +143,33 @@ static void features(side *s, panel *p) {
     }
 }
 
-panel *K(side_panel)(side *s, int64_t index, int parts) {
-    panel *p = &s->slots[index % s->n_slots];
+/* Parts missing of x, v and their transposes. */
+static void load_parts(side *s, panel *p, int parts, int missing) {
     int64_t dp = padded(s->call->d);
-    if (p->index != index) p->index = index, p->has = 0;
-    if (parts & HAS_F && s->call->map != MAP_NONE) parts |= HAS_XT;
-    int missing = parts & ~p->has;
     for (int which = 0; which < 2; which++) { /* x, v */
         int rows = which ? HAS_V : HAS_X, columns = which ? HAS_VT : HAS_XT;
         real *r = which ? p->v : p->x, *c = which ? p->vt : p->xt;
         if (missing & columns && !((parts | p->has) & rows)) {
-            if (transpose_in_place(s, which, index, c))
+            if (transpose_in_place(s, which, p->index, c))
                 missing &= ~columns;
             else
-                missing |= rows, parts |= rows;
+                missing |= rows, p->has |= rows;
         }
-        if (missing & rows) load_rows(s, which, index, r);
+        if (missing & rows) load_rows(s, which, p->index, r);
         if (missing & columns) K(tile_transpose)(dp, r, dp, c);
     }
+}
+
+panel *K(side_panel)(side *s, int64_t index, int parts) {
+    panel *p = &s->slots[index % s->n_slots];
+    if (p->index != index) p->index = index, p->has = 0;
+    if (parts & HAS_F && s->call->map != MAP_NONE) parts |= HAS_XT;
+    int missing = parts & ~p->has;
+    if (s->leader && parts & ~HAS_F) {
+        const panel *from = K(side_panel)(s->leader, index, parts & ~HAS_F);
+        p->x = from->x, p->v = from->v, p->xt = from->xt, p->vt = from->vt;
+    } else
+        load_parts(s, p, parts, missing);
     if (missing & HAS_F) features(s, p);
     p->has |= parts;
     return p;

@@ -28,6 +28,14 @@ typedef struct panel {
     real *f, *a;   /* [F][TILE]: features; before the clamp (backward only, else = f) */
 } panel;
 
+/* Rows that will be read or written soon. They lie far apart, so no hardware looks ahead for them; they are asked for a
+ * few at a time between products, for all at once would wait for each other. */
+typedef struct ahead {
+    const char *row;
+    int64_t stride, rows; /* bytes to the next, how many */
+} ahead;
+enum { AHEAD_Y, AHEAD_Q, AHEAD_K = AHEAD_Q + 2, AHEADS = AHEAD_K + 2 }; /* x and v of a side */
+
 typedef struct side {
     const hybrid *call;
     const span *at;
@@ -38,33 +46,53 @@ typedef struct side {
     const lc_view *cache; /* of earlier keys; NULL when there is none */
     real *row;            /* scratch [TILE][Fp] */
     real *w, *wt;         /* [d][f], the skip's identity added; [f][dp] (backward only) */
+    struct side *leader;     /* a side of the same head of x and v, walked just before; its x and v are used. Or NULL */
     panel *slots;
+    const panel *own;        /* [n_slots]: the slots' own memory */
+    ahead *ahead;            /* [2]: of x, of v */
 } side;
 
-/* Scratch of one thread. */
+/* Scratch of one head; the heads that a thread walks together share u, t, y, y2, ahead. */
 typedef struct scratch {
     side q, k;
     real *s, *z;  /* state [F][dp], [F] */
     real *u, *t;  /* [n][TILE], [max(F, TILE)][TILE] */
     real *y, *y2; /* [TILE][dp] */
     real *gm;     /* backward: [f][dp] */
+    int64_t row_bytes;
+    ahead *ahead; /* [AHEADS] */
 } scratch;
+
+/* Asks for the next few rows. Inlined, or else the compiler takes it for a function without effect. */
+static inline __attribute__((always_inline)) void look_ahead(scratch *s) {
+    int64_t n = 0;
+    while (n < AHEADS - 1 && !s->ahead[n].rows) n++;
+    ahead *a = s->ahead + n;
+    for (int64_t rows = LC_MIN(a->rows, 8); rows > 0; rows--, a->rows--, a->row += a->stride)
+        for (int64_t at = 0; at < s->row_bytes; at += 64) __builtin_prefetch(a->row + at, 0, 2);
+}
 
 enum { BLOCK_PANELS = 8 }; /* panels whose scores are held at once */
 
 static inline int64_t padded(int64_t d) { return round_up(d, VL); }
 
-/* Carves one thread's scratch with rings of nq and nk panels. n_u: panels of scores. */
-void K(scratch_carve)(arena *at, const hybrid *a, int nq, int nk, int n_u, int backward, scratch *s);
-/* Points a side at a head: weights are copied, the ring is emptied. */
+/* Carves one thread's scratch for n heads, with rings of nq and nk panels. n_u: panels of scores. */
+typedef struct extent {
+    int n, nq, nk, n_u, backward;
+} extent;
+void K(scratch_carve)(arena *at, const hybrid *a, const extent *e, scratch *s);
+/* Points a side at a head: weights are copied, the ring is emptied. leader: see side. */
 void K(side_open)(side *s, const hybrid *call, const span *at, int is_key, int64_t h, const lc_view *x,
-                  const lc_view *v, int transposed_w);
+                  const lc_view *v, int transposed_w, side *leader);
+static inline side *leader_of(side *s) { return s->leader ? s->leader : s; }
 /* Panel `index` with at least these parts. */
 panel *K(side_panel)(side *s, int64_t index, int parts);
 
-/* Panels that a window can reach back from a tile, with the tile's own and one to spare. */
+/* Panels that are wanted again: those that a window can reach back from a tile, the tile's own, and one that has just
+ * left the window, which the next head takes into its state. */
 static inline int64_t reach(const hybrid *a, int64_t panels) {
-    int64_t n = a->kind == KIND_CAUSAL ? panels : (2 * a->window + 2 * TILE - 2) / TILE + 2;
+    int64_t back = a->kind == KIND_SLIDING ? a->window - 1 : a->window % TILE ? 2 * a->window - 1 : a->window;
+    int64_t n = a->kind == KIND_CAUSAL ? panels : (LC_MAX(back, 0) + TILE - 1) / TILE + 2;
     return LC_MAX(LC_MIN(n, panels), 1);
 }
 

@@ -13,7 +13,7 @@ typedef struct job {
     const hybrid *call;
     const lc_view *state, *zsum, *cache, *slot, *pos;
     int one_by_one, alone; /* rows through row_step; a single token, so a head may write the cache at once */
-    int n_u;
+    extent extent;
     int64_t panels;
     size_t scratch_bytes;
 } job;
@@ -210,7 +210,7 @@ static void tiles_body(void *ctx, int64_t begin, int64_t end, int thread) {
     const hybrid *a = j->call;
     scratch s;
     arena w = {(char *)j->k->work + (size_t)thread * j->scratch_bytes, 0};
-    K(scratch_carve)(&w, a, 1, (int)reach(a, j->panels), j->n_u, 0, &s);
+    K(scratch_carve)(&w, a, &j->extent, &s);
     for (int64_t n = begin; n < end; n++) {
         int64_t h = n % a->h;
         span at;
@@ -219,8 +219,8 @@ static void tiles_body(void *ctx, int64_t begin, int64_t end, int thread) {
         if (at.p1 == at.p0) continue;
         int64_t absorbed = at.k_min / TILE, last = absorbed_at(a, at.p1);
         int has_state = at.k_min > 0;
-        K(side_open)(&s.q, a, &at, 0, h, a->q, NULL, 0);
-        K(side_open)(&s.k, a, &at, 1, h, a->k, a->v, 0);
+        K(side_open)(&s.q, a, &at, 0, h, a->q, NULL, 0, NULL);
+        K(side_open)(&s.k, a, &at, 1, h, a->k, a->v, 0, NULL);
         s.k.cache = a->window ? j->cache : NULL;
         move_state(j, &at, h, &s, 0);
         for (int64_t c = at.p0 / TILE; c * TILE < at.p1; c++)
@@ -266,14 +266,15 @@ static int plan(job *j, const lc_kargs *k, const hybrid *a) {
     j->one_by_one = a->t <= FEW || (k->host->option(LC_OPTION_PLAIN_HYBRID));
     j->alone = a->t == 1;
     j->panels = (a->t + 2 * a->window) / TILE + 3;
-    j->n_u = a->window ? (int)LC_MIN(reach(a, j->panels), BLOCK_PANELS) : 0;
+    int n = (int)reach(a, j->panels);
+    j->extent = (extent){1, 1, n, a->window ? LC_MIN(n, BLOCK_PANELS) : 0, 0};
     arena w = {0};
     scratch s;
     token t;
     if (j->one_by_one)
         carve_token(j, &w, &t);
     else
-        K(scratch_carve)(&w, a, 1, (int)reach(a, j->panels), j->n_u, 0, &s);
+        K(scratch_carve)(&w, a, &j->extent, &s);
     j->scratch_bytes = w.used;
     return LC_K_OK;
 }
