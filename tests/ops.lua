@@ -5,7 +5,8 @@
 local lc = require "lolcats"
 local ops = require "lolcats.core.ops"
 local t = dofile "tests/lua/harness.lua"
-local args = lc.args {"Tests every row of the op table.", {"device", "cpu", "the device compared with the CPU"}, {"op", "", "one op only"}}
+local args = lc.args {"Tests every row of the op table.", {"device", "cpu", "the device compared with the CPU"}, {"op", "", "one op only"},
+                      {"json", "", "a file for the worst error of each op on the device, in float32 and bf16"}}
 local S = dofile "tests/ops/samples.lua"
 local device = args.device
 local same_code = device:match "^mock" ~= nil            -- the CPU's kernels on closed memory; they widen no halves there
@@ -69,7 +70,17 @@ local function difference(a, b)
   return d / math.max(scale, 1e-2)
 end
 
+local worst = {} -- op -> dtype -> {error on the device, its limit}
+local function note(name, what, got, limit)
+  if device == "cpu" or what:sub(1, #device) ~= device then return end
+  local op, dtype = name:match "^[%w_]+", what:match "bf16" or what:match "f16" or what:match "f64" or "f32"
+  worst[op] = worst[op] or {}
+  local w = worst[op][dtype]
+  if not w or got > w.error then worst[op][dtype] = {error = got, limit = limit} end
+end
+
 local function expect(name, what, got, limit)
+  note(name, what, got, limit)
   t.test(("%s: %s"):format(name, what), function()
     if not (got <= limit) then error(("differs by %.3g, allowed %.3g"):format(got, limit), 0) end
   end)
@@ -268,4 +279,5 @@ end
 t.test("every row has a sample", function()
   if #untested > 0 then error("without one: " .. table.concat(untested, ", "), 0) end
 end)
+if args.json ~= "" then lc.files.write_json(args.json, worst) end
 t.finish()

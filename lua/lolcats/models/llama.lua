@@ -278,7 +278,11 @@ end
 function Model:loss_at(x, rows, wanted)
     local where = { dtype = "i32", device = self.device }
     local flat = x:reshape(-1, x:size(-1))
-    if #rows < flat:size(1) then flat = flat:index_select(1, lc.tensor(rows, where)) end
+    if rows[#rows] - rows[1] + 1 == #rows then -- in one piece, as without padding and masks: no copy
+        flat = flat:narrow(1, rows[1] + 1, #rows)
+    else
+        flat = flat:index_select(1, lc.tensor(rows, where))
+    end
     if lc.grad_enabled() and self.head.requires_grad then
         return lc.cross_entropy(lc.linear(flat, self.head), lc.tensor(wanted, where)), nil, nil, #rows
     end
