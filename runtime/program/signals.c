@@ -1,7 +1,8 @@
 /* signals.c: Ctrl-C. The first one asks: it sets lc_interrupt, at which the next op fails with LC_EINTR, and a count
  * hook, which stops Lua code that calls no op. LuaJIT runs no hook inside compiled code, so a compiled loop without ops
  * goes on; a second Ctrl-C, within a second or while the first still waits, ends the program at once with status 130.
- * Files survive that: they are written aside and renamed. */
+ * Files survive that: they are written aside and renamed. A mapped file that somebody cuts off ends the program with a
+ * message. */
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -65,6 +66,14 @@ int lc_signals_take(void) {
     return was;
 }
 
+static void on_bus_error(int signal) {
+    static const char why[] = "\nlolcats: a file that is being read (a model or a checkpoint) was cut off or replaced "
+                              "in place, or its disk failed\n";
+    (void)signal;
+    if (write(2, why, sizeof why - 1) < 0) _exit(3);
+    _exit(3);
+}
+
 void lc_signals_install(lua_State *L) {
     state = L;
     main_thread = pthread_self();
@@ -74,6 +83,8 @@ void lc_signals_install(lua_State *L) {
     struct sigaction old;
     action.sa_handler = SIG_IGN; /* a reader that leaves must not end a training run; writes report it */
     sigaction(SIGPIPE, &action, NULL);
+    action.sa_handler = on_bus_error;
+    sigaction(SIGBUS, &action, NULL);
     sigaction(SIGINT, NULL, &old);
     if (old.sa_handler == SIG_IGN) return; /* started in the background: stays immune */
     action.sa_handler = on_interrupt;

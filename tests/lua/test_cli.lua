@@ -228,6 +228,18 @@ t.test("a reader that goes away is no error", function()
   pipe:close()
 end)
 
+t.test("a mapped file that is cut off while it is read", function()
+  local path = write("cut.lua", ([[
+    local lc = require "lolcats"
+    local path = %q
+    lc.files.save_tensors(path, {x = lc.ones(100, 1000)})
+    local x = lc.files.open_tensors(path):tensor("x")
+    os.execute("truncate -s 200 " .. path)
+    print(x:sum():item())
+  ]]):format(folder .. "/cut.safetensors"))
+  expect({path}, 3, "was cut off or replaced in place")
+end)
+
 -- Starts a script in the background, interrupts it once it has printed, again and again if `insist`, and returns its output and status.
 local function interrupt(code, insist)
   local path, log = write("loop.lua", code), folder .. "/log"
