@@ -1,6 +1,6 @@
 -- decode_gpu.lua: greedy decoding on a GPU, many rows at once, ids staying there: tokens/s at batch sizes, the cost of a late position
 -- against an early one, and prefill.
---   lolcats tests/bench/decode_gpu.lua [--model random:mistral-7b] [--batches 1,8,64,256] [--json]
+--   lolcats tests/bench/decode_gpu.lua [--model random:mistral-7b] [--batches 1,8,64,256] [--state bf16] [--json]
 local lc = require "lolcats"
 local log = require "lolcats.log"
 
@@ -8,6 +8,7 @@ local args = lc.args {
     "Time decoding and prefill on a GPU.",
     { "model", "random:mistral-7b", "a model, or random:SHAPE" },
     { "device", "cuda:0", "where" }, { "dtype", "bf16", "of weights and activations" },
+    { "state", "f32", "dtype of the carried states" },
     { "batches", { 1, 8, 64, 256 }, "rows decoded at once" },
     { "prompt", 128, "tokens before the first one timed", min = 1 },
     { "steps", 128, "timed steps", min = 8 },
@@ -36,7 +37,7 @@ local function step(m, state, now)
 end
 
 local function decode(m, batch, at, steps)
-    local state = m:new_state(batch)
+    local state = m:new_state(batch, { state_dtype = args.state })
     local now = lc.keep(ids(batch, 1))
     lc.no_grad(lc.scope, function() m:forward(ids(batch, args.prompt), { state = state }) end)
     if at then -- the state has one size wherever it stands, so a position is just a number
@@ -64,7 +65,7 @@ local function decode(m, batch, at, steps)
     return s
 end
 
-local result, rows = { model = args.model, device = device, dtype = args.dtype, batches = {}, positions = {} }, {}
+local result, rows = { model = args.model, device = device, dtype = args.dtype, state = args.state, batches = {}, positions = {} }, {}
 for _, b in ipairs(args.batches) do
     lc.reset_peak(device)
     local ok, s = pcall(decode, student, tonumber(b), nil, args.steps)
