@@ -3,7 +3,7 @@
  * there are few rows). Dense weights go through shared memory: each thread has a ring of DEPTH pieces of 16 bytes of its own, filled
  * by asynchronous copies that run on from one row into the next, so that they never drain; x comes from the first-level cache, which
  * these copies leave alone. A weight depends on no kernel before, so its first pieces are read while that still runs (chain.cuh): the
- * ring in full, the rest of a group's first row into the second-level cache. Blocks of quantised weights are read straight into
+ * ring in full, FURTHER pieces a thread (19 MB on 132 multiprocessors) into the second-level cache. Blocks of quantised weights are read straight into
  * registers. The order of a sum depends on the shape alone. */
 #include "gemv.cuh"
 
@@ -11,7 +11,7 @@
 #include "gemm.cuh"
 #include "quant.cuh"
 
-enum { GEMV_THREADS = 256, DEPTH = 8, GEMV_BLOCKS = 4 /* a multiprocessor */ };
+enum { GEMV_THREADS = 256, DEPTH = 8, FURTHER = 9, GEMV_BLOCKS = 4 /* a multiprocessor */ };
 
 /* N consecutive elements, aligned to their size up to 16 bytes, as float. */
 template <int N, class T> static __device__ __forceinline__ void read_some(const T *p, float (&v)[N]) {
@@ -91,8 +91,9 @@ static __device__ __forceinline__ void dense_rows(const lc_cuda_gemv &g, const X
         if (ahead_at >= steps << lane_bits) ahead_at = lane, ahead += apart, from += next_row;
     };
     for (int d = 0; d < DEPTH - 1; d++) copy_next(d);
-    if (!lane && first + group < g.n && pieces > (DEPTH - 1) * lanes)
-        read_ahead((const W *)g.w + (first + group) * g.ld_w + (DEPTH - 1) * lanes * EACH, (uint32_t)(pieces - (DEPTH - 1) * lanes) * 16);
+    const int further = pieces - (DEPTH - 1) * lanes < FURTHER * lanes ? pieces - (DEPTH - 1) * lanes : FURTHER * lanes;
+    if (!lane && first + group < g.n && further > 0)
+        read_ahead((const W *)g.w + (first + group) * g.ld_w + (DEPTH - 1) * lanes * EACH, (uint32_t)further * 16);
     wait_for_previous();
     for (int64_t j = first; j < g.n; j += apart) { /* the same rounds for every thread of the block */
         const X *p = x + lane * EACH;

@@ -9,7 +9,7 @@
 #include "chain.cuh"
 #include "hybrid.cuh"
 
-enum { DECODE_THREADS = 256, PIECE = 16384, PIECES = 6, MOST_KEYS = 128, MOST_F = 128, ROWS = 8, QUADS_HELD = 16, MOST_WINDOW = MOST_KEYS / 2 };
+enum { DECODE_THREADS = 256, PIECE = 16384, MOST_KEYS = 128, MOST_F = 128, ROWS = 8, QUADS_HELD = 16, MOST_WINDOW = MOST_KEYS / 2 };
 
 template <class T> __device__ __forceinline__ void load_eight(const void *p, float (&v)[8]) {
     uint4 raw = *(const uint4 *)p;
@@ -88,14 +88,15 @@ __global__ void __launch_bounds__(DECODE_THREADS) query_features(hybrid a, carri
 }
 
 /* ---- one token ----------------------------------------------------------------------------------------------------------- */
-/* Shared memory: the ring (afterwards sums [8 warps][HB][D], or what enters the state), then these. */
+/* Shared memory: the ring of PIECES (afterwards sums [8 warps][HB][D], or what enters the state), then these. */
 template <int D, int HB> struct decode_shared {
+    enum { PIECES = HB == 1 ? 6 : 5 }; /* so that sm_89 has room */
     float q[HB][D], now[2][D], features[HB][MOST_F], u[MOST_KEYS][HB], lin[HB], den[HB];
 };
 
 /* D columns; S the type of state, C of the cache. */
 template <int D, int HB, class S, class C> struct decoder {
-    enum { LANES = D / 8, GROUPS = DECODE_THREADS / LANES, KEYS = PIECE / (D * (int)sizeof(C)), STATE_ROWS = PIECE / (D * (int)sizeof(S)) };
+    enum { PIECES = decode_shared<D, HB>::PIECES, LANES = D / 8, GROUPS = DECODE_THREADS / LANES, KEYS = PIECE / (D * (int)sizeof(C)), STATE_ROWS = PIECE / (D * (int)sizeof(S)) };
     const hybrid &a;
     const carried &c;
     char *ring;
@@ -431,8 +432,14 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_kernel(hybrid a, car
 /* ---- the host's side ------------------------------------------------------------------------------------------------------ */
 enum { SHARED_HEADS = 4, SHARING_BLOCKS = 264 };
 
+/* Bytes of the ring; what enters the state lies there too. */
+template <int D, int HB> static int ring_bytes(const hybrid &a) {
+    int room = (int)sizeof(float) * MOST_WINDOW * ((D + 4 > a.F ? D + 4 : a.F) + D + a.f), pieces = decode_shared<D, HB>::PIECES * PIECE;
+    return pieces > room ? pieces : room;
+}
+
 template <int D, int HB, class S, class C> static int run(const lc_kargs *k, const hybrid &a, const carried &c) {
-    int room = (int)sizeof(float) * MOST_WINDOW * ((D + 4 > a.F ? D + 4 : a.F) + D + a.f), ring = PIECES * PIECE > room ? PIECES * PIECE : room;
+    int ring = ring_bytes<D, HB>(a);
     size_t bytes = (size_t)ring + sizeof(decode_shared<D, HB>), first = sizeof(float) * ROWS * (a.d + 8 * a.f + a.F);
     float *features = (float *)k->work;
     if (allow_shared(decode_kernel<D, HB, S, C>, bytes) || allow_shared(query_features, first)) return LC_K_DEVICE;
@@ -474,7 +481,10 @@ bool hybrid_decode_fit(const lc_kargs *k, const hybrid &a) {
     if (!x[9].data || !x[11].data || a.t != 1 || x[0].dtype == LC_K_F64 || a.map == MAP_NONE || a.window < 1 || a.window > MOST_WINDOW) return false;
     if ((a.d != 64 && a.d != 128) || (a.F & (a.F - 1)) || a.F < 16 || a.F > MOST_F || (a.f & (a.f - 1)) || a.f < 16 || a.f > 128) return false;
     if (type_of(k) < 0 || x[10].dtype != LC_K_F32 || !even_weights(x + 3) || !even_weights(x + 4)) return false;
-    return (uintptr_t)x[9].data % 16 == 0 && (uintptr_t)x[11].data % 16 == 0 && x[9].data != x[11].data;
+    if (lc_cuda_select(k->device) || ring_bytes<128, 4>(a) + sizeof(decode_shared<128, 4>) > lc_cuda_now->shared_max ||
+        ring_bytes<128, 1>(a) + sizeof(decode_shared<128, 1>) > lc_cuda_now->shared_max)
+        return false;
+    return (uintptr_t)x[9].data % 16 == 0 && (uintptr_t)x[11].data % 16 == 0;
 }
 size_t hybrid_decode_work(const hybrid &a) { return (size_t)a.b * a.h * a.F * sizeof(float); }
 
