@@ -19,10 +19,11 @@
 /* ---- wgmma ----------------------------------------------------------------------------------------------------------- */
 #if LC_WGMMA
 /* PTX ISA, "Matrix descriptor": address, leading and stride offsets in units of 16 bytes, 128-byte swizzle. Rows of 128 bytes come in
- * eights, 1024 bytes apart (the stride); `leading` bytes lie between panels of 64 columns where columns are the product's m or n. */
-__device__ __forceinline__ uint64_t group_tile(const void *p, int leading) {
-    uint64_t at = (shared_address(p) & 0x3ffff) >> 4;
-    return at | (uint64_t)(leading >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+ * eights, 1024 bytes apart (the stride); `leading` bytes lie between panels of 64 columns where columns are the product's m or n. `at`:
+ * how many halves after the tile's begin, added last: from step to step only the low word changes, by a constant. */
+__device__ __forceinline__ uint64_t group_tile(const void *tile, int leading, int at) {
+    uint32_t low = (shared_address(tile) >> 4 | (uint32_t)(leading >> 4) << 16) + (uint32_t)(at >> 3);
+    return (uint64_t)(1024 >> 4 | 1 << 30) << 32 | low;
 }
 template <int N, class T> struct group_mma;
 #define LC_ACC4(i) "+f"(acc[i][0]), "+f"(acc[i][1]), "+f"(acc[i][2]), "+f"(acc[i][3])
@@ -94,9 +95,9 @@ enum { ALONG_K, ACROSS_K };
 template <int N, int RA, int LA, int RB, int LB, class T>
 __device__ __forceinline__ void group_step(float (&acc)[N / 8][4], const T *a, int m, const T *b, int n, int k) {
 #if LC_WGMMA
-    const T *pa = LA == ALONG_K ? a + (k >> 6) * (RA * 64) + m * 64 + (k & 63) : a + (m >> 6) * (RA * 64) + k * 64;
-    const T *pb = LB == ALONG_K ? b + (k >> 6) * (RB * 64) + n * 64 + (k & 63) : b + (n >> 6) * (RB * 64) + k * 64 + (n & 63);
-    group_mma<N, T>::template run<LA, LB>(acc, group_tile(pa, 16), group_tile(pb, LB == ALONG_K ? 16 : RB * 128));
+    int pa = LA == ALONG_K ? (k >> 6) * (RA * 64) + m * 64 + (k & 63) : (m >> 6) * (RA * 64) + k * 64;
+    int pb = LB == ALONG_K ? (k >> 6) * (RB * 64) + n * 64 + (k & 63) : (n >> 6) * (RB * 64) + k * 64 + (n & 63);
+    group_mma<N, T>::template run<LA, LB>(acc, group_tile(a, 16, pa), group_tile(b, LB == ALONG_K ? 16 : RB * 128, pb));
 #else
     uint32_t x[4], y[4];
     int row = m + (threadIdx.x >> 5 & 3) * 16;
@@ -125,8 +126,8 @@ __device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const uint
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
 #if LC_WGMMA
-        const T *pb = LB == ALONG_K ? b + (k >> 6) * (RB * 64) + n * 64 + (k & 63) : b + (n >> 6) * (RB * 64) + k * 64 + (n & 63);
-        group_mma<N, T>::template run<LB>(acc, a[k / 16], group_tile(pb, LB == ALONG_K ? 16 : RB * 128));
+        int pb = LB == ALONG_K ? (k >> 6) * (RB * 64) + n * 64 + (k & 63) : (n >> 6) * (RB * 64) + k * 64 + (n & 63);
+        group_mma<N, T>::template run<LB>(acc, a[k / 16], group_tile(b, LB == ALONG_K ? 16 : RB * 128, pb));
 #else
         uint32_t y[4];
 #pragma unroll

@@ -3,7 +3,7 @@
  * query side: keys of chunk c are seen linearly by the chunks after c + lag and, under a triangle, by rows of chunk c + lag. */
 #include "hybrid_backward_tile.cuh"
 
-/* Values of the queries of two chunks, slot chunk & 1, in shared memory; at: the key at the maximum, from the first token on. */
+/* Values of the queries of two chunks, slot chunk & 1, in shared memory; c: the maximum less the logarithm of gamma / z; at: the key at the maximum, from the first token on. */
 struct near_rows {
     float rz[2][64], delta[2][64], c[2][64], x[2][64], sum[128], more[128]; /* P; what the next one gets */
     int at[2][64];
@@ -63,13 +63,13 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
     };
     __device__ __forceinline__ void fetch(int c, fetched &f) const {
         int row = threadIdx.x & 63, what = threadIdx.x >> 6, i = s.s0 + c * 64 + row;
-        f.value = 0, f.at = -1;
+        f.value = what == 3 ? INFINITY : 0, f.at = -1;
         if (!holds(s, c, row)) return;
         if (what == 0) f.value = *o.z.row<float>(s.b, s.h, i);
         if (what == 1) f.value = p.delta[s.head * o.a.t + i];
         if (what == 2) f.value = p.x[s.head * o.a.t + i];
         if (what != 3 || !o.a.window) return;
-        f.value = *o.c.row<float>(s.b, s.h, i) * LC_LOG2E;
+        f.value = *o.c.row<float>(s.b, s.h, i) * LC_LOG2E - log2f(gamma / *o.z.row<float>(s.b, s.h, i));
         f.at = *o.argmax.row<int32_t>(s.b, s.h, i) - s.s0;
     }
     __device__ __forceinline__ void put_rows_of(int c, const fetched &f) {
@@ -161,26 +161,32 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
      * the gradient of the scores into ds; sc, dp: the products, at an end; linear: the triangle's weights. */
     __device__ __forceinline__ void put_weights(int c, int chunk, bool window, float (&sc)[8][4], float (&dp)[8][4],
                                                 const float (&linear)[TRI ? 8 : 1][4]) {
-        int lane = threadIdx.x & 31, slot = chunk & 1;
+        int lane = threadIdx.x & 31, slot = chunk & 1, most = TRI || hf ? 2 * (lane & 3) - m - (lane >> 2) : 64; /* of row - column */
         float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E;
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 int col = 8 * n + 2 * (lane & 3) + i;
-                float mx = rows->c[slot][col], by = rows->rz[slot][col] * gamma, delta = rows->delta[slot][col], x = rows->x[slot][col];
-                int at = rows->at[slot][col] - c * 64;
+                float mx = rows->c[slot][col], delta = rows->delta[slot][col] * scale;
 #pragma unroll
                 for (int j = i; j < 4; j += 2) {
-                    int row = m + (lane >> 2) + 8 * (j >> 1);
-                    bool in = window && (hf ? col >= row : !TRI || col < row);
-                    float w = in ? exp2_fast(sc[n][j] * scale2 - mx) * by : 0.f;
-                    dp[n][j] = scale * (w * (dp[n][j] - delta) + (row == at ? x : 0.f));
+                    bool in = 8 * (j >> 1) - 8 * n - i <= most;
+                    if (TRI && !hf) in = window && !in;
+                    float w = in ? exp2_fast(sc[n][j] * scale2 - mx) : 0.f;
+                    dp[n][j] = w * (dp[n][j] * scale - delta);
                     sc[n][j] = w + (TRI ? linear[TRI ? n : 0][j] : 0.f);
                 }
             }
         put_tile<64>(features_q, sc, m, 64 * hf);
         put_tile<64>(ds, dp, m, 64 * hf);
+        __syncwarp();
+        for (int col = lane; col < 64; col += 32) { /* what the maximum gets */
+            int at = rows->at[slot][col] - c * 64 - m;
+            if (at < 0 || at >= 16) continue;
+            bf16 *to = tile_at<64>(ds, m + at, 64 * hf + col);
+            *to = store<bf16>(load<float>(*to) + scale * rows->x[slot][col]);
+        }
     }
 
     /* acc [16][D / 2] += weights of the strip times rows of the queries' chunks. */

@@ -2,7 +2,7 @@
  * chunks with S in registers and makes dq, its share of the query map's gradient, delta and x of its rows. */
 #include "hybrid_backward_tile.cuh"
 
-/* Values of the 64 queries of a chunk, in shared memory; at: the key at the maximum, counted from the first key of chunk c - lag. */
+/* Values of the 64 queries of a chunk, in shared memory; c: the maximum less the logarithm of what scales the weights; at: the key at the maximum, counted from the first key of chunk c - lag. */
 struct query_rows {
     float rz[64], delta[64], c[64], half_x[2][64], z[128], more[128]; /* more: what the next state's Z gets */
     int at[64];
@@ -69,8 +69,9 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         int row = threadIdx.x >> 2, what = threadIdx.x & 3;
         bool valid = holds(s, c, row);
         float delta = row_delta<D>(g, f.y);
+        float z = __shfl_sync(0xffffffffu, f.value, threadIdx.x & 28);
         if (what == 0) rows->rz[row] = valid ? 1 / f.value : 0.f;
-        if (what == 1) rows->c[row] = f.value * LC_LOG2E;
+        if (what == 1) rows->c[row] = valid ? f.value * LC_LOG2E - log2f((float)o.a.scale * gamma / z) : INFINITY;
         if (what == 2) rows->at[row] = valid && o.a.window ? __float_as_int(f.value) - s.s0 - (c - p.lag) * 64 : -1;
         if (what == 3) {
             rows->delta[row] = delta;
@@ -165,24 +166,28 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
     /* Scale times the gradient of the scores of a strip with one chunk of keys (half 0: chunk c - lag, 1: chunk c) into ds; sc, dp: the
      * products, at an end. */
     __device__ __forceinline__ void put_scores(float (&sc)[8][4], const float (&dp)[8][4]) {
-        int lane = threadIdx.x & 31;
+        int lane = threadIdx.x & 31, most = TRI || hf ? m + (lane >> 2) - 2 * (lane & 3) : 64; /* of column - row, less the lane's */
         float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            int row = m + (lane >> 2) + 8 * i, at = rows->at[row] - 64 * hf;
-            float c = rows->c[row], by = rows->rz[row] * gamma, delta = rows->delta[row];
-            float x = rows->half_x[0][row] + rows->half_x[1][row];
+            int row = m + (lane >> 2) + 8 * i;
+            float c = rows->c[row], delta = rows->delta[row];
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    int col = 8 * n + 2 * (lane & 3) + j;
-                    bool in = hf ? col <= row : !TRI || col > row;
-                    float w = in ? exp2_fast(sc[n][2 * i + j] * scale2 - c) * by : 0.f;
-                    sc[n][2 * i + j] = scale * (w * (dp[n][2 * i + j] - delta) + (col == at ? x : 0.f));
+                    bool in = 8 * n + j - 8 * i <= most;
+                    if (TRI && !hf) in = !in;
+                    float w = in ? exp2_fast(sc[n][2 * i + j] * scale2 - c) : 0.f;
+                    sc[n][2 * i + j] = w * (dp[n][2 * i + j] - delta);
                 }
         }
         put_tile<64>(ds, sc, m, 64 * hf);
+        __syncwarp();
+        int row = m + lane, at = lane < 16 ? rows->at[row] - 64 * hf : -1; /* what the maximum gets */
+        if (at < 0 || at >= 64) return;
+        bf16 *to = tile_at<64>(ds, row, 64 * hf + at);
+        *to = store<bf16>(load<float>(*to) + scale * (rows->half_x[0][row] + rows->half_x[1][row]));
     }
 
     /* Rows of dq: columns hf * D / 2 on. */
