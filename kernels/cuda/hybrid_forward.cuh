@@ -55,40 +55,48 @@ template <int N> __device__ __forceinline__ void load_rows(bf16 *tile, const row
     }
 }
 
-/* Weights [D][IN] of one head, as bf16: 16 bytes at a time, all under way at once, where they lie evenly. */
+/* Weights [D][IN] of one head on their way to bf16 in shared memory: take() asks for 16 bytes at a time, all under way at once (bf16 goes
+ * straight to the tile, as an asynchronous copy), put() stores what came in f32. */
 __device__ __forceinline__ bool even_weights(const rows4 &m) {
     int each = m.dtype == LC_K_F32 ? 4 : 8;
     return (uintptr_t)m.p % 16 == 0 && m.s[1] % each == 0 && m.s[2] % each == 0;
 }
-template <int D, int IN> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h) {
-    if (even_weights(m) && m.dtype == LC_K_F32) {
+template <int D, int IN> struct weights {
+    enum { STEPS = D * IN / 8 / TILE_THREADS };
+    float4 v[2 * STEPS];
+    __device__ __forceinline__ int row(int n) const { return (n * TILE_THREADS + threadIdx.x) / (IN / 8); }
+    __device__ __forceinline__ int col() const { return threadIdx.x % (IN / 8) * 8; }
+    __device__ __forceinline__ void take(bf16 *tile, const rows4 &m, int h) {
+        if (even_weights(m)) {
 #pragma unroll
-        for (int n = 0; n < D * IN / 8 / TILE_THREADS; n++) {
-            int i = n * TILE_THREADS + threadIdx.x, r = i / (IN / 8), e = i % (IN / 8) * 8;
-            const float4 *from = (const float4 *)((const float *)m.p + h * m.s[1] + r * m.s[2] + e);
-            float4 lo = from[0], hi = from[1];
-            *(uint4 *)tile_at<D>(tile, r, e) =
+            for (int n = 0; n < STEPS; n++) {
+                int64_t at = h * m.s[1] + row(n) * m.s[2] + col();
+                const float4 *from = (const float4 *)((const float *)m.p + at);
+                if (m.dtype == LC_K_F32) v[2 * n] = from[0], v[2 * n + 1] = from[1];
+                else copy16(tile_at<D>(tile, row(n), col()), (const bf16 *)m.p + at, true);
+            }
+            return;
+        }
+#pragma unroll 1
+        for (int i = threadIdx.x; i < D * IN / 2; i += TILE_THREADS) {
+            int r = i / (IN / 2), e = i % (IN / 2) * 2;
+            int64_t at = h * m.s[1] + r * m.s[2] + e;
+            uint32_t two;
+            if (m.dtype == LC_K_F32) two = pack2<bf16>(((const float *)m.p)[at], ((const float *)m.p)[at + 1]);
+            else memcpy(&two, (const bf16 *)m.p + at, 4);
+            *(uint32_t *)tile_at<D>(tile, r, e) = two;
+        }
+    }
+    __device__ __forceinline__ void put(bf16 *tile, const rows4 &m) const {
+        if (m.dtype != LC_K_F32 || !even_weights(m)) return;
+#pragma unroll
+        for (int n = 0; n < STEPS; n++) {
+            float4 lo = v[2 * n], hi = v[2 * n + 1];
+            *(uint4 *)tile_at<D>(tile, row(n), col()) =
                 make_uint4(pack2<bf16>(lo.x, lo.y), pack2<bf16>(lo.z, lo.w), pack2<bf16>(hi.x, hi.y), pack2<bf16>(hi.z, hi.w));
         }
-        return;
     }
-    if (even_weights(m)) {
-#pragma unroll
-        for (int n = 0; n < D * IN / 8 / TILE_THREADS; n++) {
-            int i = n * TILE_THREADS + threadIdx.x, r = i / (IN / 8), e = i % (IN / 8) * 8;
-            *(uint4 *)tile_at<D>(tile, r, e) = *(const uint4 *)((const bf16 *)m.p + h * m.s[1] + r * m.s[2] + e);
-        }
-        return;
-    }
-    for (int i = threadIdx.x; i < D * IN / 2; i += TILE_THREADS) {
-        int r = i / (IN / 2), e = i % (IN / 2) * 2;
-        int64_t at = h * m.s[1] + r * m.s[2] + e;
-        uint32_t v;
-        if (m.dtype == LC_K_F32) v = pack2<bf16>(((const float *)m.p)[at], ((const float *)m.p)[at + 1]);
-        else memcpy(&v, (const bf16 *)m.p + at, 4);
-        *(uint32_t *)tile_at<D>(tile, r, e) = v;
-    }
-}
+};
 
 template <int N> __device__ __forceinline__ void set_all(float (&x)[N][4], float v) {
 #pragma unroll

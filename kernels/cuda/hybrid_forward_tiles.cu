@@ -305,6 +305,20 @@ template <int D, int F, int IN> struct walker {
         copy_commit();
     }
 
+    /* Asks for all that the first chunk wants but the state. Block c0 - 1: zeros where there is none. */
+    __device__ __forceinline__ void begin() {
+        int c = g.c0;
+        weights<D, IN> q, k;
+        if (a.map != MAP_NONE) q.take(t.wq, a.mq, g.h), k.take(t.wk, a.mk, g.h);
+        fetch_keys(c);
+        load_rows<D>(t.keys(c - 1), key_source(a, s, g, 0), (c - 1) * CHUNK);
+        copy_commit();
+        fetch_values(c);
+        load_rows<D>(t.values(c - 1), key_source(a, s, g, 1), (c - 1) * CHUNK);
+        copy_commit();
+        if (a.map != MAP_NONE) q.put(t.wq, a.mq), k.put(t.wk, a.mk);
+    }
+
     /* Keys of the last block that have left the window of the next query. */
     __device__ __forceinline__ void absorb_rest(state<D, F> &st) {
         int c = g.c1 - 1;
@@ -340,20 +354,12 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
     LC_SHARED(shared);
     int rest = blockIdx.x / a.h, h = blockIdx.x % a.h, side = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
     segment g = segment_at(a, c, rest / segments, rest % segments, h, segments, threadIdx.x == 0 && h == 0 && rest % segments == 0);
-    put_padding(a, g, o);
-    if (g.c0 >= g.c1) return;
     float gamma = hybrid_gamma<float>(a, g.h), bias = side ? bias_of<float>(a.bk, a.bk_dtype, g.h) : bias_of<float>(a.bq, a.bq_dtype, g.h);
     walker<D, F, IN> w = {a, c, o, g, forward_tiles<D, F, IN>(shared, early), log2f(gamma), hybrid_lambda(a, gamma), bias, side};
-    w.fetch_keys(g.c0); /* block c0 - 1: zeros where there is none */
-    load_rows<D>(w.t.keys(g.c0 - 1), key_source(a, c, g, 0), (g.c0 - 1) * CHUNK);
-    copy_commit();
-    w.fetch_values(g.c0);
-    load_rows<D>(w.t.values(g.c0 - 1), key_source(a, c, g, 1), (g.c0 - 1) * CHUNK);
-    copy_commit();
-    if (a.map != MAP_NONE) {
-        load_weights<D, IN>(w.t.wq, a.mq, g.h);
-        load_weights<D, IN>(w.t.wk, a.mk, g.h);
-    }
+    if (g.c0 < g.c1) w.begin();
+    wait_for_previous(); /* the sum kernel: nothing is written, and no part read, before it has ended */
+    put_padding(a, g, o);
+    if (g.c0 >= g.c1) return;
     typedef state<D, F> S;
     S st;
     st.clear();
@@ -403,9 +409,12 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
             else load_rows<F>(f + n * Z::PHI, fs, (i + n) * CHUNK);
         copy_commit();
     };
+    weights<D, IN> wk;
+    next_may_start();
+    if (a.map != MAP_NONE) wk.take(w, a.mk, h);
     fetch(first, false);
     fetch(first, true);
-    if (a.map != MAP_NONE) load_weights<D, IN>(w, a.mk, h);
+    if (a.map != MAP_NONE) wk.put(w, a.mk);
     float bias = bias_of<float>(a.bk, a.bk_dtype, h);
     S st;
     st.clear();
@@ -463,6 +472,23 @@ static int segments_of(const hybrid &a) {
     return best;
 }
 
+/* after_sums: the kernel begins while the sum kernel, an ordinary launch and the one before it, still runs, and waits for its end itself. */
+template <class... P> static void launch_forward(bool after_sums, void (*kernel)(P...), int blocks, int shared, P... argument) {
+#ifndef LC_EMULATED
+    if (after_sums && lc_cuda_now->major >= 9) {
+        cudaLaunchAttribute attribute = {};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t c = {};
+        c.gridDim = dim3(blocks), c.blockDim = dim3(TILE_THREADS), c.dynamicSmemBytes = shared, c.stream = lc_cuda_now->stream;
+        c.attrs = &attribute, c.numAttrs = 1;
+        cudaLaunchKernelEx(&c, kernel, argument...);
+        return;
+    }
+#endif
+    LC_LAUNCH(kernel, blocks, TILE_THREADS, shared, argument...);
+}
+
 template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &a, const carried &s) {
     int segments = segments_of(a), heads = a.b * a.h;
     float *parts = (float *)k->work;
@@ -476,7 +502,7 @@ template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &
     bool early = (size_t)(FT::BYTES + FT::ROOM) <= lc_cuda_now->shared_max;
     int shared = early ? FT::BYTES + FT::ROOM : FT::BYTES;
     if (allow_shared(forward_kernel<D, F, IN>, shared)) return LC_K_DEVICE;
-    LC_LAUNCH((forward_kernel<D, F, IN>), heads * segments, TILE_THREADS, shared, a, s, o, segments, parts, early);
+    launch_forward(segments > 1, forward_kernel<D, F, IN>, heads * segments, shared, a, s, o, segments, (const float *)parts, early);
     return s.state && a.window ? hybrid_remember(k, a, s) : LC_K_OK;
 }
 
