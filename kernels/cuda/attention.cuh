@@ -123,7 +123,8 @@ template <int N> __device__ __forceinline__ void clear(float (&x)[N][4]) {
 /* A warp's accumulator x [16][D] times by[r] (rows r * 8 + lane / 4) as rows first .. of `to`, those in [0, rows), by way of rows m ..
  * m + 15 of a tile [ROWS][D] that nobody else uses any more. */
 template <int ROWS, int D, class T>
-__device__ __forceinline__ void store_rows(T *to, int64_t stride, int first, int rows, T *tile, int m, const float (&x)[D / 8][4], float by0, float by1) {
+__device__ __forceinline__ void store_rows(T *to, int64_t stride, int first, int rows, T *tile, int m, const float (&x)[D / 8][4],
+                                           float by0, float by1) {
     int lane = threadIdx.x & 31;
 #pragma unroll
     for (int n = 0; n < D / 8; n++) {

@@ -1,27 +1,27 @@
 /* attention_backward.cu: the gradient of softmax attention by tiles on the tensor cores (after FlashAttention-3, Shah and others, 2024),
  * in three kernels without atomics: delta = g . y of every row; the gradient of q, a block a tile of 128 queries; those of k and v, a
- * block a tile of 128 keys that walks over the queries of its heads. Blocks are two warpgroups of 64 rows each. Weights are made again
- * from q, k and log-sum-exp. The product that ends a step goes on while the next one begins, so the tiles walked over lie in three places
- * in turn. With grouped heads a block either takes all heads of its group in turn or, where that leaves the chip idle, one, whose part
- * a last kernel adds. */
+ * block a tile of 128 keys that walks over the queries of its heads. Blocks are two warpgroups of 64 rows each and walk by 64; where
+ * shared memory is small, one group that walks by 32. Weights are made again from q, k and log-sum-exp. The product that ends a step
+ * goes on while the next one begins, so the tiles walked over lie in three places in turn. With grouped heads a block either takes all
+ * heads of its group in turn or, where that leaves the chip idle, one, whose part a last kernel adds. */
 #include "attention.cuh"
 
-enum { BM = 128, BN = 64, STAGES = 3, THREADS = 256 };
+enum { STAGES = 3, QUERIES = 64 };
 
 struct tile_grads {
     rows4 g, y, lse, gq, gk, gv;
-    float *sums;        /* [b, h, tiles of BN queries][2][BN]: log-sum-exp times log2(e), and delta; infinity and 0 where there is no query */
+    float *sums;        /* [b, h, tiles of QUERIES][2][QUERIES]: log-sum-exp times log2(e), and delta; infinity and 0 where there is no query */
     float *part;        /* [2][b, h, s, d] or NULL: each head's gradients of k and v */
 };
-static inline __host__ __device__ int query_tiles(const softmax_call &a) { return (a.t + BN - 1) / BN; }
+static inline __host__ __device__ int query_tiles(const softmax_call &a) { return (a.t + QUERIES - 1) / QUERIES; }
 
 /* ---- delta ----------------------------------------------------------------------------------------------------------- */
 /* A warp a row. */
-template <class T, int D> __global__ void __launch_bounds__(THREADS) row_products(softmax_call a, tile_grads o) {
-    int64_t n = (int64_t)blockIdx.x * (THREADS / 32) + (threadIdx.x >> 5);
+template <class T, int D> __global__ void __launch_bounds__(256) row_products(softmax_call a, tile_grads o) {
+    int64_t n = (int64_t)blockIdx.x * (256 / 32) + (threadIdx.x >> 5);
     int tiles = query_tiles(a), lane = threadIdx.x & 31;
-    if (n >= (int64_t)a.b * a.h * tiles * BN) return;
-    int i = (int)(n % (tiles * BN)), h = (int)(n / (tiles * BN) % a.h), b = (int)(n / (tiles * BN) / a.h);
+    if (n >= (int64_t)a.b * a.h * tiles * QUERIES) return;
+    int i = (int)(n % (tiles * QUERIES)), h = (int)(n / (tiles * QUERIES) % a.h), b = (int)(n / (tiles * QUERIES) / a.h);
     float sum = 0;
     if (i < a.t) {
         const uint32_t *g = (const uint32_t *)o.g.row<T>(b, h, i), *y = (const uint32_t *)o.y.row<T>(b, h, i);
@@ -33,12 +33,13 @@ template <class T, int D> __global__ void __launch_bounds__(THREADS) row_product
     }
     sum = warp_reduce(sum, op_sum());
     if (lane) return;
-    float *to = o.sums + n / BN * (2 * BN) + n % BN;
-    to[0] = i < a.t ? *o.lse.row<float>(b, h, i) * LOG2E : INFINITY, to[BN] = sum;
+    float *to = o.sums + n / QUERIES * (2 * QUERIES) + n % QUERIES;
+    to[0] = i < a.t ? *o.lse.row<float>(b, h, i) * LOG2E : INFINITY, to[QUERIES] = sum;
 }
 
 /* ---- the gradient of q ----------------------------------------------------------------------------------------------- */
-template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_gq(softmax_call a, tile_grads o, block_order order) {
+template <class T, int D, int BM, int BN> __global__ void __launch_bounds__(2 * BM, 1) tiles_gq(softmax_call a, tile_grads o, block_order order) {
+    enum { THREADS = 2 * BM };
     LC_SHARED(shared);
     T *q = (T *)shared, *g = q + BM * D, *k = g + BM * D, *v = k + STAGES * BN * D;
     int tile, head;
@@ -53,8 +54,8 @@ template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_gq
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         bool in = row + 8 * r < a.t;
-        const float *from = o.sums + ((int64_t)head * query_tiles(a) + (row + 8 * r) / BN) * (2 * BN) + (row + 8 * r) % BN;
-        lse[r] = in ? from[0] : INFINITY, delta[r] = in ? from[BN] : 0;
+        const float *from = o.sums + ((int64_t)head * query_tiles(a) + (row + 8 * r) / QUERIES) * (2 * QUERIES) + (row + 8 * r) % QUERIES;
+        lse[r] = in ? from[0] : INFINITY, delta[r] = in ? from[QUERIES] : 0;
     }
     tile_source<D, THREADS, T>(a.q.row<T>(b, h, 0), a.q.s[2], a.t).template copy<BM>(q, q0);
     tile_source<D, THREADS, T>(o.g.row<T>(b, h, 0), o.g.s[2], a.t).template copy<BM>(g, q0);
@@ -123,12 +124,15 @@ template <int D> __device__ __forceinline__ void store_part(float *to, int first
         int j = first + lane / 4 + 8 * r;
         if (j >= rows) continue;
 #pragma unroll
-        for (int n = 0; n < D / 8; n++) *(float2 *)(to + (int64_t)j * D + n * 8 + (lane & 3) * 2) = make_float2(x[n][2 * r] * by, x[n][2 * r + 1] * by);
+        for (int n = 0; n < D / 8; n++)
+            *(float2 *)(to + (int64_t)j * D + n * 8 + (lane & 3) * 2) = make_float2(x[n][2 * r] * by, x[n][2 * r + 1] * by);
     }
 }
 
 /* Scores are transposed here: rows are keys, columns queries. */
-template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_gkv(softmax_call a, tile_grads o, block_order order, int heads) {
+template <class T, int D, int BM, int BN> __global__ void __launch_bounds__(2 * BM, 1)
+tiles_gkv(softmax_call a, tile_grads o, block_order order, int heads) {
+    enum { THREADS = 2 * BM };
     LC_SHARED(shared);
     T *k = (T *)shared, *v = k + BM * D, *q = v + BM * D, *g = q + STAGES * BN * D;
     float *sums = (float *)(g + STAGES * BN * D); /* of the tiles of queries */
@@ -139,7 +143,7 @@ template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_gk
     int begin = k0 - offset > 0 ? (k0 - offset) / BN * BN : 0, end = a.t;
     if (a.window > 0 && k0 + BM - 1 - offset + a.window < end) end = k0 + BM - 1 - offset + a.window;
     if (k0 + BM <= start) end = 0;
-    int tiles = end > begin ? (end - begin + BN - 1) / BN : 0;
+    int last_head = end > begin ? h0 + heads : h0; /* no further */
     int at_key = k0 + m - offset, at_start = start - offset; /* the query on the warp's first key, on the first key that is seen */
     float scale = (float)a.scale * LOG2E, gk[D / 8][4], gv[D / 8][4];
     tile_source<D, THREADS, T>(a.k.row<T>(b, hk, 0), a.k.s[2], a.s).template copy<BM>(k, k0);
@@ -147,14 +151,15 @@ template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_gk
     auto fetch = [&](int h, int i0, int at) {
         tile_source<D, THREADS, T>(a.q.row<T>(b, h, 0), a.q.s[2], a.t).template copy<BN>(q + at * (BN * D), i0);
         tile_source<D, THREADS, T>(o.g.row<T>(b, h, 0), o.g.s[2], a.t).template copy<BN>(g + at * (BN * D), i0);
-        const float *from = o.sums + (((int64_t)b * a.h + h) * query_tiles(a) + i0 / BN) * (2 * BN);
-        if (threadIdx.x < BN / 2) copy16(sums + at * (2 * BN) + threadIdx.x * 4, from + threadIdx.x * 4, true);
+        if (threadIdx.x >= BN / 2) return;
+        const float *from = o.sums + (((int64_t)b * a.h + h) * query_tiles(a) + i0 / QUERIES) * (2 * QUERIES) + i0 % QUERIES;
+        copy16(sums + at * (2 * BN) + threadIdx.x * 4, from + threadIdx.x / (BN / 4) * QUERIES + threadIdx.x % (BN / 4) * 4, true);
     };
-    if (tiles) fetch(h0, begin, 0);
+    if (h0 < last_head) fetch(h0, begin, 0);
     copy_commit();
     clear(gk);
     clear(gv);
-    for (int n = tiles * heads, h = h0, i0 = begin, at = 0; n > 0; n--) {
+    for (int h = h0, i0 = begin, at = 0; h < last_head;) {
         T *qt = q + at * (BN * D), *gt = g + at * (BN * D);
         const float *lse = sums + at * (2 * BN), *delta = lse + BN;
         int now = i0;
@@ -163,7 +168,7 @@ template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_gk
         copy_wait<0>();
         shared_fence();
         __syncthreads();
-        if (n > 1) fetch(h, i0, at);
+        if (h < last_head) fetch(h, i0, at);
         copy_commit();
         float s[BN / 8][4], dp[BN / 8][4];
         uint32_t x[BN / 16][4];
@@ -251,34 +256,39 @@ template <class T, int D> __global__ void join_heads(softmax_call a, tile_grads 
 /* ---- the whole ------------------------------------------------------------------------------------------------------- */
 /* Whether each head's part is kept apart. */
 static bool heads_apart(const softmax_call &a) {
-    return a.group > 1 && (int64_t)a.b * a.g * ceil_div(a.s, BM) < 2 * (lc_cuda_now ? lc_cuda_now->sms : 1);
+    return a.group > 1 && (int64_t)a.b * a.g * ceil_div(a.s, 128) < 2 * (lc_cuda_now ? lc_cuda_now->sms : 1);
 }
-static size_t sums_bytes(const softmax_call &a) { return (size_t)a.b * a.h * query_tiles(a) * 2 * BN * sizeof(float); }
+static size_t sums_bytes(const softmax_call &a) { return (size_t)a.b * a.h * query_tiles(a) * 2 * QUERIES * sizeof(float); }
 
 size_t softmax_tiles_backward_work(const lc_kargs *k, const softmax_call &a) {
     bool kv = k->y[1].data || k->y[2].data;
     return sums_bytes(a) + (kv && heads_apart(a) ? (size_t)2 * a.b * a.h * a.s * a.d * sizeof(float) : 0);
 }
 
-template <class T, int D> static int run(const lc_kargs *k, const softmax_call &a) {
+template <class T, int D, int BM, int BN> static int run_tiles(const lc_kargs *k, const softmax_call &a) {
     bool kv = k->y[1].data || k->y[2].data, apart = kv && heads_apart(a);
     tile_grads o = {rows4_of(&k->x[0]), rows4_of(&k->x[4]), rows3_of(&k->x[5]), rows4_of(&k->y[0]), rows4_of(&k->y[1]), rows4_of(&k->y[2]),
                     (float *)k->work, apart ? (float *)((char *)k->work + sums_bytes(a)) : NULL};
     size_t shared = (size_t)(2 * BM + 2 * STAGES * BN) * D * sizeof(T) + STAGES * 2 * BN * sizeof(float);
     if (shared > lc_cuda_now->shared_max) return LC_K_UNSUPPORTED;
-    if (allow_shared(tiles_gq<T, D>, shared) || allow_shared(tiles_gkv<T, D>, shared)) return LC_K_DEVICE;
+    if (allow_shared(tiles_gq<T, D, BM, BN>, shared) || allow_shared(tiles_gkv<T, D, BM, BN>, shared)) return LC_K_DEVICE;
     if (!a.t || !a.h) return LC_K_OK;
-    LC_LAUNCH((row_products<T, D>), (unsigned)ceil_div((int64_t)a.b * a.h * query_tiles(a) * BN, THREADS / 32), THREADS, 0, a, o);
+    LC_LAUNCH((row_products<T, D>), (unsigned)ceil_div((int64_t)a.b * a.h * query_tiles(a) * QUERIES, 8), 256, 0, a, o);
     if (o.gq.p) {
         block_order order = order_blocks((int)ceil_div(a.t, BM), a.b * a.h, a.group, (int64_t)a.s * D * 4);
-        LC_LAUNCH((tiles_gq<T, D>), (unsigned)(order.tiles * order.heads), THREADS, shared, a, o, order);
+        LC_LAUNCH((tiles_gq<T, D, BM, BN>), (unsigned)(order.tiles * order.heads), 2 * BM, shared, a, o, order);
     }
     if (!kv || !a.s) return LC_K_OK;
     int heads = apart ? 1 : a.group;
     block_order order = order_blocks((int)ceil_div(a.s, BM), a.b * a.h / heads, 1, (int64_t)a.t * heads * D * 4);
-    LC_LAUNCH((tiles_gkv<T, D>), (unsigned)(order.tiles * order.heads), THREADS, shared, a, o, order, heads);
+    LC_LAUNCH((tiles_gkv<T, D, BM, BN>), (unsigned)(order.tiles * order.heads), 2 * BM, shared, a, o, order, heads);
     if (apart) LC_LAUNCH((join_heads<T, D>), (unsigned)ceil_div((int64_t)a.b * a.g * a.s * (D / 2), 256), 256, 0, a, o);
     return LC_K_OK;
+}
+
+template <class T, int D> static int run(const lc_kargs *k, const softmax_call &a) {
+    int rc = run_tiles<T, D, 128, 64>(k, a);
+    return rc == LC_K_UNSUPPORTED ? run_tiles<T, D, 64, 32>(k, a) : rc;
 }
 
 int softmax_tiles_backward(const lc_kargs *k, const softmax_call &a) {

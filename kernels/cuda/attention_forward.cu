@@ -1,13 +1,13 @@
 /* attention_forward.cu: softmax attention by tiles on the tensor cores (after FlashAttention-3, Shah and others, 2024). A block of two
- * warpgroups takes 128 queries of a head, each group 64 of them, and walks over tiles of 128 keys with a running maximum and sum. The
- * scores of one tile are made while the weights of the tile before multiply the values; exponentials go on meanwhile. The next tiles
- * of keys and values are on their way. Scores live in registers only. */
+ * warpgroups takes 128 queries of a head, each group 64 of them, and walks over tiles of 128 keys (64 where shared memory is small) with
+ * a running maximum and sum. The scores of one tile are made while the weights of the tile before multiply the values; exponentials go
+ * on meanwhile. The next tiles of keys and values are on their way. Scores live in registers only. */
 #include "attention.cuh"
 
-enum { BQ = 128, BK = 128, THREADS = 256 };
+enum { BQ = 128, THREADS = 256 };
 
 /* Columns key + 8 n + 2 (lane % 4) + (0, 1); the first row sees keys up to `last`, the other, 8 below, 8 more. */
-__device__ __forceinline__ void mask_scores(const softmax_call &a, float (&s)[BK / 8][4], int key, int start, int last) {
+template <int BK> __device__ __forceinline__ void mask_scores(const softmax_call &a, float (&s)[BK / 8][4], int key, int start, int last) {
     int col = key + (threadIdx.x & 3) * 2, first = softmax_first(a, start, last), first8 = softmax_first(a, start, last + 8);
 #pragma unroll
     for (int n = 0; n < BK / 8; n++)
@@ -28,17 +28,17 @@ __device__ __forceinline__ float quad_sum(float v) {
 }
 
 /* Scores become weights; keep: what brings the sums so far to the new maximum. */
-__device__ __forceinline__ void soften(float (&s)[BK / 8][4], float (&max)[2], float (&sum)[2], float (&keep)[2], float scale) {
+template <int N> __device__ __forceinline__ void soften(float (&s)[N][4], float (&max)[2], float (&sum)[2], float (&keep)[2], float scale) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float m = max[r], other = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < BK / 8; n++) m = fmaxf(m, s[n][2 * r]), other = fmaxf(other, s[n][2 * r + 1]);
+        for (int n = 0; n < N; n++) m = fmaxf(m, s[n][2 * r]), other = fmaxf(other, s[n][2 * r + 1]);
         m = quad_max(fmaxf(m, other));
         float base = m == -INFINITY ? 0 : m * scale, add = 0, add1 = 0;
         keep[r] = exp2_fast(max[r] * scale - base);
 #pragma unroll
-        for (int n = 0; n < BK / 8; n++) {
+        for (int n = 0; n < N; n++) {
             s[n][2 * r] = exp2_fast(s[n][2 * r] * scale - base);
             s[n][2 * r + 1] = exp2_fast(s[n][2 * r + 1] * scale - base);
             add += s[n][2 * r], add1 += s[n][2 * r + 1];
@@ -48,7 +48,7 @@ __device__ __forceinline__ void soften(float (&s)[BK / 8][4], float (&max)[2], f
     }
 }
 
-template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_forward(softmax_call a, rows4 y, rows4 lse, block_order order) {
+template <class T, int D, int BK> __global__ void __launch_bounds__(THREADS, 1) tiles_forward(softmax_call a, rows4 y, rows4 lse, block_order order) {
     LC_SHARED(shared);
     T *q = (T *)shared, *k = q + BQ * D, *v = k + 2 * BK * D; /* two tiles each of k and v */
     int tile, head;
@@ -64,7 +64,7 @@ template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_fo
     float o[D / 8][4], s[BK / 8][4], max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, keep[2], scale = (float)a.scale * LOG2E;
     uint32_t p[BK / 16][4];
     auto weigh = [&](int key) {
-        if (key + BK - 1 > warp_at || key < softmax_first(a, start, warp_at + 15)) mask_scores(a, s, key, start, warp_at + lane / 4);
+        if (key + BK - 1 > warp_at || key < softmax_first(a, start, warp_at + 15)) mask_scores<BK>(a, s, key, start, warp_at + lane / 4);
         soften(s, max, sum, keep, scale);
     };
 
@@ -127,14 +127,19 @@ template <class T, int D> __global__ void __launch_bounds__(THREADS, 1) tiles_fo
     store_rows<BQ, D>(y.row<T>(b, h, 0), y.s[2], q0 + m, a.t, q, m, o, by[0], by[1]);
 }
 
-template <class T, int D> static int run(const lc_kargs *k, const softmax_call &a) {
+template <class T, int D, int BK> static int run_tiles(const lc_kargs *k, const softmax_call &a) {
     size_t shared = (size_t)(BQ + 4 * BK) * D * sizeof(T);
     rows4 y = rows4_of(&k->y[0]), lse = k->y[1].data ? rows3_of(&k->y[1]) : rows4{};
     block_order order = order_blocks((int)ceil_div(a.t, BQ), a.b * a.h, a.group, (int64_t)a.s * D * 4);
     if (shared > lc_cuda_now->shared_max) return LC_K_UNSUPPORTED;
-    if (allow_shared(tiles_forward<T, D>, shared)) return LC_K_DEVICE;
-    LC_LAUNCH((tiles_forward<T, D>), (unsigned)(order.tiles * order.heads), THREADS, shared, a, y, lse, order);
+    if (allow_shared(tiles_forward<T, D, BK>, shared)) return LC_K_DEVICE;
+    LC_LAUNCH((tiles_forward<T, D, BK>), (unsigned)(order.tiles * order.heads), THREADS, shared, a, y, lse, order);
     return LC_K_OK;
+}
+
+template <class T, int D> static int run(const lc_kargs *k, const softmax_call &a) {
+    int rc = run_tiles<T, D, 128>(k, a);
+    return rc == LC_K_UNSUPPORTED ? run_tiles<T, D, 64>(k, a) : rc;
 }
 
 int softmax_tiles(const lc_kargs *k, const softmax_call &a) {
