@@ -2,11 +2,17 @@
  * the states start from, and the sums over query heads, segments and the batch, all in a fixed order. */
 #include "hybrid_backward_tile.cuh"
 
+/* One of two, field by field: a choice of addresses would put both into memory. */
+__device__ __forceinline__ rows4 either(bool first, const rows4 &a, const rows4 &b) {
+    rows4 r = {first ? a.p : b.p, {first ? a.s[0] : b.s[0], first ? a.s[1] : b.s[1], first ? a.s[2] : b.s[2]}, first ? a.dtype : b.dtype};
+    return r;
+}
+
 /* ---- what a segment adds to S, Z (blockIdx.y 0) and to R, P (1) -------------------------------------------------------- */
-/* Two blocks a multiprocessor: one loads while the other multiplies, so that tiles need no second place. */
+/* Two blocks a multiprocessor; what a map reads has one place, its second factor two. */
 template <int D, int BF, int FW> struct sums_layout {
     typedef layout<D, BF, FW> L;
-    static constexpr size_t bytes = 2 * ((size_t)3 * L::tile + L::weights + 64 * BF) + 1024; /* 1024: 64 + BF floats */
+    static constexpr size_t bytes = 2 * ((size_t)4 * L::tile + L::weights + 64 * BF) + 1024; /* 1024: 64 + BF floats */
 };
 
 template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) segment_sums_kernel(gradients o, fast p) {
@@ -17,28 +23,29 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) s
     const hybrid &a = o.a;
     const bool back = blockIdx.y; /* the last segment adds to nobody's S, the first to nobody's R */
     chunk_range s(a, p.segments, blockIdx.x / (p.segments - 1), blockIdx.x % (p.segments - 1) + (back ? 1 : 0));
-    bf16 *tx = (bf16 *)memory, *tu = tx + L::tile, *ty = tu + L::tile, *w = ty + L::tile, *feature = w + L::weights;
+    bf16 *tx = (bf16 *)memory, *ty = tx + L::tile, *tus = ty + L::tile, *w = tus + 2 * L::tile, *feature = w + L::weights;
     float *delta = (float *)(feature + 64 * BF), *z = delta + 64;
     int first = back ? s.c0 + p.lag : s.c0 - p.lag, end = back ? s.c1 + p.lag : s.c1 - p.lag, tid = threadIdx.x;
     if (first < 0) first = 0;
     if (end > s.n) end = s.n;
-    const rows4 &x = back ? a.q : a.k, &u = back ? o.g : a.v;
+    const rows4 x = either(back, a.q, a.k), u = either(back, o.g, a.v);
     int head = back ? s.h : s.hk, warp = warp_number(), strip = warp & 3, hf = warp >> 2, m = 16 * strip;
     float lambda = hybrid_lambda<float>(a, hybrid_gamma<float>(a, s.h));
     float bias = back ? bias_of<float>(a.bq, a.bq_dtype, s.h) : bias_of<float>(a.bk, a.bk_dtype, s.h);
     typename states::sum sum;
-    auto load_first = [&](int c) {
-        if (c >= end) return;
-        load_tile<D>(tx, x, s, head, c);
-        if (back) load_tile<D>(ty, o.y, s, s.h, c);
+    auto load_chunk = [&](int c) {
+        if (c < end) {
+            load_tile<D>(tx, x, s, head, c), load_tile<D>(tus + (c & 1) * L::tile, u, s, head, c);
+            if (back) load_tile<D>(ty, o.y, s, s.h, c);
+        }
+        copy_commit();
     };
-    load_first(first);
-    if (first < end) load_tile<D>(tu, u, s, head, first);
-    copy_commit();
-    if constexpr (FW > 0) load_weights<D, FW>(w, back ? a.mq : a.mk, s.h, a.f);
+    load_chunk(first);
+    if constexpr (FW > 0) load_weights<D, FW>(w, either(back, a.mq, a.mk), s.h, a.f);
     clear(sum);
     if (tid < BF) z[tid] = 0;
     for (int c = first; c < end; c++) {
+        bf16 *tu = tus + (c & 1) * L::tile;
         float v[BF / 16][4], by[2] = {1, 1};
         for (int i = 0; back && i < 2; i++) {
             int row = m + ((tid & 31) >> 2) + 8 * i;
@@ -51,15 +58,11 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) s
         float row = back ? row_delta<D>(tu, ty) : 1.f;
         if (!(tid & 3)) delta[tid >> 2] = row;
         meet();
-        load_first(c + 1);
-        copy_commit();
+        load_chunk(c + 1);
         states::absorb(sum, feature, tu, hf);
         if (hf) column_sums<SM>(z, true, feature, strip * 16 * SM, delta);
-        __syncthreads();
-        if (c + 1 < end) load_tile<D>(tu, u, s, head, c + 1);
-        copy_commit();
     }
-    float *to = p.state[back] + (s.head * p.segments + s.seg) * (BF * D + BF);
+    float *to = (back ? p.state[1] : p.state[0]) + (s.head * p.segments + s.seg) * (BF * D + BF);
     put_fragments(to, sum);
     __syncthreads();
     if (tid < BF) to[BF * D + tid] = z[tid];
@@ -78,16 +81,17 @@ template <int D, int BF, int FW, bool TRI> struct sums_launcher {
 
 int hybrid_backward_tiles::hybrid_backward_sums(const gradients &o, const fast &p) { return p.segments > 1 ? with_shape<sums_launcher>(o, p) : LC_K_OK; }
 
-/* ---- rows that query heads share: blockIdx.y 0 dk, 1 dv, 2 dmk; a thread eight columns -------------------------------- */
-__global__ void shared_rows_kernel(gradients o, fast p, int blocks) { /* blocks of one head of the results */
+/* ---- rows that query heads share: 0 dk, 1 dv, 2 dmk; a thread eight columns; `blocks` a head -------------------------- */
+__device__ __forceinline__ void shared_rows(const gradients &o, const fast &p, int which, int block, int blocks) {
     const hybrid &a = o.a;
-    int which = blockIdx.y, group = which == 2 ? a.mk_group : a.group, heads = a.h / group, pieces = (which == 2 ? a.F : a.d) / 8;
-    int of = blockIdx.x / blocks, n = (blockIdx.x - of * blocks) * THREADS + threadIdx.x, t = n / pieces, e = (n - t * pieces) * 8;
+    int group = which == 2 ? a.mk_group : a.group, heads = a.h / group, pieces = (which == 2 ? a.F : a.d) / 8;
+    int of = block / blocks, n = (block - of * blocks) * THREADS + threadIdx.x, t = n / pieces, e = (n - t * pieces) * 8;
     int b = of / heads, head = of - b * heads;
-    const rows4 &r = which == 0 ? o.dk : which == 1 ? o.dv : o.dmk;
-    if (!p.rows[which] || t >= a.t || b >= a.b) return;
+    const rows4 r = either(which == 0, o.dk, either(which == 1, o.dv, o.dmk));
+    const bf16 *parts = which == 0 ? p.rows[0] : which == 1 ? p.rows[1] : p.rows[2];
+    if (!parts || t >= a.t || b >= a.b) return;
     float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-    const bf16 *from = p.rows[which] + (((int64_t)b * a.h + head * group) * a.t + t) * (8 * pieces) + e;
+    const bf16 *from = parts + (((int64_t)b * a.h + head * group) * a.t + t) * (8 * pieces) + e;
     int64_t step = (int64_t)a.t * 8 * pieces;
     if (t < start_of(a, b)) group = 0;
 #pragma unroll 4
@@ -110,11 +114,11 @@ __global__ void shared_rows_kernel(gradients o, fast p, int blocks) { /* blocks 
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
 }
 
-/* ---- sums over batch and segments: blockIdx.x the head, y: a fragment of the query map's weights, of the key map's, the rest -- */
-__global__ void totals_kernel(gradients o, fast p) {
+/* ---- sums over batch and segments for head h; y: a fragment of the query map's weights, of the key map's, the rest ------ */
+__device__ __forceinline__ void totals(const gradients &o, const fast &p, int h, int y) {
     __shared__ float room[32];
     const hybrid &a = o.a;
-    int h = blockIdx.x, y = blockIdx.y, tid = threadIdx.x, parts = a.b * p.segments, frags = p.fw ? held_fragments(a.d, p.fw) : 0;
+    int tid = threadIdx.x, parts = a.b * p.segments, frags = p.fw ? held_fragments(a.d, p.fw) : 0;
     auto item = [&](int n) { return ((int64_t)(n / p.segments) * a.h + h) * p.segments + n % p.segments; };
     if (y == 2 * frags) {
         for (int what = 0; what < 3; what++) {
@@ -131,14 +135,15 @@ __global__ void totals_kernel(gradients o, fast p) {
     }
     int key = y >= frags, frag = y - key * frags;
     bool tall = a.d == 128, split = tall || p.fw >= 64; /* as `held` */
-    if (!p.dw[key]) return;
+    const float *dw = key ? p.dw[1] : p.dw[0];
+    if (!dw) return;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
     for (int n = 0; n < parts; n++) {
-        float4 v = ((const float4 *)(p.dw[key] + item(n) * frags * THREADS * 4))[frag * THREADS + tid];
+        float4 v = ((const float4 *)(dw + item(n) * frags * THREADS * 4))[frag * THREADS + tid];
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
-    const rows4 &r = key ? o.dmk : o.dmq;
+    const rows4 r = either(key, o.dmk, o.dmq);
     int hf = tid >> 7, e = (tid >> 5 & 3) * 16 + ((tid & 31) >> 2) + (tall ? 64 * hf : 0);
     int f = frag * 8 + 2 * (tid & 3) + (!tall && split ? p.fw / 2 * hf : 0);
     if (!split && hf) return;
@@ -147,15 +152,24 @@ __global__ void totals_kernel(gradients o, fast p) {
         if (f + (j & 1) < a.f) write_as<float>(r.p, r.dtype, h * r.s[1] + (e + 8 * (j >> 1)) * r.s[2] + f + (j & 1), v[j]);
 }
 
+/* Both in one launch: `sums` blocks of totals, then of rows. */
+__global__ void finish_kernel(gradients o, fast p, int sums, int heads, int blocks) {
+    int n = blockIdx.x;
+    if (n < sums) {
+        totals(o, p, n % o.a.h, n / o.a.h);
+        return;
+    }
+    int each = o.a.b * heads * blocks, which = (n - sums) / each;
+    shared_rows(o, p, which, n - sums - which * each, blocks);
+}
+
 int hybrid_backward_tiles::hybrid_backward_finish(const gradients &o, const fast &p) {
     const hybrid &a = o.a;
-    if (p.rows[0] || p.rows[1] || p.rows[2]) {
-        int blocks = (int)ceil_div((int64_t)a.t * ((a.d > a.F ? a.d : a.F) / 8), THREADS), heads = p.rows[0] || p.rows[1] ? a.g : 0;
-        if (p.rows[2] && a.h / a.mk_group > heads) heads = a.h / a.mk_group;
-        LC_LAUNCH(shared_rows_kernel, dim3((unsigned)(a.b * heads * blocks), p.rows[2] ? 3 : 2), THREADS, 0, o, p, blocks);
-    }
+    int blocks = (int)ceil_div((int64_t)a.t * ((a.d > a.F ? a.d : a.F) / 8), THREADS), heads = p.rows[0] || p.rows[1] ? a.g : 0, sums = 0;
+    if (p.rows[2] && a.h / a.mk_group > heads) heads = a.h / a.mk_group;
     bool weights = p.dw[0] || p.dw[1];
-    if (weights || p.bias[0] || p.bias[1] || o.dfactors)
-        LC_LAUNCH(totals_kernel, dim3(a.h, (p.fw ? 2 * held_fragments(a.d, p.fw) : 0) + 1), THREADS, 0, o, p);
+    if (weights || p.bias[0] || p.bias[1] || o.dfactors) sums = a.h * ((p.fw ? 2 * held_fragments(a.d, p.fw) : 0) + 1);
+    unsigned grid = (unsigned)(sums + (p.rows[2] ? 3 : 2) * a.b * heads * blocks);
+    if (grid) LC_LAUNCH(finish_kernel, grid, THREADS, 0, o, p, sums, heads, blocks);
     return LC_K_OK;
 }
