@@ -358,12 +358,10 @@ static void key_window(const job *j, scratch *s, const span *at, int64_t h, cons
             columns(a, 0, qp, c, jb, &from, &to);
             if (to <= from) continue;
             look_ahead(s);
-            if (wanted(j, GV))
-                K(tile_gemm)
-                (8, dp, to - from, p + jb * TILE + from, TILE, 1, q->v + from * dp, dp, s->y2 + jb * dp, dp, 1);
-            if (wanted(j, GK))
-                K(tile_gemm)
-                (8, dp, to - from, ds + jb * TILE + from, TILE, 1, q->x + from * dp, dp, s->y + jb * dp, dp, 1);
+            if (wanted(j, GV)) K(tile_gemm)
+            (8, dp, to - from, p + jb * TILE + from, TILE, 1, q->v + from * dp, dp, s->y2 + jb * dp, dp, 1);
+            if (wanted(j, GK)) K(tile_gemm)
+            (8, dp, to - from, ds + jb * TILE + from, TILE, 1, q->x + from * dp, dp, s->y + jb * dp, dp, 1);
         }
         for (int64_t n = 0; n < TILE && !a->softmax && wanted(j, GK); n++) {
             if (r.x[n] == 0) continue;
@@ -438,9 +436,9 @@ typedef struct walk {
 
 /* A head on its walk. */
 typedef struct walker {
-    int64_t h, item;      /* item: of the segment it is in, among the sums */
-    int64_t seg, to;      /* the segment, of its walk; the one before which it stops */
-    int64_t from, until;  /* steps of the walk that are this segment's */
+    int64_t h, item;     /* item: of the segment it is in, among the sums */
+    int64_t seg, to;     /* the segment, of its walk; the one before which it stops */
+    int64_t from, until; /* steps of the walk that are this segment's */
     int64_t absorbed;
     int has, put;
     sums sum;

@@ -28,10 +28,9 @@ static void score(const hybrid *a, scratch *s, const tile *t, int64_t k0, int64_
             int64_t from, to;
             columns(a, 0, t->c, kp, jb, &from, &to);
             look_ahead(s);
-            if (to > from)
-                K(tile_gemm)
-                (8, to - from, a->d, k->xt + jb, 1, TILE, q->xt + from, TILE,
-                 s->u + ((kp - k0) * TILE + jb) * TILE + from, TILE, 0);
+            if (to > from) K(tile_gemm)
+            (8, to - from, a->d, k->xt + jb, 1, TILE, q->xt + from, TILE, s->u + ((kp - k0) * TILE + jb) * TILE + from,
+             TILE, 0);
         }
     }
 }
@@ -205,7 +204,7 @@ void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span 
     int64_t boundary = LC_MIN(hybrid_lo(a, t.p_first), t.p_first) / TILE;
     for (; a->F && *absorbed < boundary; ++*absorbed, *has_state = 1) K(absorb)(a, s, *absorbed, TILE);
     s->ahead[AHEAD_OUT] = (ahead){(const char *)row_at(&k->y[0], at->b, h, t.p_first + at->q_shift),
-                                k->y[0].stride[2] * (int64_t)sizeof(real), t.p_last + 1 - t.p_first};
+                                  k->y[0].stride[2] * (int64_t)sizeof(real), t.p_last + 1 - t.p_first};
     memset(s->y, 0, (size_t)(TILE * dp) * sizeof(real));
     if (a->window) {
         window_part(a, s, &t);

@@ -46,10 +46,10 @@ typedef struct side {
     const lc_view *cache; /* of earlier keys; NULL when there is none */
     real *row;            /* scratch [TILE][Fp] */
     real *w, *wt;         /* [d][f], the skip's identity added; [f][dp] (backward only) */
-    struct side *leader;     /* a side of the same head of x and v, walked just before; its x and v are used. Or NULL */
+    struct side *leader;  /* a side of the same head of x and v, walked just before; its x and v are used. Or NULL */
     panel *slots;
-    const panel *own;        /* [n_slots]: the slots' own memory */
-    ahead *ahead;            /* [2]: of x, of v */
+    const panel *own; /* [n_slots]: the slots' own memory */
+    ahead *ahead;     /* [2]: of x, of v */
 } side;
 
 /* Scratch of one head; the heads that a thread walks together share u, t, y, y2, ahead. */
