@@ -42,7 +42,10 @@ static void *system_alloc(int device, size_t bytes) {
     const lc_device *d = lc_device_get(device);
     void *p = NULL;
     if (d->backend) return d->backend->alloc(d->index, bytes, &p) ? NULL : p;
-    if (bytes < MAP_FROM) return aligned_alloc(64, bytes);
+    if (bytes < MAP_FROM) {
+        void *p;
+        return posix_memalign(&p, 64, bytes) == 0 ? p : NULL; /* of any size, unlike aligned_alloc */
+    }
     p = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p == MAP_FAILED) return NULL;
     if (bytes >= (size_t)4 << 20) madvise(p, bytes, MADV_HUGEPAGE);
