@@ -73,7 +73,7 @@ for _, name in ipairs { "hybrid", "hybrid_backward", "attention" } do
     local script = ("tests/lua/test_cuda_%s.lua"):format(name)
     if files.exists(script) then test(name, script) end
 end
-test("golden", "tests/golden.lua", ("%s --device %s --only attention,model,models,optim"):format(args.golden, device))
+test("golden", "tests/golden.lua", ("%s --device %s --only attention,model,optim"):format(args.golden, device))
 
 -- ---- ops ------------------------------------------------------------------------------------------------------------
 local ok, worst = pcall(files.read_json, errors)
