@@ -47,22 +47,4 @@ static inline void copy_row(real *to, const real *from, int64_t d, int64_t dp) {
     for (; e < dp; e++) to[e] = 0;
 }
 
-/* exp of x <= 0, not below exp(-87.3) in float; above 0 the result is of no use. NaN stays NaN. */
-#if LC_DOUBLE
-static inline vreal vexp_down(vreal x) { return vexp(x); }
-#else
-static inline vreal vexp_down(vreal x) {
-    vreal c = vmax(vset(-87.3f), x), m = c * 1.44269504f + 12582912.f, n = m - 12582912.f;
-    vreal r = c - n * 0.693359375f + n * 2.12194440e-4f;
-    vreal p = vset(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    return p * (vreal)(((vint)m << 23) + 0x3f800000);
-}
-#endif
-
 #endif

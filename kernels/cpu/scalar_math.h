@@ -65,15 +65,7 @@ LC_FN real m_exp(real x) {
 /* 2^n (exp(r) - 1) + (2^n - 1): no cancellation for small x, where n is 0. */
 LC_FN real m_expm1(real x) {
     real c = x < -80.f ? -80.f : x > 88.3f ? 88.3f : x;
-    real m = c * 1.44269504f + 12582912.f, n = m - 12582912.f;
-    real r = c - n * 0.693359375f + n * 2.12194440e-4f;
-    real p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r;
+    real m = c * 1.44269504f + EXP_MAGIC, n = m - EXP_MAGIC, r = EXP_REST(c, n), p = EXPM1_REST(r);
     real s = m_from_bits((int32_t)(((uint32_t)m_bits(m) << 23) + 0x3f800000u));
     real y = s * p + (s - 1.f);
     return x > 88.3f ? m_exp(x) : x != x ? x : y;

@@ -68,48 +68,44 @@ static inline real vhmax(vreal v) {
 }
 
 /* exp in float to 1 ulp or so: x = n ln 2 + r, polynomial in r, exponent by integer addition; 0 below -87.3. In double the
- * library's, for checks. */
+ * library's, for checks. vexp_down is for x <= 0 alone, where only the lower end needs care: there it gives exp(-87.3) for
+ * 0, and above 0 the result is of no use. NaN stays NaN. */
 #if LC_DOUBLE
 static inline real rexp(real x) { return exp(x); }
 static inline vreal vexp(vreal x) {
     for (int i = 0; i < VL; i++) x[i] = exp(x[i]);
     return x;
 }
+static inline vreal vexp_down(vreal x) { return vexp(x); }
 #else
+/* For a float or a vector; expm1 too is made of these. The low bits of x / ln 2 + EXP_MAGIC are n, rounded; the rest r is in
+ * -ln 2 / 2 .. ln 2 / 2, and exp(r) - 1 a polynomial. */
+#define EXP_MAGIC 12582912.f
+#define EXP_REST(x, n) ((x) - (n) * 0.693359375f + (n) * 2.12194440e-4f)
+#define EXPM1_REST(r)                                                                                                  \
+    ((((((1.9875691500e-4f * (r) + 1.3981999507e-3f) * (r) + 8.3334519073e-3f) * (r) + 4.1665795894e-2f) * (r) +        \
+       1.6666665459e-1f) * (r) + 5.0000001201e-1f) * (r) * (r) + (r))
+
 static inline real rexp(real x) {
-    real c = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x;
-    real n = c * 1.44269504f + 12582912.f;
+    real c = x < -87.3f ? -87.3f : x > 88.3f ? 88.3f : x, m = c * 1.44269504f + EXP_MAGIC, s;
     int32_t bits;
-    memcpy(&bits, &n, 4);
-    n -= 12582912.f;
-    real r = c - n * 0.693359375f + n * 2.12194440e-4f;
-    real p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    int32_t e = (int32_t)((uint32_t)bits << 23) + 0x3f800000; /* the low bits of the magic sum are n */
-    real s;
+    memcpy(&bits, &m, 4);
+    m -= EXP_MAGIC;
+    real r = EXP_REST(c, m);
+    int32_t e = (int32_t)((uint32_t)bits << 23) + 0x3f800000;
     memcpy(&s, &e, 4);
-    return x < -87.3f ? 0.f : x != x ? x : p * s;
+    return x < -87.3f ? 0.f : x != x ? x : (EXPM1_REST(r) + 1.f) * s;
+}
+/* -87.3 <= x <= 88.3 */
+static inline vreal vexp_within(vreal x) {
+    vreal m = x * 1.44269504f + EXP_MAGIC, n = m - EXP_MAGIC, r = EXP_REST(x, n);
+    return (EXPM1_REST(r) + 1.f) * (vreal)(((vint)m << 23) + 0x3f800000);
 }
 static inline vreal vexp(vreal x) {
-    vreal c = vmin(vmax(x, vset(-87.3f)), vset(88.3f));
-    vreal m = c * 1.44269504f + 12582912.f, n = m - 12582912.f;
-    vreal r = c - n * 0.693359375f + n * 2.12194440e-4f;
-    vreal p = vset(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.f;
-    vint e = ((vint)m << 23) + 0x3f800000;
-    vreal s = p * (vreal)e;
+    vreal s = vexp_within(vmin(vmax(x, vset(-87.3f)), vset(88.3f)));
     return vselect(x < -87.3f, vset(0), vselect(x != x, x, s));
 }
+static inline vreal vexp_down(vreal x) { return vexp_within(vmax(vset(-87.3f), x)); }
 #endif
 
 #endif

@@ -43,7 +43,7 @@ static size_t plan(const gradients &o, fast *p, void *work) {
     p->delta = w.take<float>(rows), p->x = w.take<float>(rows), p->xs = w.take<float>(items);
     for (int key = 0; key < 2; key++) {
         if (p->segments > 1) p->state[key] = w.take<float>(items * p->bf * (a.d + 1));
-        if (maps && (key ? o.dmk : o.dmq).p) p->dw[key] = w.take<float>(items * a.d * p->fw);
+        if (maps && (key ? o.dmk : o.dmq).p) p->dw[key] = w.take<float>(items * held_fragments(a.d, p->fw) * THREADS * 4);
         if (maps && (key ? o.dbk : o.dbq)) p->bias[key] = w.take<float>(items);
     }
     if (a.group > 1 && o.dk.p) p->rows[0] = w.take<bf16>(rows * a.d);

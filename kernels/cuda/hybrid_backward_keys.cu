@@ -11,7 +11,9 @@ struct near_rows {
 
 template <int D, int BF, int FW, bool TRI> struct key_block {
     typedef layout<D, BF, FW> L;
-    static constexpr int HALF = BF / 2, SM = BF / 64, SN = D / 16, WM = D / 64, WN = FW / 16;
+    static constexpr int HALF = BF / 2, SM = BF / 64;
+    typedef held<BF, D> states;
+    typedef held<D, FW> maps_sum;
     const gradients &o;
     const fast &p;
     chunk_range s;
@@ -21,7 +23,8 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
     int strip, hf, m; /* of the warp: keys m .. m + 15, half hf */
     float gamma, lambda;
 
-    __device__ __forceinline__ key_block(const gradients &o, const fast &p, char *memory) : o(o), p(p), s(o.a, p.segments) {
+    __device__ __forceinline__ key_block(const gradients &o, const fast &p, char *memory) : o(o), p(p),
+        s(o.a, p.segments, blockIdx.x / p.segments, blockIdx.x % p.segments) {
         bf16 *at = (bf16 *)memory;
         k = at, at += L::tile;
         v = at, at += L::tile;
@@ -35,7 +38,7 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         dpre = at, at += L::dp;
         rows = (near_rows *)at;
         exchange = (float *)ds;
-        int w = threadIdx.x >> 5;
+        int w = warp_number();
         strip = w & 3, hf = w >> 2, m = 16 * strip;
         gamma = hybrid_gamma<float>(o.a, s.h), lambda = hybrid_lambda<float>(o.a, gamma);
     }
@@ -53,29 +56,42 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
     __device__ __forceinline__ float row_rz(int c, int row) const {
         return holds(s, c, row) ? 1 / *o.z.row<float>(s.b, s.h, s.s0 + c * 64 + row) : 0.f;
     }
-    /* Row values of chunk c, by 64 threads. */
-    __device__ __forceinline__ void put_rows_of(int c) {
-        int row = threadIdx.x, i = s.s0 + c * 64 + row, slot = c & 1;
-        if (row >= 64) return;
-        bool valid = holds(s, c, row), window = valid && o.a.window;
-        rows->rz[slot][row] = row_rz(c, row);
-        rows->delta[slot][row] = valid ? p.delta[s.head * o.a.t + i] : 0.f;
-        rows->x[slot][row] = valid ? p.x[s.head * o.a.t + i] : 0.f;
-        rows->c[slot][row] = window ? *o.c.row<float>(s.b, s.h, i) * LC_LOG2E : 0.f;
-        rows->at[slot][row] = window ? *o.argmax.row<int32_t>(s.b, s.h, i) - s.s0 : -1;
+    /* Row values of chunk c, fetched before they are needed: four times 64 threads have one each. */
+    struct fetched {
+        float value;
+        int at;
+    };
+    __device__ __forceinline__ void fetch(int c, fetched &f) const {
+        int row = threadIdx.x & 63, what = threadIdx.x >> 6, i = s.s0 + c * 64 + row;
+        f.value = 0, f.at = -1;
+        if (!holds(s, c, row)) return;
+        if (what == 0) f.value = *o.z.row<float>(s.b, s.h, i);
+        if (what == 1) f.value = p.delta[s.head * o.a.t + i];
+        if (what == 2) f.value = p.x[s.head * o.a.t + i];
+        if (what != 3 || !o.a.window) return;
+        f.value = *o.c.row<float>(s.b, s.h, i) * LC_LOG2E;
+        f.at = *o.argmax.row<int32_t>(s.b, s.h, i) - s.s0;
+    }
+    __device__ __forceinline__ void put_rows_of(int c, const fetched &f) {
+        int row = threadIdx.x & 63, what = threadIdx.x >> 6, slot = c & 1;
+        if (what == 0) rows->rz[slot][row] = f.value != 0 ? 1 / f.value : 0.f;
+        if (what == 1) rows->delta[slot][row] = f.value;
+        if (what == 2) rows->x[slot][row] = f.value;
+        if (what == 3) rows->c[slot][row] = f.value, rows->at[slot][row] = f.at;
     }
 
     /* Features of the queries of chunk c, times lambda / z. */
     __device__ __forceinline__ void put_query_features(int c) {
         float f[BF / 16][4];
         int width = half_width<BF>(o.a, hf), r0 = m + ((threadIdx.x & 31) >> 2);
-        float by[2] = {row_rz(c, r0) * lambda, row_rz(c, r0 + 8) * lambda};
+        float by[2];
+        for (int i = 0; i < 2; i++) by[i] = lambda * (p.lag ? rows->rz[c & 1][r0 + 8 * i] : row_rz(c, r0 + 8 * i));
         features<D, BF, FW>(o, s, 0, queries(c), weights_q, c, hf, m, f);
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) f[n][j] = feature_of(o.a, n, width, f[n][j]) * by[j >> 1];
-        put_tile(features_q, f, m, hf * HALF);
+        put_tile<64>(features_q, f, m, hf * HALF);
     }
     __device__ __forceinline__ void put_key_features(const float (&f)[BF / 16][4]) {
         float y[BF / 16][4];
@@ -84,31 +100,35 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) y[n][j] = feature_of(o.a, n, width, f[n][j]);
-        put_tile(features_k, y, m, hf * HALF);
+        put_tile<64>(features_k, y, m, hf * HALF);
     }
 
     /* d [16][HALF] = gradient of the features: R v - P, and the triangle with chunk `far`. */
     __device__ __forceinline__ void feature_gradient(int far, float (&d)[BF / 16][4]) {
         int lane = threadIdx.x & 31, n0 = hf * HALF;
         clear(d);
-        product<BF / 32>(
-            d, 0, D, [&](uint32_t(&f)[4], int e) { fragment_a<64>(f, v, m, e); },
-            [&](uint32_t(&f)[4], int n, int e) { fragment_b<BF>(f, state, n0 + n, e); });
+        float du[TRI ? 8 : 1][4];
+        if constexpr (TRI) {
+            clear(du);
+            products_begin(d, du);
+            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(du, v, 0, givens(far), 0);
+        } else {
+            products_begin(d);
+        }
+        group_product<HALF, D, 64, ALONG_K, BF, ALONG_K>(d, v, 0, state, n0);
+        products_end(d, du);
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) d[n][j] -= rows->sum[n0 + 8 * n + 2 * (lane & 3) + (j & 1)];
-        if (!TRI) return;
-        float du[8][4];
-        clear(du);
-        const bf16 *g = givens(far);
-        product<4>(
-            du, 0, D, [&](uint32_t(&f)[4], int e) { fragment_a<64>(f, v, m, e); },
-            [&](uint32_t(&f)[4], int n, int e) { fragment_b<64>(f, g, n, e); });
-        triangle(du, rows->delta[far & 1]);
-        product<BF / 32>(
-            d, 0, 64, [&](uint32_t(&f)[4], int i) { fragment_of(f, du, i / 16); },
-            [&](uint32_t(&f)[4], int n, int i) { fragment_b_t<64>(f, features_q, n0 + n, i); });
+        if constexpr (TRI) {
+            triangle(du, rows->delta[far & 1]);
+            uint32_t part[4][4];
+            as_fragments<64>(part, du);
+            products_begin(d);
+            group_product<HALF, 64, 64, ACROSS_K>(d, part, features_q, n0);
+            products_end(d);
+        }
     }
     /* Less `less` of its query, and 0 where the query (column) does not see the key (row) linearly. */
     __device__ __forceinline__ void triangle(float (&u)[8][4], const float *less) {
@@ -128,24 +148,11 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         float sc[8][4], dp[8][4];
         clear(sc), clear(dp);
         int lane = threadIdx.x & 31, slot = chunk & 1;
-        const bf16 *q = queries(chunk), *g = givens(chunk);
-#pragma unroll
-        for (int e = 0; e < D; e += 16) {
-            uint32_t fk[4], fv[4];
-            if (!window) break;
-            fragment_a<64>(fk, k, m, e);
-            fragment_a<64>(fv, v, m, e);
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                if (hf ? n < strip : TRI && n > strip) continue;
-                uint32_t fq[4], fg[4];
-                fragment_b<64>(fq, q, 16 * n, e);
-                fragment_b<64>(fg, g, 16 * n, e);
-                mma16<bf16>(sc[2 * n], fk, fq[0], fq[1]);
-                mma16<bf16>(sc[2 * n + 1], fk, fq[2], fq[3]);
-                mma16<bf16>(dp[2 * n], fv, fg[0], fg[1]);
-                mma16<bf16>(dp[2 * n + 1], fv, fg[2], fg[3]);
-            }
+        if (window) {
+            products_begin(sc, dp);
+            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(sc, k, 0, queries(chunk), 0);
+            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(dp, v, 0, givens(chunk), 0);
+            products_end(sc, dp);
         }
         float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E;
 #pragma unroll
@@ -164,23 +171,15 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
                     sc[n][j] = w + (TRI ? linear[TRI ? n : 0][j] : 0.f);
                 }
             }
-        put_tile(features_q, sc, m, 64 * hf);
-        put_tile(ds, dp, m, 64 * hf);
+        put_tile<64>(features_q, sc, m, 64 * hf);
+        put_tile<64>(ds, dp, m, 64 * hf);
     }
 
     /* acc [16][D / 2] += weights of the strip times rows of the queries' chunks. */
-    __device__ __forceinline__ void over_window(const bf16 *w, int c, bool far, bool near, bool given, bool triangle, float (&acc)[D / 16][4]) {
-        int n0 = hf * (D / 2);
-        for (int tile = far ? 0 : 1; tile < (near ? 2 : 1); tile++) {
-            const bf16 *x = queries(tile ? c : c + p.lag) + (given ? L::tile : 0);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (tile ? j < strip : TRI && !triangle && j > strip) continue;
-                product<D / 32>(
-                    acc, 16 * j, 16 * j + 16, [&](uint32_t(&f)[4], int i) { fragment_a<64>(f, w, m, 64 * tile + i); },
-                    [&](uint32_t(&f)[4], int n, int i) { fragment_b_t<64>(f, x, n0 + n, i); });
-            }
-        }
+    __device__ __forceinline__ void over_window(const bf16 *w, int c, bool far, bool near, bool given, float (&acc)[D / 16][4]) {
+        int n0 = hf * (D / 2), which = given ? L::tile : 0;
+        if (far) over_tokens<D>(acc, w, queries(c + p.lag) + which, n0);
+        if (near) over_tokens<D>(acc, w + 64 * 64, queries(c) + which, n0);
     }
 
     /* Where row 0 of chunk c of a result goes: 0 dk, 1 dv, 2 dmk. */
@@ -206,39 +205,41 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
     }
 
     __device__ __forceinline__ void run() {
-        float sum[SM][SN][4], dw[WM][WN][4], bias = 0;
-        int sm = strip * 16 * SM, sn = hf * (D / 2), wm = strip * 16 * WM, wn = hf * (FW / 2), lag = p.lag, tid = threadIdx.x;
+        typename states::sum sum;
+        typename maps_sum::sum dw;
+        float bias = 0;
+        int sn = hf * (D / 2), lag = p.lag, tid = threadIdx.x;
+        fetched row;
         const bool maps = o.a.map != MAP_NONE, both = has_extreme(o.a), rows_wanted = o.dk.p || o.dv.p, has_f = o.a.F > 0;
         load_ring(s.c1 - 1 + lag);
         load_own(s.c1 - 1);
         load_ring(s.c1 - 2 + lag);
-#pragma unroll
-        for (int i = 0; i < SM; i++) clear(sum[i]);
-#pragma unroll
-        for (int i = 0; i < WM; i++) clear(dw[i]);
+        if (lag) fetch(s.c1, row);
+        if (maps && has_f) load_weights<D, FW>(weights_q, o.a.mq, weights_k, o.a.mk, s.h, o.a.f);
+        clear(sum), clear(dw);
         if (tid < BF) rows->sum[tid] = 0;
         for (int n = s.seg + 1; n < p.segments; n++) {
             const float *from = p.state[1] + (s.head * p.segments + n) * (BF * D + BF);
             add_fragments(sum, from);
             if (tid < BF) rows->sum[tid] += from[BF * D + tid];
         }
-        put_state<BF>(state, sum, sm, sn);
-        if (maps && has_f) load_weights<D, FW>(weights_q, o.a.mq, s.h, o.a.f), load_weights<D, FW>(weights_k, o.a.mk, s.h, o.a.f);
-        if (lag) put_rows_of(s.c1);
+        put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
+        if (lag) put_rows_of(s.c1, row);
         if (s.seg == 0) zero_padding();
         for (int c = s.c1 - 1; c >= s.c0; c--) {
             int far = c + lag;
             bool after = far < s.n, linear = has_f && (TRI ? after : far + 1 < s.n), takes = has_f && after && c > s.c0;
             float f[BF / 16][4], d[BF / 16][4], weights[TRI ? 8 : 1][4];
+            fetch(c, row);
             copy_wait<1>();
-            __syncthreads();
-            put_rows_of(c);
+            meet();
             if (takes || (TRI && linear)) put_query_features(far);
             if (linear) {
                 features<D, BF, FW>(o, s, 1, k, weights_k, c, hf, m, f);
                 put_key_features(f);
             }
-            __syncthreads();
+            put_rows_of(c, row);
+            meet();
             clear(weights), clear(d);
             if (linear && o.through_k) {
                 feature_gradient(far, d);
@@ -252,54 +253,55 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
             }
             if constexpr (TRI) {
                 if (linear && o.dv.p && !hf) {
-                    product<4>(
-                        weights, 0, BF, [&](uint32_t(&a)[4], int e) { fragment_a<64>(a, features_k, m, e); },
-                        [&](uint32_t(&b)[4], int n, int e) { fragment_b<64>(b, features_q, n, e); });
+                    products_begin(weights);
+                    group_product<64, BF, 64, ALONG_K, 64, ALONG_K>(weights, features_k, 0, features_q, 0);
+                    products_end(weights);
                     triangle(weights, NULL);
                 }
             }
             if (takes) {
-                absorb(sum, features_q, sm, givens(far), sn);
-                if (hf) column_sums<SM>(rows->more, false, features_q, sm, rows->delta[far & 1]);
+                states::absorb(sum, features_q, givens(far), hf);
+                if (hf) column_sums<SM>(rows->more, false, features_q, 16 * SM * strip, rows->delta[far & 1]);
             }
             __syncthreads();
             if (linear && o.through_k && maps && !(both && hf)) {
                 if (both) receive_half(exchange, strip, d);
-                put_tile(dpre, d, m, both ? 0 : hf * HALF);
+                put_tile<64>(dpre, d, m, both ? 0 : hf * HALF);
                 bias += total(d);
             }
             copy_wait<0>();
-            __syncthreads();
-            if (linear && p.dw[1]) absorb(dw, k, wm, dpre, wn);
+            meet();
+            if (linear && p.dw[1]) maps_sum::absorb(dw, k, dpre, hf);
             if (rows_wanted && (hf ? o.a.window > 0 : after)) window_weights(c, hf ? c : far, o.a.window > 0, weights);
-            __syncthreads();
+            meet();
             load_own(c - 1);
             float acc[D / 16][4];
             if (o.dv.p) {
                 clear(acc);
-                if (linear)
-                    product<D / 32>(
-                        acc, 0, BF, [&](uint32_t(&a)[4], int e) { fragment_a<64>(a, features_k, m, e); },
-                        [&](uint32_t(&b)[4], int n, int e) { fragment_b_t<BF>(b, state, sn + n, e); });
-                over_window(features_q, c, after, o.a.window > 0, true, true, acc);
+                if (linear) {
+                    products_begin(acc);
+                    group_product<D / 2, BF, 64, ALONG_K, BF, ACROSS_K>(acc, features_k, 0, state, sn);
+                    products_end(acc);
+                }
+                over_window(features_q, c, after, o.a.window > 0, true, acc);
                 put_result(1, c, acc);
             }
             if (o.dk.p) {
                 clear(acc);
-                if (o.a.window) over_window(ds, c, after, true, false, false, acc);
+                if (o.a.window) over_window(ds, c, after, true, false, acc);
                 if (linear && maps) through_weights<D, FW>(o.a, dpre, weights_k, m, sn, acc);
                 put_result(0, c, acc);
             }
             __syncthreads();
             load_ring(far - 2);
             if (takes) {
-                put_state<BF>(state, sum, sm, sn);
+                put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
                 if (tid < BF) rows->sum[tid] += rows->more[tid];
             }
         }
         copy_wait<0>();
         int64_t at = s.head * p.segments + s.seg;
-        if (p.dw[1]) put_fragments(p.dw[1] + at * D * FW, dw);
+        if (p.dw[1]) put_fragments(p.dw[1] + at * held_fragments(D, FW) * THREADS * 4, dw);
         if (p.bias[1]) {
             bias = block_reduce(bias, op_sum(), 0.f, rows->sum);
             if (!tid) p.bias[1][at] = bias;

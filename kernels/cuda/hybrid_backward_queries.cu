@@ -10,7 +10,9 @@ struct query_rows {
 
 template <int D, int BF, int FW, bool TRI> struct query_block {
     typedef layout<D, BF, FW> L;
-    static constexpr int HALF = BF / 2, SM = BF / 64, SN = D / 16, WM = D / 64, WN = FW / 16;
+    static constexpr int HALF = BF / 2, SM = BF / 64;
+    typedef held<BF, D> states;
+    typedef held<D, FW> weights;
     const gradients &o;
     const fast &p;
     chunk_range s;
@@ -20,7 +22,8 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
     int strip, hf, m; /* of the warp: rows m .. m + 15, half hf */
     float gamma, lambda;
 
-    __device__ __forceinline__ query_block(const gradients &o, const fast &p, char *memory) : o(o), p(p), s(o.a, p.segments) {
+    __device__ __forceinline__ query_block(const gradients &o, const fast &p, char *memory) : o(o), p(p),
+        s(o.a, p.segments, blockIdx.x / p.segments, blockIdx.x % p.segments) {
         bf16 *at = (bf16 *)memory;
         q = at, at += L::tile;
         g = at, at += L::tile;
@@ -33,7 +36,7 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         dpre = at, at += L::dp;
         rows = (query_rows *)at;
         exchange = (float *)ds;
-        int w = threadIdx.x >> 5;
+        int w = warp_number();
         strip = w & 3, hf = w >> 2, m = 16 * strip;
         gamma = hybrid_gamma<float>(o.a, s.h), lambda = hybrid_lambda<float>(o.a, gamma);
     }
@@ -48,45 +51,63 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         copy_commit();
     }
 
-    /* Row values of chunk c, by the first thread of each row. */
-    __device__ __forceinline__ void put_row(int c, float delta) {
-        int row = threadIdx.x >> 2, i = c * 64 + row;
-        if (threadIdx.x & 3) return;
+    /* Row values of chunk c: y, and z, the maximum and its key by the first three of a row's four threads, before they are needed. */
+    struct fetched {
+        uint4 y[D / 32];
+        float value;
+    };
+    __device__ __forceinline__ void fetch(int c, fetched &f) const {
+        int row = threadIdx.x >> 2, what = threadIdx.x & 3, i = s.s0 + c * 64 + row;
+        fetch_y<D>(o, s, c, f.y);
+        f.value = 0;
+        if (!holds(s, c, row)) return;
+        if (what == 0) f.value = *o.z.row<float>(s.b, s.h, i);
+        if (what == 1 && o.a.window) f.value = *o.c.row<float>(s.b, s.h, i);
+        if (what == 2 && o.a.window) f.value = __int_as_float(*o.argmax.row<int32_t>(s.b, s.h, i));
+    }
+    __device__ __forceinline__ void put_row(int c, const fetched &f) {
+        int row = threadIdx.x >> 2, what = threadIdx.x & 3;
         bool valid = holds(s, c, row);
-        rows->delta[row] = delta;
-        rows->rz[row] = valid ? 1 / *o.z.row<float>(s.b, s.h, s.s0 + i) : 0.f;
-        rows->c[row] = valid && o.a.window ? *o.c.row<float>(s.b, s.h, s.s0 + i) * LC_LOG2E : 0.f;
-        rows->at[row] = valid && o.a.window ? *o.argmax.row<int32_t>(s.b, s.h, s.s0 + i) - s.s0 - (c - p.lag) * 64 : -1;
-        if (valid) p.delta[s.head * o.a.t + s.s0 + i] = delta;
+        float delta = row_delta<D>(g, f.y);
+        if (what == 0) rows->rz[row] = valid ? 1 / f.value : 0.f;
+        if (what == 1) rows->c[row] = f.value * LC_LOG2E;
+        if (what == 2) rows->at[row] = valid && o.a.window ? __float_as_int(f.value) - s.s0 - (c - p.lag) * 64 : -1;
+        if (what == 3) {
+            rows->delta[row] = delta;
+            if (valid) p.delta[s.head * o.a.t + s.s0 + c * 64 + row] = delta;
+        }
     }
 
     /* d [16][HALF] = gradient of the features: lambda / z (S g - delta Z), and the triangle. */
     __device__ __forceinline__ void feature_gradient(int before, float (&d)[BF / 16][4]) {
         int lane = threadIdx.x & 31, r0 = m + (lane >> 2), n0 = hf * HALF;
         clear(d);
-        product<BF / 32>(
-            d, 0, D, [&](uint32_t(&f)[4], int k) { fragment_a<64>(f, g, m, k); },
-            [&](uint32_t(&f)[4], int n, int k) { fragment_b<BF>(f, state, n0 + n, k); });
+        float du[TRI ? 8 : 1][4];
+        if constexpr (TRI) {
+            clear(du);
+            products_begin(d, du);
+            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(du, g, 0, values(before), 0);
+        } else {
+            products_begin(d);
+        }
+        group_product<HALF, D, 64, ALONG_K, BF, ALONG_K>(d, g, 0, state, n0);
+        products_end(d, du);
         float delta[2] = {rows->delta[r0], rows->delta[r0 + 8]}, by[2] = {rows->rz[r0] * lambda, rows->rz[r0 + 8] * lambda};
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) d[n][j] -= delta[j >> 1] * rows->z[n0 + 8 * n + 2 * (lane & 3) + (j & 1)];
-        if (TRI) {
-            float du[8][4];
-            clear(du);
-            const bf16 *v = values(before);
-            product<4>(
-                du, 0, D, [&](uint32_t(&f)[4], int k) { fragment_a<64>(f, g, m, k); },
-                [&](uint32_t(&f)[4], int n, int k) { fragment_b<64>(f, v, n, k); });
+        if constexpr (TRI) {
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
                 for (int j = 0; j < 4; j++)
                     du[n][j] = 8 * n + 2 * (lane & 3) + (j & 1) <= r0 + 8 * (j >> 1) ? du[n][j] - delta[j >> 1] : 0.f;
-            product<BF / 32>(
-                d, 0, 64, [&](uint32_t(&f)[4], int k) { fragment_of(f, du, k / 16); },
-                [&](uint32_t(&f)[4], int n, int k) { fragment_b_t<64>(f, features_k, n0 + n, k); });
+            uint32_t part[4][4];
+            as_fragments<64>(part, du);
+            products_begin(d);
+            group_product<HALF, 64, 64, ACROSS_K>(d, part, features_k, n0);
+            products_end(d);
         }
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
@@ -110,25 +131,12 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
     /* Scale times the gradient of the scores of a strip with one chunk of keys (half 0: chunk c - lag, 1: chunk c) into ds. */
     __device__ __forceinline__ void score_gradient(const bf16 *k, const bf16 *v) {
         float sc[8][4], dp[8][4];
-        clear(sc), clear(dp);
         int lane = threadIdx.x & 31;
-#pragma unroll
-        for (int e = 0; e < D; e += 16) {
-            uint32_t fq[4], fg[4];
-            fragment_a<64>(fq, q, m, e);
-            fragment_a<64>(fg, g, m, e);
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                if (hf ? n > strip : TRI && n < strip) continue;
-                uint32_t fk[4], fv[4];
-                fragment_b<64>(fk, k, 16 * n, e);
-                fragment_b<64>(fv, v, 16 * n, e);
-                mma16<bf16>(sc[2 * n], fq, fk[0], fk[1]);
-                mma16<bf16>(sc[2 * n + 1], fq, fk[2], fk[3]);
-                mma16<bf16>(dp[2 * n], fg, fv[0], fv[1]);
-                mma16<bf16>(dp[2 * n + 1], fg, fv[2], fv[3]);
-            }
-        }
+        clear(sc), clear(dp);
+        products_begin(sc, dp);
+        group_product<64, D, 64, ALONG_K, 64, ALONG_K>(sc, q, 0, k, 0);
+        group_product<64, D, 64, ALONG_K, 64, ALONG_K>(dp, g, 0, v, 0);
+        products_end(sc, dp);
         float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -145,7 +153,7 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
                     sc[n][2 * i + j] = scale * (w * (dp[n][2 * i + j] - delta) + (col == at ? x : 0.f));
                 }
         }
-        put_tile(ds, sc, m, 64 * hf);
+        put_tile<64>(ds, sc, m, 64 * hf);
     }
 
     /* Rows of dq: columns hf * D / 2 on. */
@@ -153,16 +161,8 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         float acc[D / 16][4];
         int n0 = hf * (D / 2);
         clear(acc);
-        for (int tile = before ? 0 : 1; tile < (near ? 2 : 0); tile++) {
-            const bf16 *k = keys(tile ? c : c - 1);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (tile ? j > strip : TRI && j < strip) continue;
-                product<D / 32>(
-                    acc, 16 * j, 16 * j + 16, [&](uint32_t(&f)[4], int j) { fragment_a<64>(f, ds, m, 64 * tile + j); },
-                    [&](uint32_t(&f)[4], int n, int j) { fragment_b_t<64>(f, k, n0 + n, j); });
-            }
-        }
+        if (near && before) over_tokens<D>(acc, ds, keys(c - 1), n0);
+        if (near) over_tokens<D>(acc, ds + 64 * 64, keys(c), n0);
         if (linear && o.a.map != MAP_NONE) through_weights<D, FW>(o.a, dpre, weights_q, m, n0, acc);
         put_rows(o.dq.row<bf16>(s.b, s.h, s.s0 + c * 64) + n0, o.dq.s[2], acc, m, s.len - c * 64, D);
     }
@@ -177,33 +177,32 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
     }
 
     __device__ __forceinline__ void run() {
-        float sum[SM][SN][4], dw[WM][WN][4], bias = 0, all_x = 0;
-        int sm = strip * 16 * SM, sn = hf * (D / 2), wm = strip * 16 * WM, wn = hf * (FW / 2), lag = p.lag, tid = threadIdx.x;
+        typename states::sum sum;
+        typename weights::sum dw;
+        float bias = 0, all_x = 0;
+        int lag = p.lag, tid = threadIdx.x;
         const bool maps = o.a.map != MAP_NONE, both = has_extreme(o.a), window = o.a.window && o.dq.p;
         load_ring(s.c0 - lag);
         load_own(s.c0);
         load_ring(s.c0 - lag + 1);
-#pragma unroll
-        for (int i = 0; i < SM; i++) clear(sum[i]);
-#pragma unroll
-        for (int i = 0; i < WM; i++) clear(dw[i]);
+        if (maps && o.through_q) load_weights<D, FW>(weights_q, o.a.mq, weights_k, o.a.mk, s.h, o.a.f);
+        clear(sum), clear(dw);
         if (tid < BF) rows->z[tid] = 0;
         for (int n = 0; n < s.seg; n++) {
             const float *from = p.state[0] + (s.head * p.segments + n) * (BF * D + BF);
             add_fragments(sum, from);
             if (tid < BF) rows->z[tid] += from[BF * D + tid];
         }
-        put_state<BF>(state, sum, sm, sn);
-        if (maps && o.through_q) load_weights<D, FW>(weights_q, o.a.mq, s.h, o.a.f), load_weights<D, FW>(weights_k, o.a.mk, s.h, o.a.f);
+        put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
         if (s.seg == 0) zero_padding();
         for (int c = s.c0; c < s.c1; c++) {
             int far = c - lag;
             bool before = far >= 0, linear = o.through_q && (TRI ? before : far > 0), takes = before && c + 1 < s.c1 && o.through_q;
-            uint4 y[D / 32];
+            fetched row;
             float d[BF / 16][4];
+            fetch(c, row);
             copy_wait<1>();
-            __syncthreads();
-            fetch_y<D>(o, s, c, y);
+            meet();
             if (takes || (TRI && linear)) {
                 float v[BF / 16][4];
                 int width = half_width<BF>(o.a, hf);
@@ -212,12 +211,12 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
                 for (int n = 0; n < BF / 16; n++)
 #pragma unroll
                     for (int j = 0; j < 4; j++) v[n][j] = feature_of(o.a, n, width, v[n][j]);
-                put_tile(features_k, v, m, hf * HALF);
+                put_tile<64>(features_k, v, m, hf * HALF);
             }
-            put_row(c, row_delta<D>(g, y));
+            put_row(c, row);
             float v[BF / 16][4];
             if (linear) features<D, BF, FW>(o, s, 0, q, weights_q, c, hf, m, v);
-            __syncthreads();
+            meet();
             if (linear) {
                 feature_gradient(far, d);
                 put_x(v, d);
@@ -230,13 +229,13 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
             if (!maps && o.dmq.p)
                 put_rows(o.dmq.row<bf16>(s.b, s.h, s.s0 + c * 64) + hf * HALF, o.dmq.s[2], d, m, s.len - c * 64, half_width<BF>(o.a, hf));
             if (takes) {
-                absorb(sum, features_k, sm, values(far), sn);
-                if (hf) column_sums<SM>(rows->more, false, features_k, sm, NULL);
+                states::absorb(sum, features_k, values(far), hf);
+                if (hf) column_sums<SM>(rows->more, false, features_k, 16 * SM * strip, NULL);
             }
             __syncthreads();
             if (linear && maps && !(both && hf)) {
                 if (both) receive_half(exchange, strip, d);
-                put_tile(dpre, d, m, both ? 0 : hf * HALF);
+                put_tile<64>(dpre, d, m, both ? 0 : hf * HALF);
                 bias += total(d);
             }
             if (tid < 64 && holds(s, c, tid)) {
@@ -245,14 +244,14 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
                 all_x += x;
             }
             if (takes) {
-                put_state<BF>(state, sum, sm, sn);
+                put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
                 if (tid < BF) rows->z[tid] += rows->more[tid];
             }
             copy_wait<0>();
-            __syncthreads();
-            if (linear && p.dw[0]) absorb(dw, q, wm, dpre, wn);
+            meet();
+            if (linear && p.dw[0]) weights::absorb(dw, q, dpre, hf);
             if (window && (hf || before)) score_gradient(keys(hf ? c : far), values(hf ? c : far));
-            __syncthreads();
+            meet();
             load_own(c + 1);
             if (o.dq.p) put_queries(c, window, before, linear);
             __syncthreads();
@@ -260,7 +259,7 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         }
         copy_wait<0>();
         int64_t at = s.head * p.segments + s.seg;
-        if (p.dw[0]) put_fragments(p.dw[0] + at * D * FW, dw);
+        if (p.dw[0]) put_fragments(p.dw[0] + at * held_fragments(D, FW) * THREADS * 4, dw);
         if (p.bias[0]) {
             bias = block_reduce(bias, op_sum(), 0.f, rows->rz);
             if (!tid) p.bias[0][at] = bias;

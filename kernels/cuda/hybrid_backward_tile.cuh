@@ -1,14 +1,15 @@
 /* hybrid_backward_tile.cuh: what the tensor-core kernels of hybrid attention's gradient share: their plan, loads of tiles of 64
- * tokens, and the feature maps on fragments. A block has 8 warps and a segment of chunks (64 tokens) of one query head. In products
- * with 64 rows warp w has rows 16 (w & 3) .. + 15 and, of the columns, half w >> 2. Features lie as two halves of BF / 2 columns (of
- * a full map: of x and of -x), padded with zeros, so a warp has whole rows of its half: sums over features stay within a quad.
+ * tokens, and the feature maps on fragments. A block has two warpgroups and a segment of chunks (64 tokens) of one query head. In
+ * products with 64 rows group hf has, of the columns, half hf, its warp `strip` rows 16 strip .. + 15. Features lie as two halves of
+ * BF / 2 columns (of a full map: of x and of -x), padded with zeros, so a warp has whole rows of its half: sums over features stay
+ * within a quad.
  * Queries of chunk c see linearly the state of the chunks before c - lag and, in geometries with a triangle (TRI: sliding window,
  * window 0), the keys of chunk c - lag whose row in it is not above the query's; lag is 0 for window 0, else 1. */
 #ifndef LC_HYBRID_BACKWARD_TILE_CUH
 #define LC_HYBRID_BACKWARD_TILE_CUH
 
 #include "hybrid_backward.cuh"
-#include "mma.cuh"
+#include "group.cuh"
 
 namespace hybrid_backward_tiles { /* names that other files may have too */
 
@@ -17,7 +18,7 @@ struct fast {
     int bf, fw;                /* BF; columns of a map's weights as a tile: BF / 2 for full maps, else BF */
     float *delta, *x;          /* [b, h, t] */
     float *state[2];           /* [b, h, segments][BF * D fragments, BF]: what a segment adds to S, Z and to R, P */
-    float *dw[2];              /* [b, h, segments][D * fw fragments] */
+    float *dw[2];              /* [b, h, segments][fragments] */
     float *bias[2], *xs;       /* [b, h, segments] */
     bf16 *rows[3];             /* dk, dv [b, h, t, d], dmk [b, h, t, F] of one query head, where heads share a row */
 };
@@ -63,11 +64,9 @@ template <int D, int BF, int FW> struct layout {
 
 /* Which segment a block has. Chunks count from the first real token s0; n of them are there. */
 struct chunk_range {
-    int b, h, hk, seg, s0, len, n, c0, c1;
+    int seg, b, h, hk, s0, len, n, c0, c1;
     int64_t head; /* (b, h) as one number */
-    __device__ __forceinline__ chunk_range(const hybrid &a, int segments) {
-        seg = blockIdx.x % segments;
-        head = blockIdx.x / segments;
+    __device__ __forceinline__ chunk_range(const hybrid &a, int segments, int64_t head, int seg) : seg(seg), head(head) {
         h = (int)(head % a.h), b = (int)(head / a.h), hk = h / a.group;
         s0 = start_of(a, b), len = a.t - s0, n = (len + 63) / 64;
         c0 = (int)((int64_t)n * seg / segments), c1 = (int)((int64_t)n * (seg + 1) / segments);
@@ -88,29 +87,83 @@ template <int D> __device__ __forceinline__ void load_tile(bf16 *tile, const row
     }
 }
 
-/* Weights [d, f] of head h, as halves, into a tile [D][FW]; columns that do not exist are zeros. */
+/* Barriers: what was written before is there for the products of all after. */
+__device__ __forceinline__ void meet() {
+    shared_fence();
+    __syncthreads();
+}
+/* The warp's number, known to be the same in all of its threads. */
+__device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, (int)(threadIdx.x >> 5), 0); }
+/* Begin and end of a batch of products into these accumulators; no branch in between: the compiler would wait for each product. */
+template <class... A> __device__ __forceinline__ void products_begin(A &...acc) {
+    (group_hold(acc), ...);
+    group_begin();
+}
+template <class... A> __device__ __forceinline__ void products_end(A &...acc) {
+    group_end();
+    (group_hold(acc), ...);
+}
+
+/* Weights [d, f] of head h of one or two maps, as halves, into tiles [D][FW]; columns that do not exist are zeros. A thread has pieces
+ * of eight columns, all of them under way at once. */
+template <int D, int FW> struct weights_piece {
+    static constexpr int N = D * FW / 8 / THREADS;
+    uint4 v[N];
+    static __device__ __forceinline__ bool wide(const rows4 &m) {
+        int align = m.dtype == LC_K_F32 ? 4 : 8;
+        return (m.dtype == LC_K_F32 || m.dtype == LC_K_BF16) && (uintptr_t)m.p % 16 == 0 && m.s[1] % align == 0 && m.s[2] % align == 0;
+    }
+    __device__ __forceinline__ void fetch(const rows4 &m, int h, int f) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            int at = threadIdx.x + i * THREADS, n = at % (FW / 8) * 8;
+            int64_t from = h * m.s[1] + at / (FW / 8) * m.s[2] + n;
+            v[i] = make_uint4(0, 0, 0, 0);
+            if (n >= f) continue;
+            if (m.dtype == LC_K_BF16) {
+                v[i] = *(const uint4 *)((const bf16 *)m.p + from);
+            } else {
+                float4 x = *(const float4 *)((const float *)m.p + from), y = *(const float4 *)((const float *)m.p + from + 4);
+                v[i] = make_uint4(pack2<bf16>(x.x, x.y), pack2<bf16>(x.z, x.w), pack2<bf16>(y.x, y.y), pack2<bf16>(y.z, y.w));
+            }
+        }
+    }
+    __device__ __forceinline__ void put(bf16 *tile) const {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            int at = threadIdx.x + i * THREADS;
+            *(uint4 *)tile_at<D>(tile, at / (FW / 8), at % (FW / 8) * 8) = v[i];
+        }
+    }
+};
 template <int D, int FW> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f) {
+    if (weights_piece<D, FW>::wide(m)) {
+        weights_piece<D, FW> w;
+        w.fetch(m, h, f), w.put(tile);
+        return;
+    }
     for (int i = threadIdx.x; i < D * FW; i += THREADS) {
         int e = i / FW, n = i % FW;
         float v = n < f ? read_as<float>(m.p, m.dtype, h * m.s[1] + e * m.s[2] + n) : 0.f;
         *tile_at<D>(tile, e, n) = store<bf16>(v);
     }
 }
-
-/* acc [16][16 N] += A B over k0 <= k < k1; a(fragment, k) and b(fragment, n, k) load. */
-template <int N, class A, class B> __device__ __forceinline__ void product(float (&acc)[2 * N][4], int k0, int k1, A a, B b) {
-#pragma unroll
-    for (int k = k0; k < k1; k += 16) {
-        uint32_t fa[4], fb[N][4];
-        a(fa, k);
-#pragma unroll
-        for (int n = 0; n < N; n++) b(fb[n], 16 * n, k);
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-            mma16<bf16>(acc[2 * n], fa, fb[n][0], fb[n][1]);
-            mma16<bf16>(acc[2 * n + 1], fa, fb[n][2], fb[n][3]);
-        }
+template <int D, int FW>
+__device__ __forceinline__ void load_weights(bf16 *tile_q, const rows4 &mq, bf16 *tile_k, const rows4 &mk, int h, int f) {
+    if (weights_piece<D, FW>::wide(mq) && weights_piece<D, FW>::wide(mk)) {
+        weights_piece<D, FW> q, k;
+        q.fetch(mq, h, f), k.fetch(mk, h, f);
+        q.put(tile_q), k.put(tile_k);
+        return;
     }
+    load_weights<D, FW>(tile_q, mq, h, f), load_weights<D, FW>(tile_k, mk, h, f);
+}
+
+/* acc [16][D / 2] += A B with A [64][64] and B a tile [64][D] of tokens, columns n on. */
+template <int D> __device__ __forceinline__ void over_tokens(float (&acc)[D / 16][4], const bf16 *a, const bf16 *b, int n) {
+    products_begin(acc);
+    group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(acc, a, 0, b, n);
+    products_end(acc);
 }
 
 template <int N> __device__ __forceinline__ void clear(float (&acc)[N][4]) {
@@ -120,32 +173,24 @@ template <int N> __device__ __forceinline__ void clear(float (&acc)[N][4]) {
         for (int j = 0; j < 4; j++) acc[n][j] = 0;
 }
 
-/* A [16][16] from accumulators of columns 16 k .. + 15. */
-template <int N> __device__ __forceinline__ void fragment_of(uint32_t (&a)[4], const float (&acc)[N][4], int k) {
-    a[0] = pack2<bf16>(acc[2 * k][0], acc[2 * k][1]), a[1] = pack2<bf16>(acc[2 * k][2], acc[2 * k][3]);
-    a[2] = pack2<bf16>(acc[2 * k + 1][0], acc[2 * k + 1][1]), a[3] = pack2<bf16>(acc[2 * k + 1][2], acc[2 * k + 1][3]);
-}
-
-/* A persistent sum [16 MT WARPS_M][8 NT WARPS_N] over the chunks, transposed: rows m .., columns n .. of this warp += A^T B with A
- * [64][M] and B [64][N] tiles of tokens. */
-template <int MT, int NT> __device__ __forceinline__ void absorb(float (&acc)[MT][NT][4], const bf16 *a, int m, const bf16 *b, int n) {
-#pragma unroll
-    for (int k = 0; k < 64; k += 16) {
-        uint32_t fa[MT][4];
-#pragma unroll
-        for (int i = 0; i < MT; i++) fragment_a_t<64>(fa[i], a, m + 16 * i, k);
-#pragma unroll
-        for (int j = 0; j < NT / 2; j++) {
-            uint32_t fb[4];
-            fragment_b_t<64>(fb, b, n + 16 * j, k);
-#pragma unroll
-            for (int i = 0; i < MT; i++) {
-                mma16<bf16>(acc[i][2 * j], fa[i], fb[0], fb[1]);
-                mma16<bf16>(acc[i][2 * j + 1], fa[i], fb[2], fb[3]);
-            }
-        }
+/* Fragments of a sum [m][n] as `held` has it. */
+constexpr int held_fragments(int m, int n) { return m == 128 || n < 64 ? n / 8 : n / 16; }
+/* A sum [M][N] that the two groups hold over the chunks: rows row(hf) .. + 63, columns col(hf) .. + width - 1 of it. */
+template <int M, int N> struct held {
+    static constexpr bool tall = M == 128, split = tall || N >= 64; /* else all of it is group 0's */
+    static constexpr int width = tall || !split ? N : N / 2, n8 = width / 8;
+    typedef float sum[n8][4];
+    static __device__ __forceinline__ int row(int hf) { return tall ? 64 * hf : 0; }
+    static __device__ __forceinline__ int col(int hf) { return tall || !split ? 0 : width * hf; }
+    static __device__ __forceinline__ bool mine(int hf) { return split || !hf; }
+    /* += A^T B with A [64][M] and B [64][N] tiles of tokens. */
+    static __device__ __forceinline__ void absorb(sum &acc, const bf16 *a, const bf16 *b, int hf) {
+        if (!mine(hf)) return;
+        products_begin(acc);
+        group_product<width, 64, 64, ACROSS_K, 64, ACROSS_K>(acc, a, row(hf), b, col(hf));
+        products_end(acc);
     }
-}
+};
 
 /* sum[m + r] of A [64][M], rows weighed by `weight` [64] (NULL: all 1), for the 16 MT rows of this warp: into `out`, or added. The
  * weights go as two halves each, in the first two columns of B. */
@@ -179,44 +224,26 @@ template <int MT> __device__ __forceinline__ void column_sums(float *out, bool a
         }
 }
 
-/* Such a sum as a tile [ROWS][..] of halves. */
-template <int ROWS, int MT, int NT>
-__device__ __forceinline__ void put_state(bf16 *tile, const float (&acc)[MT][NT][4], int m, int n) {
-    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+/* Such accumulators in the workspace: [N][THREADS][4]. */
+template <int N> __device__ __forceinline__ void add_fragments(float (&acc)[N][4], const float *from) {
 #pragma unroll
-    for (int i = 0; i < MT; i++)
+    for (int j = 0; j < N; j++) {
+        float4 v = ((const float4 *)from)[j * THREADS + threadIdx.x];
+        acc[j][0] += v.x, acc[j][1] += v.y, acc[j][2] += v.z, acc[j][3] += v.w;
+    }
+}
+template <int N> __device__ __forceinline__ void put_fragments(float *to, const float (&acc)[N][4]) {
 #pragma unroll
-        for (int j = 0; j < NT; j++) {
-            *(uint32_t *)tile_at<ROWS>(tile, m + 16 * i + g, n + 8 * j + 2 * q) = pack2<bf16>(acc[i][j][0], acc[i][j][1]);
-            *(uint32_t *)tile_at<ROWS>(tile, m + 16 * i + g + 8, n + 8 * j + 2 * q) = pack2<bf16>(acc[i][j][2], acc[i][j][3]);
-        }
+    for (int j = 0; j < N; j++) ((float4 *)to)[j * THREADS + threadIdx.x] = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
 }
 
-/* Fragments in the workspace: [MT][NT][THREADS][4]. */
-template <int MT, int NT> __device__ __forceinline__ void add_fragments(float (&acc)[MT][NT][4], const float *from) {
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-#pragma unroll
-        for (int j = 0; j < NT; j++) {
-            float4 v = ((const float4 *)from)[(i * NT + j) * THREADS + threadIdx.x];
-            acc[i][j][0] += v.x, acc[i][j][1] += v.y, acc[i][j][2] += v.z, acc[i][j][3] += v.w;
-        }
-}
-template <int MT, int NT> __device__ __forceinline__ void put_fragments(float *to, const float (&acc)[MT][NT][4]) {
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-#pragma unroll
-        for (int j = 0; j < NT; j++)
-            ((float4 *)to)[(i * NT + j) * THREADS + threadIdx.x] = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
-}
-
-/* 16 rows by 8 N columns of accumulators into a tile of halves, from column n on. */
-template <int N> __device__ __forceinline__ void put_tile(bf16 *tile, const float (&acc)[N][4], int m, int n) {
+/* 16 rows by 8 N columns of accumulators into a tile of ROWS rows of halves, from column n on. */
+template <int ROWS, int N> __device__ __forceinline__ void put_tile(bf16 *tile, const float (&acc)[N][4], int m, int n) {
     int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        *(uint32_t *)tile_at<64>(tile, m + g, n + 8 * j + 2 * q) = pack2<bf16>(acc[j][0], acc[j][1]);
-        *(uint32_t *)tile_at<64>(tile, m + g + 8, n + 8 * j + 2 * q) = pack2<bf16>(acc[j][2], acc[j][3]);
+        *(uint32_t *)tile_at<ROWS>(tile, m + g, n + 8 * j + 2 * q) = pack2<bf16>(acc[j][0], acc[j][1]);
+        *(uint32_t *)tile_at<ROWS>(tile, m + g + 8, n + 8 * j + 2 * q) = pack2<bf16>(acc[j][2], acc[j][3]);
     }
 }
 
@@ -355,9 +382,9 @@ __device__ __forceinline__ void features(const gradients &o, const chunk_range &
     for (int n = 0; n < BF / 16; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++) v[n][j] = bias;
-    product<BF / 32>(
-        v, 0, D, [&](uint32_t(&f)[4], int k) { fragment_a<64>(f, x, m, k); },
-        [&](uint32_t(&f)[4], int n, int k) { fragment_b_t<D>(f, w, n0 + n, k); });
+    products_begin(v);
+    group_product<BF / 2, D, 64, ALONG_K, D, ACROSS_K>(v, x, 0, w, n0);
+    products_end(v);
     if (a.skip) {
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
@@ -375,9 +402,9 @@ __device__ __forceinline__ void features(const gradients &o, const chunk_range &
 template <int D, int FW>
 __device__ __forceinline__ void through_weights(const hybrid &a, const bf16 *dp, const bf16 *w, int m, int n, float (&acc)[D / 16][4]) {
     int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
-    product<D / 32>(
-        acc, 0, FW, [&](uint32_t(&f)[4], int k) { fragment_a<64>(f, dp, m, k); },
-        [&](uint32_t(&f)[4], int j, int k) { fragment_b<D>(f, w, n + j, k); });
+    products_begin(acc);
+    group_product<D / 2, FW, 64, ALONG_K, D, ALONG_K>(acc, dp, 0, w, n);
+    products_end(acc);
     if (!a.skip) return;
 #pragma unroll
     for (int j = 0; j < D / 16; j++)
@@ -416,18 +443,29 @@ template <int D> __device__ __forceinline__ void fetch_y(const gradients &o, con
 #pragma unroll
     for (int i = 0; i < D / 32; i++) y[i] = holds(s, chunk, row) ? *(const uint4 *)(base + 32 * i) : make_uint4(0, 0, 0, 0);
 }
+__device__ __forceinline__ float dot8(uint4 x, uint4 y) {
+    const uint32_t *a = &x.x, *b = &y.x;
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        float2 u = unpack2<bf16>(a[j]), v = unpack2<bf16>(b[j]);
+        sum += u.x * v.x + u.y * v.y;
+    }
+    return sum;
+}
+template <int D> __device__ __forceinline__ uint4 row_piece(const bf16 *tile, int i) {
+    return *(const uint4 *)tile_at<64>((bf16 *)tile, threadIdx.x >> 2, 32 * i + (threadIdx.x & 3) * 8);
+}
 template <int D> __device__ __forceinline__ float row_delta(const bf16 *g, const uint4 (&y)[D / 32]) {
     float sum = 0;
 #pragma unroll
-    for (int i = 0; i < D / 32; i++) {
-        uint4 x = *(const uint4 *)tile_at<64>((bf16 *)g, threadIdx.x >> 2, 32 * i + (threadIdx.x & 3) * 8);
-        const uint32_t *a = &x.x, *b = &y[i].x;
+    for (int i = 0; i < D / 32; i++) sum += dot8(row_piece<D>(g, i), y[i]);
+    return quad_sum(sum);
+}
+template <int D> __device__ __forceinline__ float row_delta(const bf16 *g, const bf16 *y) {
+    float sum = 0;
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float2 u = unpack2<bf16>(a[j]), v = unpack2<bf16>(b[j]);
-            sum += u.x * v.x + u.y * v.y;
-        }
-    }
+    for (int i = 0; i < D / 32; i++) sum += dot8(row_piece<D>(g, i), row_piece<D>(y, i));
     return quad_sum(sum);
 }
 

@@ -16,7 +16,7 @@ extern "C" {
 
 enum { LC_EMU_WARP = 32, LC_EMU_THREADS = 1024, LC_EMU_STACK = 64 << 10, LC_EMU_BARRIERS = 16 };
 enum { LC_EMU_FORWARD, LC_EMU_REVERSE, LC_EMU_RANDOM };
-#define LC_EMU_SHARED_MAX ((size_t)163 << 10) /* what a block may ask for on sm_80 */
+#define LC_EMU_SHARED_MAX ((size_t)227 << 10) /* what a block may ask for on sm_90 */
 
 /* What runs when all lanes of a collective have arrived: once, with every lane's record (NULL for lanes not in the mask). */
 typedef void (*lc_emu_collective_fn)(void *const record[32], uint32_t mask);
