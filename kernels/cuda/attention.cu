@@ -139,7 +139,10 @@ extern "C" int lc_cuda_attention(const lc_kargs *k) {
     softmax_open(&a, k, k->x, k->x + 3, k->x + 4);
     if (a.d > DIMS * 32) return LC_K_UNSUPPORTED;
     if (!a.b || !a.h || !a.t || !a.d) return LC_K_OK;
-    if (a.t > FEW && softmax_has_tiles(k, a)) return softmax_tiles(k, a);
+    if (a.t > FEW && softmax_has_tiles(k, a) && in_pieces(rows4_of(&k->y[0]))) {
+        int rc = softmax_tiles(k, a);
+        if (rc != LC_K_UNSUPPORTED) return rc; /* the tiles are too large for the device's shared memory */
+    }
     LC_FLOATS(a.q.dtype, return run_rows<T>(k, a);)
     return LC_K_OK;
 }
@@ -226,7 +229,12 @@ extern "C" int lc_cuda_attention_backward(const lc_kargs *k) {
     softmax_open(&a, k, k->x + 1, k->x + 6, NULL);
     if (a.d > DIMS * 32) return LC_K_UNSUPPORTED;
     if (!a.b || !a.d) return LC_K_OK;
-    if (softmax_has_tiles(k, a) && in_pieces(rows4_of(&k->x[0])) && in_pieces(rows4_of(&k->x[4]))) return softmax_tiles_backward(k, a);
+    bool tiles = softmax_has_tiles(k, a) && in_pieces(rows4_of(&k->x[0])) && in_pieces(rows4_of(&k->x[4]));
+    for (int n = 0; n < 3; n++) tiles = tiles && (!k->y[n].data || in_pieces(rows4_of(&k->y[n])));
+    if (tiles) {
+        int rc = softmax_tiles_backward(k, a);
+        if (rc != LC_K_UNSUPPORTED) return rc;
+    }
     LC_FLOATS(a.q.dtype, return run_rows_backward<T>(k, a);)
     return LC_K_OK;
 }

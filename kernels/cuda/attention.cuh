@@ -1,10 +1,13 @@
 /* attention.cuh: the call of softmax attention as its kernels take it. q [b, h, t, d], k and v [b, g, s, d]; the last query sits on
- * key `length` - 1 (s - 1 without length), so query i on key i + offset. The formula stands at the rows in ops.def. */
+ * key `length` - 1 (s - 1 without length), so query i on key i + offset. The formula stands at the rows in ops.def. Also what the
+ * tiled kernels share: the order of blocks, tiles between device and shared memory. */
 #ifndef LC_ATTENTION_CUH
 #define LC_ATTENTION_CUH
 
+#include "group.cuh"
 #include "hybrid.cuh"
-#include "mma.cuh"
+
+#define LOG2E 1.4426950408889634f
 
 struct softmax_call {
     int b, h, g, t, s, d, group, window;
@@ -51,7 +54,8 @@ __device__ __forceinline__ int softmax_first(const softmax_call &a, int start, i
     return a.window > 0 && last - a.window + 1 > start ? last - a.window + 1 : start;
 }
 
-/* attention_forward.cu and attention_backward.cu: halves, head dims 64 and 128, by tiles on the tensor cores. */
+/* attention_forward.cu and attention_backward.cu: halves, head dims 64 and 128, by tiles on the tensor cores; LC_K_UNSUPPORTED where
+ * shared memory is too small. */
 int softmax_tiles(const lc_kargs *k, const softmax_call &a);
 int softmax_tiles_backward(const lc_kargs *k, const softmax_call &a);
 size_t softmax_tiles_backward_work(const lc_kargs *k, const softmax_call &a);
@@ -65,17 +69,75 @@ static inline bool softmax_has_tiles(const lc_kargs *k, const softmax_call &a) {
     return half && (a.d == 64 || a.d == 128) && !k->host->option(LC_OPTION_PLAIN_ATTENTION) && in_pieces(a.q) && in_pieces(a.k) && in_pieces(a.v);
 }
 
-/* Rows first .. first + ROWS - 1 of a head, whose row 0 is at `from`, into a tile of D columns, zeros outside [0, rows); by all
- * threads of the block. */
-template <int ROWS, int D, int THREADS, class T>
-__device__ __forceinline__ void load_tile(T *tile, const T *from, int stride, int first, int rows) {
-    int col = threadIdx.x % (D / 8) * 8, row = threadIdx.x / (D / 8);
-#pragma unroll
-    for (int n = 0; n < ROWS; n += THREADS / (D / 8)) {
-        int at = first + n + row;
-        bool valid = (unsigned)at < (unsigned)rows;
-        copy16(tile_at<ROWS>(tile, n + row, col), from + (int64_t)(valid ? at : 0) * stride + col, valid);
+/* ---- the order of blocks --------------------------------------------------------------------------------------------- */
+/* Blocks are (tile, head), a head's tiles of very different length: tile 0 of all heads comes first, then tile 1 of all, so that with
+ * the longest first the short ones fill the gaps. Heads go in chunks whose keys and values stay in the L2 cache. */
+struct block_order {
+    int tiles, heads, chunk;
+    __device__ __forceinline__ void at(int n, int &tile, int &head) const {
+        int c = n / (chunk * tiles), r = n - c * chunk * tiles, width = heads - c * chunk < chunk ? heads - c * chunk : chunk;
+        tile = r / width, head = c * chunk + r % width;
     }
+};
+/* `each` heads share `bytes` of what a block reads tile by tile. */
+static inline block_order order_blocks(int tiles, int heads, int each, int64_t bytes) {
+    int64_t chunk = ((int64_t)16 << 20) / (bytes > 0 ? bytes : 1) * each, most = INT32_MAX / tiles;
+    chunk = chunk < each ? each : chunk;
+    chunk = chunk < heads ? chunk : heads;
+    block_order o = {tiles, heads, (int)(chunk < most ? chunk : most)};
+    return o;
+}
+
+/* ---- tiles ----------------------------------------------------------------------------------------------------------- */
+/* Rows of a head on their way into tiles [ROWS][D] of shared memory, zeros outside [0, rows); by all threads of the block. */
+template <int D, int THREADS, class T> struct tile_source {
+    enum { EACH = THREADS / (D / 8) }; /* rows at a time: a multiple of 8, so that a thread's pieces are all exchanged alike */
+    const T *from;
+    int64_t step; /* of EACH rows */
+    int stride, rows, row, col;
+    __device__ __forceinline__ tile_source(const T *head, int64_t stride, int rows)
+        : from(head), step(EACH * stride), stride((int)stride), rows(rows), row(threadIdx.x / (D / 8)), col(threadIdx.x % (D / 8) * 8) {}
+    template <int ROWS> __device__ __forceinline__ void copy(T *tile, int first) const {
+        T *to = tile_at<ROWS>(tile, row, col);
+        if (first >= 0 && first + ROWS <= rows) {
+            const T *p = from + (int64_t)(first + row) * stride + col;
+#pragma unroll
+            for (int n = 0; n < ROWS; n += EACH, p += step) copy16(to + n * 64, p, true);
+        } else {
+#pragma unroll
+            for (int n = 0; n < ROWS; n += EACH) {
+                int at = first + n + row;
+                bool valid = at >= 0 && at < rows;
+                copy16(to + n * 64, from + (int64_t)(valid ? at : 0) * stride + col, valid);
+            }
+        }
+    }
+};
+
+template <int N> __device__ __forceinline__ void clear(float (&x)[N][4]) {
+#pragma unroll
+    for (int n = 0; n < N; n++) x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0;
+    group_hold(x);
+}
+
+/* A warp's accumulator x [16][D] times by[r] (rows r * 8 + lane / 4) as rows first .. of `to`, those in [0, rows), by way of rows m ..
+ * m + 15 of a tile [ROWS][D] that nobody else uses any more. */
+template <int ROWS, int D, class T>
+__device__ __forceinline__ void store_rows(T *to, int64_t stride, int first, int rows, T *tile, int m, const float (&x)[D / 8][4], float by0, float by1) {
+    int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+        *(uint32_t *)tile_at<ROWS>(tile, m + lane / 4, n * 8 + (lane & 3) * 2) = pack2<T>(x[n][0] * by0, x[n][1] * by0);
+        *(uint32_t *)tile_at<ROWS>(tile, m + lane / 4 + 8, n * 8 + (lane & 3) * 2) = pack2<T>(x[n][2] * by1, x[n][3] * by1);
+    }
+    __syncwarp();
+    int row = lane / (D / 8), col = lane % (D / 8) * 8;
+#pragma unroll
+    for (int n = 0; n < 16; n += 256 / D) {
+        int at = first + n + row;
+        if (at < rows) *(int4 *)(to + at * stride + col) = *(const int4 *)tile_at<ROWS>(tile, m + n + row, col);
+    }
+    __syncwarp();
 }
 
 #endif

@@ -2,15 +2,16 @@
  * its loads under way. A row of w is read by a group of `lanes` threads (1 to 256, a power of two: fewer for short rows, more where
  * there are few rows). Dense weights go through shared memory: each thread has a ring of DEPTH pieces of 16 bytes of its own, filled
  * by asynchronous copies that run on from one row into the next, so that they never drain; x comes from the first-level cache, which
- * these copies leave alone. Blocks of quantised weights are read straight into registers. The order of a sum depends on the shape
- * alone. */
+ * these copies leave alone. A weight depends on no kernel before, so its first pieces are read while that still runs (chain.cuh): the
+ * ring in full, FURTHER pieces a thread (19 MB on 132 multiprocessors) into the second-level cache. Blocks of quantised weights are read straight into
+ * registers. The order of a sum depends on the shape alone. */
 #include "gemv.cuh"
 
+#include "chain.cuh"
 #include "gemm.cuh"
-#include "mma.cuh"
 #include "quant.cuh"
 
-enum { GEMV_THREADS = 256, DEPTH = 8, GEMV_BLOCKS = 4 /* a multiprocessor */ };
+enum { GEMV_THREADS = 256, DEPTH = 8, FURTHER = 9, GEMV_BLOCKS = 4 /* a multiprocessor */ };
 
 /* N consecutive elements, aligned to their size up to 16 bytes, as float. */
 template <int N, class T> static __device__ __forceinline__ void read_some(const T *p, float (&v)[N]) {
@@ -90,6 +91,10 @@ static __device__ __forceinline__ void dense_rows(const lc_cuda_gemv &g, const X
         if (ahead_at >= steps << lane_bits) ahead_at = lane, ahead += apart, from += next_row;
     };
     for (int d = 0; d < DEPTH - 1; d++) copy_next(d);
+    const int further = pieces - (DEPTH - 1) * lanes < FURTHER * lanes ? pieces - (DEPTH - 1) * lanes : FURTHER * lanes;
+    if (!lane && first + group < g.n && further > 0)
+        read_ahead((const W *)g.w + (first + group) * g.ld_w + (DEPTH - 1) * lanes * EACH, (uint32_t)further * 16);
+    wait_for_previous();
     for (int64_t j = first; j < g.n; j += apart) { /* the same rounds for every thread of the block */
         const X *p = x + lane * EACH;
         const int mine = j + group < g.n ? pieces : 0;
@@ -116,6 +121,7 @@ static __device__ __forceinline__ void dense_rows(const lc_cuda_gemv &g, const X
 template <class W, int M>
 static __global__ void __launch_bounds__(GEMV_THREADS, GEMV_BLOCKS) gemv_dense(const lc_cuda_gemv g, int64_t r0, int lane_bits) {
     __shared__ int4 ring[DEPTH][GEMV_THREADS];
+    next_may_start();
     if (g.x_dtype == LC_K_BF16) dense_rows<W, M>(g, (const bf16 *)g.x + r0 * g.ldx, r0, lane_bits, ring);
     else if (g.x_dtype == LC_K_F16) dense_rows<W, M>(g, (const f16 *)g.x + r0 * g.ldx, r0, lane_bits, ring);
     else dense_rows<W, M>(g, (const float *)g.x + r0 * g.ldx, r0, lane_bits, ring);
@@ -143,6 +149,8 @@ static __device__ __forceinline__ void block_row(const uint8_t *row, const X *x,
 
 /* As gemv_dense, one round. */
 template <int Q, int M> static __global__ void __launch_bounds__(GEMV_THREADS, 3) gemv_blocks(const lc_cuda_gemv g, int64_t r0, int lanes) {
+    next_may_start();
+    wait_for_previous();
     const int lane = (int)threadIdx.x % lanes, pieces = (int)(g.k / 8), left = (int)(g.rows - r0);
     const int64_t j = (blockIdx.x * (int64_t)GEMV_THREADS + threadIdx.x) / lanes;
     float sum[M] = {};
@@ -164,6 +172,10 @@ static int lanes_for(int64_t n, int64_t pieces) {
     return lanes;
 }
 
+static void writes_rows(const lc_cuda_gemv *g) {
+    chain_writes(g->y, ((g->rows - 1) * g->ldy + g->n) * dtype_bytes(g->y_dtype));
+}
+
 /* Rows of x by four; the weight is read anew for each four. */
 template <class W> static int run_dense(const lc_cuda_gemv *g) {
     const int lanes = lanes_for(g->n, g->k / (16 / (int64_t)sizeof(W)));
@@ -171,10 +183,12 @@ template <class W> static int run_dense(const lc_cuda_gemv *g) {
     const unsigned grid = (unsigned)ceil_div(needed, rounds); /* as many rounds for each block */
     int lane_bits = 0;
     while (1 << lane_bits < lanes) lane_bits++;
+    const bool apart = chain_apart(g->w, ((g->n - 1) * g->ld_w + g->k) * (int64_t)sizeof(W));
     for (int64_t r = 0; r < g->rows; r += 4) {
-        if (g->rows - r == 1) LC_LAUNCH((gemv_dense<W, 1>), grid, GEMV_THREADS, 0, *g, r, lane_bits);
-        else LC_LAUNCH((gemv_dense<W, 4>), grid, GEMV_THREADS, 0, *g, r, lane_bits);
+        if (g->rows - r == 1) LC_LAUNCH_AFTER(apart, (gemv_dense<W, 1>), grid, GEMV_THREADS, 0, *g, r, lane_bits);
+        else LC_LAUNCH_AFTER(apart, (gemv_dense<W, 4>), grid, GEMV_THREADS, 0, *g, r, lane_bits);
     }
+    writes_rows(g);
     return LC_K_OK;
 }
 
@@ -182,9 +196,10 @@ template <int Q> static int run_blocks(const lc_cuda_gemv *g) {
     const int lanes = lanes_for(g->n, g->k / 8);
     const unsigned grid = (unsigned)ceil_div(g->n * lanes, GEMV_THREADS);
     for (int64_t r = 0; r < g->rows; r += 4) {
-        if (g->rows - r == 1) LC_LAUNCH((gemv_blocks<Q, 1>), grid, GEMV_THREADS, 0, *g, r, lanes);
-        else LC_LAUNCH((gemv_blocks<Q, 4>), grid, GEMV_THREADS, 0, *g, r, lanes);
+        if (g->rows - r == 1) LC_LAUNCH_AFTER(true, (gemv_blocks<Q, 1>), grid, GEMV_THREADS, 0, *g, r, lanes);
+        else LC_LAUNCH_AFTER(true, (gemv_blocks<Q, 4>), grid, GEMV_THREADS, 0, *g, r, lanes);
     }
+    writes_rows(g);
     return LC_K_OK;
 }
 

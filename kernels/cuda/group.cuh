@@ -1,4 +1,4 @@
-/* group.cuh: products by a warpgroup (4 warps from a multiple of 4 on) in bf16: acc [64][N] += A [64][K] B [K][N], on Hopper by wgmma,
+/* group.cuh: products by a warpgroup (4 warps from a multiple of 4 on) in halves: acc [64][N] += A [64][K] B [K][N], on Hopper by wgmma,
  * which reads its operands from shared memory by itself, elsewhere by mma16, each warp its 16 rows. Warp r of the group holds rows 16 r
  * .. 16 r + 15 of acc in mma16's layout either way. Tiles lie as mma.cuh says, which is Hopper's 128-byte swizzle.
  *
@@ -24,101 +24,32 @@ __device__ __forceinline__ uint64_t group_tile(const void *p, int leading) {
     uint64_t at = (shared_address(p) & 0x3ffff) >> 4;
     return at | (uint64_t)(leading >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
 }
-template <int N> struct group_mma;
-template <> struct group_mma<32> {
-    template <int TA, int TB> static __device__ __forceinline__ void run(float (&acc)[4][4], uint64_t a, uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, 1, 1, 1, %18, %19;"
-                 : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]),
-                   "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
-                   "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]),
-                   "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3])
-                 : "l"(a), "l"(b), "n"(TA), "n"(TB));
-    }
-    template <int TB> static __device__ __forceinline__ void run(float (&acc)[4][4], const uint32_t (&a)[4], uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, {%16, %17, %18, %19}, %20, 1, 1, 1, %21;"
-                 : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]),
-                   "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
-                   "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]),
-                   "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TB));
-    }
-};
-template <> struct group_mma<64> {
-    template <int TA, int TB> static __device__ __forceinline__ void run(float (&acc)[8][4], uint64_t a, uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, 1, 1, 1, %34, %35;"
-                 : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]),
-                   "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
-                   "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]),
-                   "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]),
-                   "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]),
-                   "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3]),
-                   "+f"(acc[6][0]), "+f"(acc[6][1]), "+f"(acc[6][2]), "+f"(acc[6][3]),
-                   "+f"(acc[7][0]), "+f"(acc[7][1]), "+f"(acc[7][2]), "+f"(acc[7][3])
-                 : "l"(a), "l"(b), "n"(TA), "n"(TB));
-    }
-    template <int TB> static __device__ __forceinline__ void run(float (&acc)[8][4], const uint32_t (&a)[4], uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, {%32, %33, %34, %35}, %36, 1, 1, 1, %37;"
-                 : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]),
-                   "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
-                   "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]),
-                   "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]),
-                   "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]),
-                   "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3]),
-                   "+f"(acc[6][0]), "+f"(acc[6][1]), "+f"(acc[6][2]), "+f"(acc[6][3]),
-                   "+f"(acc[7][0]), "+f"(acc[7][1]), "+f"(acc[7][2]), "+f"(acc[7][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TB));
-    }
-};
-template <> struct group_mma<128> {
-    template <int TA, int TB> static __device__ __forceinline__ void run(float (&acc)[16][4], uint64_t a, uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, 1, 1, 1, %66, %67;"
-                 : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]),
-                   "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
-                   "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]),
-                   "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]),
-                   "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]),
-                   "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3]),
-                   "+f"(acc[6][0]), "+f"(acc[6][1]), "+f"(acc[6][2]), "+f"(acc[6][3]),
-                   "+f"(acc[7][0]), "+f"(acc[7][1]), "+f"(acc[7][2]), "+f"(acc[7][3]),
-                   "+f"(acc[8][0]), "+f"(acc[8][1]), "+f"(acc[8][2]), "+f"(acc[8][3]),
-                   "+f"(acc[9][0]), "+f"(acc[9][1]), "+f"(acc[9][2]), "+f"(acc[9][3]),
-                   "+f"(acc[10][0]), "+f"(acc[10][1]), "+f"(acc[10][2]), "+f"(acc[10][3]),
-                   "+f"(acc[11][0]), "+f"(acc[11][1]), "+f"(acc[11][2]), "+f"(acc[11][3]),
-                   "+f"(acc[12][0]), "+f"(acc[12][1]), "+f"(acc[12][2]), "+f"(acc[12][3]),
-                   "+f"(acc[13][0]), "+f"(acc[13][1]), "+f"(acc[13][2]), "+f"(acc[13][3]),
-                   "+f"(acc[14][0]), "+f"(acc[14][1]), "+f"(acc[14][2]), "+f"(acc[14][3]),
-                   "+f"(acc[15][0]), "+f"(acc[15][1]), "+f"(acc[15][2]), "+f"(acc[15][3])
-                 : "l"(a), "l"(b), "n"(TA), "n"(TB));
-    }
-    template <int TB> static __device__ __forceinline__ void run(float (&acc)[16][4], const uint32_t (&a)[4], uint64_t b) {
-        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, {%64, %65, %66, %67}, %68, 1, 1, 1, %69;"
-                 : "+f"(acc[0][0]), "+f"(acc[0][1]), "+f"(acc[0][2]), "+f"(acc[0][3]),
-                   "+f"(acc[1][0]), "+f"(acc[1][1]), "+f"(acc[1][2]), "+f"(acc[1][3]),
-                   "+f"(acc[2][0]), "+f"(acc[2][1]), "+f"(acc[2][2]), "+f"(acc[2][3]),
-                   "+f"(acc[3][0]), "+f"(acc[3][1]), "+f"(acc[3][2]), "+f"(acc[3][3]),
-                   "+f"(acc[4][0]), "+f"(acc[4][1]), "+f"(acc[4][2]), "+f"(acc[4][3]),
-                   "+f"(acc[5][0]), "+f"(acc[5][1]), "+f"(acc[5][2]), "+f"(acc[5][3]),
-                   "+f"(acc[6][0]), "+f"(acc[6][1]), "+f"(acc[6][2]), "+f"(acc[6][3]),
-                   "+f"(acc[7][0]), "+f"(acc[7][1]), "+f"(acc[7][2]), "+f"(acc[7][3]),
-                   "+f"(acc[8][0]), "+f"(acc[8][1]), "+f"(acc[8][2]), "+f"(acc[8][3]),
-                   "+f"(acc[9][0]), "+f"(acc[9][1]), "+f"(acc[9][2]), "+f"(acc[9][3]),
-                   "+f"(acc[10][0]), "+f"(acc[10][1]), "+f"(acc[10][2]), "+f"(acc[10][3]),
-                   "+f"(acc[11][0]), "+f"(acc[11][1]), "+f"(acc[11][2]), "+f"(acc[11][3]),
-                   "+f"(acc[12][0]), "+f"(acc[12][1]), "+f"(acc[12][2]), "+f"(acc[12][3]),
-                   "+f"(acc[13][0]), "+f"(acc[13][1]), "+f"(acc[13][2]), "+f"(acc[13][3]),
-                   "+f"(acc[14][0]), "+f"(acc[14][1]), "+f"(acc[14][2]), "+f"(acc[14][3]),
-                   "+f"(acc[15][0]), "+f"(acc[15][1]), "+f"(acc[15][2]), "+f"(acc[15][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TB));
-    }
-};
+template <int N, class T> struct group_mma;
+#define LC_ACC4(i) "+f"(acc[i][0]), "+f"(acc[i][1]), "+f"(acc[i][2]), "+f"(acc[i][3])
+#define LC_ACC16(i) LC_ACC4(i), LC_ACC4(i + 1), LC_ACC4(i + 2), LC_ACC4(i + 3)
+#define LC_ACC64 LC_ACC16(0), LC_ACC16(4), LC_ACC16(8), LC_ACC16(12)
+#define LC_REGISTERS16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LC_REGISTERS32 LC_REGISTERS16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LC_REGISTERS64 LC_REGISTERS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
+    ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+/* A and B in shared memory, or A in registers. */
+#define LC_GROUP_MMA(N, T, TYPE, REGISTERS, A, B, TRANSPOSE, A4, B4, TRANSPOSE4, ...)                                           \
+    template <> struct group_mma<N, T> {                                                                                        \
+        template <int TA, int TB> static __device__ __forceinline__ void run(float (&acc)[N / 8][4], uint64_t a, uint64_t b) {  \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B          \
+                         ", 1, 1, 1, " TRANSPOSE ";" : __VA_ARGS__ : "l"(a), "l"(b), "n"(TA), "n"(TB));                         \
+        }                                                                                                                       \
+        template <int TB> static __device__ __forceinline__ void run(float (&acc)[N / 8][4], const uint32_t (&a)[4], uint64_t b) { \
+            asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A4 "}, " B4      \
+                         ", 1, 1, 1, " TRANSPOSE4 ";" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TB)); \
+        }                                                                                                                       \
+    };
+LC_GROUP_MMA(32, bf16, "bf16", LC_REGISTERS16, "%16", "%17", "%18, %19", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
+LC_GROUP_MMA(64, bf16, "bf16", LC_REGISTERS32, "%32", "%33", "%34, %35", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
+LC_GROUP_MMA(128, bf16, "bf16", LC_REGISTERS64, "%64", "%65", "%66, %67", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
+LC_GROUP_MMA(32, f16, "f16", LC_REGISTERS16, "%16", "%17", "%18, %19", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
+LC_GROUP_MMA(64, f16, "f16", LC_REGISTERS32, "%32", "%33", "%34, %35", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
+LC_GROUP_MMA(128, f16, "f16", LC_REGISTERS64, "%64", "%65", "%66, %67", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
 #endif
 
 __device__ __forceinline__ void shared_fence() {
@@ -160,12 +91,12 @@ enum { ALONG_K, ACROSS_K };
 
 /* One step of 16 along k. ra, rb: rows of the tiles. Rows m .. m + 63 of A (m a multiple of 64 ACROSS_K, of 8 ALONG_K), columns n .. n + N
  * - 1 of B (the same), k a multiple of 16. */
-template <int N, int RA, int LA, int RB, int LB>
-__device__ __forceinline__ void group_step(float (&acc)[N / 8][4], const bf16 *a, int m, const bf16 *b, int n, int k) {
+template <int N, int RA, int LA, int RB, int LB, class T>
+__device__ __forceinline__ void group_step(float (&acc)[N / 8][4], const T *a, int m, const T *b, int n, int k) {
 #if LC_WGMMA
-    const bf16 *pa = LA == ALONG_K ? a + (k >> 6) * (RA * 64) + m * 64 + (k & 63) : a + (m >> 6) * (RA * 64) + k * 64;
-    const bf16 *pb = LB == ALONG_K ? b + (k >> 6) * (RB * 64) + n * 64 + (k & 63) : b + (n >> 6) * (RB * 64) + k * 64 + (n & 63);
-    group_mma<N>::template run<LA, LB>(acc, group_tile(pa, 16), group_tile(pb, LB == ALONG_K ? 16 : RB * 128));
+    const T *pa = LA == ALONG_K ? a + (k >> 6) * (RA * 64) + m * 64 + (k & 63) : a + (m >> 6) * (RA * 64) + k * 64;
+    const T *pb = LB == ALONG_K ? b + (k >> 6) * (RB * 64) + n * 64 + (k & 63) : b + (n >> 6) * (RB * 64) + k * 64 + (n & 63);
+    group_mma<N, T>::template run<LA, LB>(acc, group_tile(pa, 16), group_tile(pb, LB == ALONG_K ? 16 : RB * 128));
 #else
     uint32_t x[4], y[4];
     int row = m + (threadIdx.x >> 5 & 3) * 16;
@@ -175,48 +106,48 @@ __device__ __forceinline__ void group_step(float (&acc)[N / 8][4], const bf16 *a
     for (int i = 0; i < N / 16; i++) {
         if (LB == ALONG_K) fragment_b<RB>(y, b, n + 16 * i, k);
         else fragment_b_t<RB>(y, b, n + 16 * i, k);
-        mma16<bf16>(acc[2 * i], x, y[0], y[1]);
-        mma16<bf16>(acc[2 * i + 1], x, y[2], y[3]);
+        mma16<T>(acc[2 * i], x, y[0], y[1]);
+        mma16<T>(acc[2 * i + 1], x, y[2], y[3]);
     }
 #endif
 }
 
 /* acc += A B over K. */
-template <int N, int K, int RA, int LA, int RB, int LB>
-__device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const bf16 *a, int m, const bf16 *b, int n) {
+template <int N, int K, int RA, int LA, int RB, int LB, class T>
+__device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const T *a, int m, const T *b, int n) {
 #pragma unroll
     for (int k = 0; k < K; k += 16) group_step<N, RA, LA, RB, LB>(acc, a, m, b, n, k);
 }
 
 /* The same with A in registers, as fragments of the warp's 16 rows: a[k / 16]. */
-template <int N, int K, int RB, int LB>
-__device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const uint32_t (&a)[K / 16][4], const bf16 *b, int n) {
+template <int N, int K, int RB, int LB, class T>
+__device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const uint32_t (&a)[K / 16][4], const T *b, int n) {
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
 #if LC_WGMMA
-        const bf16 *pb = LB == ALONG_K ? b + (k >> 6) * (RB * 64) + n * 64 + (k & 63) : b + (n >> 6) * (RB * 64) + k * 64 + (n & 63);
-        group_mma<N>::template run<LB>(acc, a[k / 16], group_tile(pb, LB == ALONG_K ? 16 : RB * 128));
+        const T *pb = LB == ALONG_K ? b + (k >> 6) * (RB * 64) + n * 64 + (k & 63) : b + (n >> 6) * (RB * 64) + k * 64 + (n & 63);
+        group_mma<N, T>::template run<LB>(acc, a[k / 16], group_tile(pb, LB == ALONG_K ? 16 : RB * 128));
 #else
         uint32_t y[4];
 #pragma unroll
         for (int i = 0; i < N / 16; i++) {
             if (LB == ALONG_K) fragment_b<RB>(y, b, n + 16 * i, k);
             else fragment_b_t<RB>(y, b, n + 16 * i, k);
-            mma16<bf16>(acc[2 * i], a[k / 16], y[0], y[1]);
-            mma16<bf16>(acc[2 * i + 1], a[k / 16], y[2], y[3]);
+            mma16<T>(acc[2 * i], a[k / 16], y[0], y[1]);
+            mma16<T>(acc[2 * i + 1], a[k / 16], y[2], y[3]);
         }
 #endif
     }
 }
 
 /* An accumulator [16][N] of a warp as fragments for the product after it. */
-template <int N> __device__ __forceinline__ void as_fragments(uint32_t (&a)[N / 16][4], const float (&x)[N / 8][4]) {
+template <int N, class T = bf16> __device__ __forceinline__ void as_fragments(uint32_t (&a)[N / 16][4], const float (&x)[N / 8][4]) {
 #pragma unroll
     for (int j = 0; j < N / 16; j++) {
-        a[j][0] = pack2<bf16>(x[2 * j][0], x[2 * j][1]);
-        a[j][1] = pack2<bf16>(x[2 * j][2], x[2 * j][3]);
-        a[j][2] = pack2<bf16>(x[2 * j + 1][0], x[2 * j + 1][1]);
-        a[j][3] = pack2<bf16>(x[2 * j + 1][2], x[2 * j + 1][3]);
+        a[j][0] = pack2<T>(x[2 * j][0], x[2 * j][1]);
+        a[j][1] = pack2<T>(x[2 * j][2], x[2 * j][3]);
+        a[j][2] = pack2<T>(x[2 * j + 1][0], x[2 * j + 1][1]);
+        a[j][3] = pack2<T>(x[2 * j + 1][2], x[2 * j + 1][3]);
     }
 }
 

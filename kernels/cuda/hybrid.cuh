@@ -77,8 +77,8 @@ struct hybrid_out {
     rows4 y, c, at, z;
 };
 
-/* The state of decoding and prefill. state [n, h, F, d], zsum [n, h, F] and cache are contiguous, of the type computed in; a slot of
- * the cache, `slot_elements` long, is keys [g, 2 window, d], values likewise and, for map none, features [heads of mk, 2 window, F]. */
+/* The state of decoding and prefill. state [n, h, F, d], zsum [n, h, F] and cache are contiguous, of the type computed in (but for
+ * hybrid_decode.cu, which takes narrower ones; others get copies, hybrid_forward.cu); a slot of the cache, `slot_elements` long, is keys [g, 2 window, d], values likewise and, for map none, features [heads of mk, 2 window, F]. */
 struct carried {
     void *state, *zsum, *cache; /* state NULL: the call carries none */
     const int32_t *slot, *pos;
@@ -196,6 +196,10 @@ size_t hybrid_plain_work(const lc_kargs *k, const hybrid &a);
 bool hybrid_tiles_fit(const lc_kargs *k, const hybrid &a);
 int hybrid_tiles(const lc_kargs *k, const hybrid &a, const carried &s);
 size_t hybrid_tiles_work(const lc_kargs *k, const hybrid &a);
+/* hybrid_decode.cu: one token with a carried state, f32 or bf16, for the shapes of decoding. */
+bool hybrid_decode_fit(const lc_kargs *k, const hybrid &a);
+int hybrid_decode(const lc_kargs *k, const hybrid &a, const carried &s);
+size_t hybrid_decode_work(const hybrid &a);
 /* hybrid_state.cu: one token with a carried state; whether it takes the call. No workspace. */
 bool hybrid_step_fit(const lc_kargs *k, const hybrid &a);
 int hybrid_step(const lc_kargs *k, const hybrid &a, const carried &s);

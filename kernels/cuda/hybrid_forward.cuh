@@ -1,21 +1,21 @@
-/* hybrid_forward.cuh: the steps of the tiled forward of hybrid attention in bf16, each done by the 8 warps of a block on tiles in shared
- * memory (layout: mma.cuh): loading 64 rows, features of 64 rows, scores, and the state S += phi_k^T V, which lies in the accumulators
- * of the tensor cores in f32 and is copied to shared memory in bf16 as an operand.
+/* hybrid_forward.cuh: the steps of the tiled forward of hybrid attention in bf16, done by the two warpgroups of a block on tiles in shared
+ * memory (layout: mma.cuh, products: group.cuh): loading 64 rows, features of 64 rows, and the state S += phi_k^T V, which lies in the
+ * accumulators of the tensor cores in f32 and is copied to shared memory in bf16 as an operand.
  *
- * Names: D head dim, F features, IN inputs of the map. Warp w: side = w / 4, r = w % 4; a step that is split by rows gives rows
- * 16 r .. 16 r + 15 to warp r of a side. Of an accumulator [16][8], lane l holds rows g = l / 4 and g + 8, columns 2 (l % 4) + 0, 1. */
+ * Names: D head dim, F features, IN inputs of the map. Warp w: side = w / 4, r = w % 4: it has rows 16 r .. 16 r + 15 of its side's
+ * accumulators. Of an accumulator [16][8], lane l holds rows g = l / 4 and g + 8, columns 2 (l % 4) + 0, 1. */
 #ifndef LC_HYBRID_FORWARD_CUH
 #define LC_HYBRID_FORWARD_CUH
 
+#include "group.cuh"
 #include "hybrid.cuh"
-#include "mma.cuh"
 
 enum { CHUNK = 64, TILE_THREADS = 256 };
 #define LC_LOG2E 1.4426950408889634f
 
 template <int D, int F, int IN> struct tile_sizes { /* in elements */
     static constexpr int wide(int n) { return n < 64 ? 64 : n; }
-    enum { X = CHUNK * D, W = D * wide(IN), PHI = CHUNK * wide(F), STATE = F * D, P = CHUNK * 2 * CHUNK };
+    enum { X = CHUNK * D, W = D * wide(IN), PHI = CHUNK * wide(F), STATE = D * wide(F) };
 };
 
 /* ---- loading ---------------------------------------------------------------------------------------------------------- */
@@ -29,24 +29,57 @@ struct row_source {
 };
 
 template <int N> __device__ __forceinline__ void load_rows(bf16 *tile, const row_source &s, int first) {
-    constexpr int PIECES = N / 8;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < CHUNK * PIECES; i += TILE_THREADS) {
-        int r = i / PIECES, e = i % PIECES * 8, p = first + r;
-        bf16 *to = tile_at<CHUNK>(tile, r, e);
-        if (p < s.cached && p >= s.from && p < s.to) {
-            const float4 *c = (const float4 *)(s.cache + (int64_t)(p % s.ring) * N + e);
-            float4 lo = c[0], hi = c[1];
-            *(uint4 *)to = make_uint4(pack2<bf16>(lo.x, lo.y), pack2<bf16>(lo.z, lo.w), pack2<bf16>(hi.x, hi.y), pack2<bf16>(hi.z, hi.w));
-            continue;
+    constexpr int PIECES = N / 8, AT_ONCE = TILE_THREADS / PIECES; /* rows */
+    int r = threadIdx.x / PIECES, e = threadIdx.x % PIECES * 8;
+    if (first < s.cached) {
+#pragma unroll 1
+        for (; r < CHUNK; r += AT_ONCE) {
+            int p = first + r;
+            bool there = p >= s.from && p < s.to;
+            bf16 *to = tile_at<CHUNK>(tile, r, e);
+            if (there && p < s.cached) {
+                const float4 *c = (const float4 *)(s.cache + (int64_t)(p % s.ring) * N + e);
+                float4 lo = c[0], hi = c[1];
+                *(uint4 *)to = make_uint4(pack2<bf16>(lo.x, lo.y), pack2<bf16>(lo.z, lo.w), pack2<bf16>(hi.x, hi.y), pack2<bf16>(hi.z, hi.w));
+            } else copy16(to, there ? s.x + (int64_t)p * s.stride + e : s.any, there);
         }
-        bool there = p >= s.from && p < s.to;
-        copy16(to, there ? s.x + (int64_t)p * s.stride + e : s.any, there);
+        return;
+    }
+    int p = first + r;
+    const bf16 *from = s.x + (int64_t)p * s.stride + e;
+    bf16 *to = tile_at<CHUNK>(tile, r, e); /* AT_ONCE is a multiple of 8 */
+#pragma unroll
+    for (int n = 0; n < CHUNK; n += AT_ONCE) {
+        bool there = p + n >= s.from && p + n < s.to;
+        copy16(to + n * 64, there ? from + n * s.stride : s.any, there);
     }
 }
 
-/* Weights [D][IN] of one head, as bf16. */
+/* Weights [D][IN] of one head, as bf16: 16 bytes at a time, all under way at once, where they lie evenly. */
+__device__ __forceinline__ bool even_weights(const rows4 &m) {
+    int each = m.dtype == LC_K_F32 ? 4 : 8;
+    return (uintptr_t)m.p % 16 == 0 && m.s[1] % each == 0 && m.s[2] % each == 0;
+}
 template <int D, int IN> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h) {
+    if (even_weights(m) && m.dtype == LC_K_F32) {
+#pragma unroll
+        for (int n = 0; n < D * IN / 8 / TILE_THREADS; n++) {
+            int i = n * TILE_THREADS + threadIdx.x, r = i / (IN / 8), e = i % (IN / 8) * 8;
+            const float4 *from = (const float4 *)((const float *)m.p + h * m.s[1] + r * m.s[2] + e);
+            float4 lo = from[0], hi = from[1];
+            *(uint4 *)tile_at<D>(tile, r, e) =
+                make_uint4(pack2<bf16>(lo.x, lo.y), pack2<bf16>(lo.z, lo.w), pack2<bf16>(hi.x, hi.y), pack2<bf16>(hi.z, hi.w));
+        }
+        return;
+    }
+    if (even_weights(m)) {
+#pragma unroll
+        for (int n = 0; n < D * IN / 8 / TILE_THREADS; n++) {
+            int i = n * TILE_THREADS + threadIdx.x, r = i / (IN / 8), e = i % (IN / 8) * 8;
+            *(uint4 *)tile_at<D>(tile, r, e) = *(const uint4 *)((const bf16 *)m.p + h * m.s[1] + r * m.s[2] + e);
+        }
+        return;
+    }
     for (int i = threadIdx.x; i < D * IN / 2; i += TILE_THREADS) {
         int r = i / (IN / 2), e = i % (IN / 2) * 2;
         int64_t at = h * m.s[1] + r * m.s[2] + e;
@@ -57,44 +90,11 @@ template <int D, int IN> __device__ __forceinline__ void load_weights(bf16 *tile
     }
 }
 
-template <int N> struct constant {
-    enum { value = N };
-};
-
-/* ---- products --------------------------------------------------------------------------------------------------------- */
-/* acc [16][16 NN] += rows m .. of a [.][K] times b [K][16 NN columns from n]. */
-template <int RA, int RB, int K, int NN> __device__ __forceinline__ void product(float (&acc)[2 * NN][4], const bf16 *a, int m, const bf16 *b, int n) {
+template <int N> __device__ __forceinline__ void set_all(float (&x)[N][4], float v) {
 #pragma unroll
-    for (int k = 0; k < K; k += 16) {
-        uint32_t x[4], y[4];
-        fragment_a<RA>(x, a, m, k);
+    for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int i = 0; i < NN; i++) {
-            fragment_b_t<RB>(y, b, n + 16 * i, k);
-            mma16<bf16>(acc[2 * i], x, y[0], y[1]);
-            mma16<bf16>(acc[2 * i + 1], x, y[2], y[3]);
-        }
-    }
-}
-
-/* acc [16][64] = rows m .. of a [64][K] times b^T, b [64][K]; blocks of 16 columns from `blocks` on are not wanted. */
-template <int K> __device__ __forceinline__ void product_rows(float (&acc)[8][4], const bf16 *a, int m, const bf16 *b, int blocks) {
-#pragma unroll
-    for (int i = 0; i < 8; i++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) acc[i][e] = 0;
-#pragma unroll
-    for (int k = 0; k < K; k += 16) {
-        uint32_t x[4], y[4];
-        fragment_a<CHUNK>(x, a, m, k);
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (i < blocks) {
-                fragment_b<CHUNK>(y, b, 16 * i, k);
-                mma16<bf16>(acc[2 * i], x, y[0], y[1]);
-                mma16<bf16>(acc[2 * i + 1], x, y[2], y[3]);
-            }
-    }
+        for (int e = 0; e < 4; e++) x[n][e] = v;
 }
 
 /* ---- features --------------------------------------------------------------------------------------------------------- */
@@ -142,166 +142,164 @@ template <int N> __device__ __forceinline__ void map_tile(int map, float sign, f
     }
 }
 
-/* Where features of 64 rows go, and what is taken of them on the way. Rows outside [from, to) become zeros. */
-struct feature_sink {
-    bf16 *tile;     /* [64][F] */
-    float by;       /* factor */
-    int from, to;
-    const float *z; /* [F]: lin [row] = features . z; NULL: not wanted */
-    float *lin;
-};
-
-/* y [16][8 N] of rows m .. enters columns col .. of the sink; adds to dot for the lane's two rows. */
-template <int N> __device__ __forceinline__ void put_features(const feature_sink &to, int m, int col, const float (&y)[N][4], float (&dot)[2]) {
-    int l = threadIdx.x & 31, row = m + l / 4, at = l % 4 * 2;
-    bool in[2] = {row >= to.from && row < to.to, row + 8 >= to.from && row + 8 < to.to};
+/* Inputs of the map [64][IN] on top of the bias in acc: products of x [64][D] with weights w [D][IN]. Between group_begin and group_wait. */
+template <int D, int IN> __device__ __forceinline__ void map_inputs(float (&acc)[IN / 8][4], const bf16 *x, const bf16 *w) {
+    group_product<IN, D, CHUNK, ALONG_K, D, ACROSS_K>(acc, x, 0, w, 0);
+}
+/* acc += x */
+template <int IN> __device__ __forceinline__ void add_skip(float (&acc)[IN / 8][4], const bf16 *x) {
+    int l = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + l / 4;
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-        float2 z = to.z ? *(const float2 *)(to.z + col + 8 * n + at) : make_float2(0, 0);
+    for (int n = 0; n < IN / 8; n++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float u = in[half] ? y[n][2 * half] * to.by : 0, v = in[half] ? y[n][2 * half + 1] * to.by : 0;
-            dot[half] += u * z.x + v * z.y;
-            *(uint32_t *)tile_at<CHUNK>(to.tile, row + 8 * half, col + 8 * n + at) = pack2<bf16>(u, v);
+            float2 v = unpack2<bf16>(*(const uint32_t *)tile_at<CHUNK>(x, row + 8 * half, 8 * n + l % 4 * 2));
+            acc[n][2 * half] += v.x, acc[n][2 * half + 1] += v.y;
         }
-    }
 }
 
-__device__ __forceinline__ void put_lin(const feature_sink &to, int m, float (&dot)[2]) {
-    if (!to.z) return;
-    int l = threadIdx.x & 31;
-    float a = quad_sum(dot[0]), b = quad_sum(dot[1]);
-    if (l % 4 == 0) to.lin[m + l / 4] = a, to.lin[m + l / 4 + 8] = b;
-}
-
-/* Features of rows m .. m + 15 of x [64][D] through the weights w [D][IN]. */
-template <int D, int F, int IN> __device__ __forceinline__ void features_of(const hybrid &a, const bf16 *x, const bf16 *w, float bias, int m, const feature_sink &to) {
-    constexpr int N = IN / 8;
-    float acc[N][4], y[N][4], dot[2] = {0, 0}, eps = (float)a.feature_eps;
-    int l = threadIdx.x & 31;
+/* Features y [16][8 N] of keys into columns col .. of the tile [64][F]; rows outside [from, to) become zeros. */
+template <int N> __device__ __forceinline__ void put_keys(bf16 *tile, int from, int to, int col, const float (&y)[N][4]) {
+    int l = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + l / 4;
 #pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) acc[n][e] = bias;
-    product<CHUNK, D, D, IN / 16>(acc, x, m, w, 0);
-    if (IN == D && a.skip) {
+    for (int half = 0; half < 2; half++) {
+        bool in = row + 8 * half >= from && row + 8 * half < to;
 #pragma unroll
         for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float2 v = unpack2<bf16>(*(const uint32_t *)tile_at<CHUNK>(x, m + l / 4 + 8 * half, 8 * n + l % 4 * 2));
-                acc[n][2 * half] += v.x, acc[n][2 * half + 1] += v.y;
-            }
+            *(uint32_t *)tile_at<CHUNK>(tile, row + 8 * half, col + 8 * n + l % 4 * 2) = in ? pack2<bf16>(y[n][2 * half], y[n][2 * half + 1]) : 0;
     }
-    map_tile<N>(a.map, 1, eps, acc, y);
-    put_features<N>(to, m, 0, y, dot);
+}
+/* Features of keys from the inputs of the map. */
+template <int F, int IN> __device__ __forceinline__ void key_features(const hybrid &a, const float (&in)[IN / 8][4], bf16 *tile, int from, int to) {
+    float y[IN / 8][4], eps = (float)a.feature_eps;
+    map_tile<IN / 8>(a.map, 1, eps, in, y);
+    put_keys<IN / 8>(tile, from, to, 0, y);
     if (F == 2 * IN) {
-        map_tile<N>(a.map, -1, eps, acc, y);
-        put_features<N>(to, m, IN, y, dot);
+        map_tile<IN / 8>(a.map, -1, eps, in, y);
+        put_keys<IN / 8>(tile, from, to, IN, y);
     }
-    put_lin(to, m, dot);
 }
 
-/* The same of features that lie in the sink's tile ready-made. */
-template <int F> __device__ __forceinline__ void features_ready(int m, const feature_sink &to) {
-    int l = threadIdx.x & 31;
-    float dot[2] = {0, 0};
-#pragma unroll 2
-    for (int n = 0; n < F; n += 8) {
-        float y[1][4];
+/* Features y [16][8 N] of queries times `by`, as fragments from phi [FROM] on; dot += features . z [F] for the lane's rows. */
+template <int FROM, int N, int K> __device__ __forceinline__ void take_queries(uint32_t (&phi)[K][4], float by, const float *z, float (&y)[N][4], float (&dot)[2]) {
+    int at = (threadIdx.x & 3) * 2;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        float2 f = *(const float2 *)(z + 16 * FROM + 8 * n + at);
+#pragma unroll
         for (int half = 0; half < 2; half++) {
-            float2 v = unpack2<bf16>(*(const uint32_t *)tile_at<CHUNK>(to.tile, m + l / 4 + 8 * half, n + l % 4 * 2));
-            y[0][2 * half] = v.x, y[0][2 * half + 1] = v.y;
+            float u = y[n][2 * half] * by, v = y[n][2 * half + 1] * by;
+            dot[half] += u * f.x + v * f.y;
+            phi[FROM + n / 2][n % 2 * 2 + half] = pack2<bf16>(u, v);
         }
-        put_features<1>(to, m, n, y, dot);
     }
-    put_lin(to, m, dot);
+}
+template <int F, int IN>
+__device__ __forceinline__ void query_features(const hybrid &a, const float (&in)[IN / 8][4], uint32_t (&phi)[F / 16][4], float by, const float *z, float (&dot)[2]) {
+    float y[IN / 8][4], eps = (float)a.feature_eps;
+    map_tile<IN / 8>(a.map, 1, eps, in, y);
+    take_queries<0>(phi, by, z, y, dot);
+    if (F == 2 * IN) {
+        map_tile<IN / 8>(a.map, -1, eps, in, y);
+        take_queries<F == 2 * IN ? IN / 16 : 0>(phi, by, z, y, dot);
+    }
+}
+/* The same of features that lie ready-made in a tile [64][F]. */
+template <int F> __device__ __forceinline__ void query_ready(const bf16 *tile, uint32_t (&phi)[F / 16][4], float by, const float *z, float (&dot)[2]) {
+    int at = (threadIdx.x & 3) * 2;
+#pragma unroll
+    for (int j = 0; j < F / 16; j++) {
+        fragment_a<CHUNK>(phi[j], tile, threadIdx.x / 32 % 4 * 16, 16 * j);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float2 v = unpack2<bf16>(phi[j][i]), f = *(const float2 *)(z + 16 * j + i / 2 * 8 + at);
+            v.x *= by, v.y *= by;
+            dot[i % 2] += v.x * f.x + v.y * f.y;
+            phi[j][i] = pack2<bf16>(v.x, v.y);
+        }
+    }
 }
 
 /* ---- the state -------------------------------------------------------------------------------------------------------- */
-/* S [F][D] and z [F] in f32, spread over the block: warp w has rows m0 .. m0 + 16 MT - 1 and columns n0 .. n0 + 16 NN - 1 of S; the
- * warps with n0 = 0 have z, in every column of an accumulator. */
+/* S and z in f32, spread over the block, S transposed: warpgroup `side` has 64 rows from m0 of S^T [D][F], N columns from n0. Warp w has
+ * z of features 16 w .., in every column of an accumulator. */
 template <int D, int F> struct state {
-    enum { MW = F == 128 ? 4 : 2, NW = 8 / MW, MT = F / MW / 16, NN = D / NW / 16 };
-    float s[MT][2 * NN][4], z[MT][4];
-    int m0, n0;
+    enum { N = D == 128 || F == 32 ? F : F / 2, TWICE = D == 64 && F == 32, PART = N / 8 * 4 * TILE_THREADS + F };
+    float s[N / 8][4], z[4];
+
+    __device__ __forceinline__ int m0() const { return D == 128 ? threadIdx.x / 128 * 64 : 0; }
+    __device__ __forceinline__ int n0() const { return N < F ? threadIdx.x / 128 * N : 0; }
+    __device__ __forceinline__ int row() const { return m0() + threadIdx.x / 32 % 4 * 16 + (threadIdx.x & 31) / 4; }
+    __device__ __forceinline__ int col() const { return n0() + (threadIdx.x & 3) * 2; }
+    __device__ __forceinline__ int z_row() const { return threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4; }
+    __device__ __forceinline__ bool has_z() const { return threadIdx.x < 2 * F; }
+    __device__ __forceinline__ bool has_s() const { return !TWICE || threadIdx.x < 128; } /* else the other warpgroup has the same */
 
     __device__ __forceinline__ void clear() {
-        int w = threadIdx.x / 32;
-        m0 = w % MW * 16 * MT, n0 = w / MW * 16 * NN;
-#pragma unroll
-        for (int i = 0; i < MT; i++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                z[i][e] = 0;
-#pragma unroll
-                for (int n = 0; n < 2 * NN; n++) s[i][n][e] = 0;
-            }
+        set_all(s, 0);
+        z[0] = z[1] = z[2] = z[3] = 0;
     }
-
-    /* from: S [F][D], then z at from_z. */
+    __device__ __forceinline__ void add_z(const float *from) {
+        if (!has_z()) return;
+        float u = from[z_row()], v = from[z_row() + 8];
+        z[0] += u, z[1] += u, z[2] += v, z[3] += v;
+    }
+    __device__ __forceinline__ void save_z(float *to) const {
+        if (has_z() && threadIdx.x % 4 == 0) to[z_row()] = z[0], to[z_row() + 8] = z[2];
+    }
+    /* from: S [F][D] */
     __device__ __forceinline__ void add(const float *from, const float *from_z) {
-        int l = threadIdx.x & 31;
 #pragma unroll
-        for (int i = 0; i < MT; i++)
+        for (int n = 0; n < N / 8; n++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int row = m0 + 16 * i + 8 * half + l / 4;
-#pragma unroll
-                for (int n = 0; n < 2 * NN; n++) {
-                    float2 v = *(const float2 *)(from + row * D + n0 + 8 * n + l % 4 * 2);
-                    s[i][n][2 * half] += v.x, s[i][n][2 * half + 1] += v.y;
-                }
-                z[i][2 * half] += from_z[row];
-            }
+            for (int e = 0; e < 4; e++) s[n][e] += from[(col() + 8 * n + e % 2) * D + row() + e / 2 * 8];
+        add_z(from_z);
     }
     __device__ __forceinline__ void save(float *to, float *to_z) const {
-        int l = threadIdx.x & 31;
+        if (has_s()) {
 #pragma unroll
-        for (int i = 0; i < MT; i++)
+            for (int n = 0; n < N / 8; n++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int row = m0 + 16 * i + 8 * half + l / 4;
-#pragma unroll
-                for (int n = 0; n < 2 * NN; n++)
-                    *(float2 *)(to + row * D + n0 + 8 * n + l % 4 * 2) = make_float2(s[i][n][2 * half], s[i][n][2 * half + 1]);
-                if (!n0 && l % 4 == 0) to_z[row] = z[i][2 * half];
-            }
+                for (int e = 0; e < 4; e++) to[(col() + 8 * n + e % 2) * D + row() + e / 2 * 8] = s[n][e];
+        }
+        save_z(to_z);
     }
-    /* As an operand: tile [F][D] in bf16, z in f32. */
+    /* part [PART]: as the threads have it. */
+    __device__ __forceinline__ void add_part(const float *part) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            float4 v = ((const float4 *)part)[n * TILE_THREADS + threadIdx.x];
+            s[n][0] += v.x, s[n][1] += v.y, s[n][2] += v.z, s[n][3] += v.w;
+        }
+        add_z(part + PART - F);
+    }
+    __device__ __forceinline__ void save_part(float *part) const {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) ((float4 *)part)[n * TILE_THREADS + threadIdx.x] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
+        save_z(part + PART - F);
+    }
+    /* As an operand: tile [D][F] in bf16, z in f32. */
     __device__ __forceinline__ void put(bf16 *tile, float *to_z) const {
-        int l = threadIdx.x & 31;
+        if (has_s()) {
 #pragma unroll
-        for (int i = 0; i < MT; i++)
+            for (int n = 0; n < N / 8; n++)
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int row = m0 + 16 * i + 8 * half + l / 4;
-#pragma unroll
-                for (int n = 0; n < 2 * NN; n++)
-                    *(uint32_t *)tile_at<F>(tile, row, n0 + 8 * n + l % 4 * 2) = pack2<bf16>(s[i][n][2 * half], s[i][n][2 * half + 1]);
-                if (!n0 && l % 4 == 0) to_z[row] = z[i][2 * half];
-            }
+                for (int half = 0; half < 2; half++)
+                    *(uint32_t *)tile_at<D>(tile, row() + 8 * half, col() + 8 * n) = pack2<bf16>(s[n][2 * half], s[n][2 * half + 1]);
+        }
+        save_z(to_z);
     }
-    /* phi [64][F], v [64][D] */
+    /* phi [64][F], v [64][D]. Between group_begin and group_wait. */
     __device__ __forceinline__ void absorb(const bf16 *phi, const bf16 *v) {
-        uint32_t one = pack2<bf16>(1, 1);
+        group_product<N, CHUNK, CHUNK, ACROSS_K, CHUNK, ACROSS_K>(s, v, m0(), phi, n0());
+    }
+    __device__ __forceinline__ void absorb_z(const bf16 *phi) {
+        if (!has_z()) return;
+        uint32_t one = pack2<bf16>(1, 1), x[4];
 #pragma unroll
         for (int k = 0; k < CHUNK; k += 16) {
-            uint32_t x[MT][4], y[4];
-#pragma unroll
-            for (int i = 0; i < MT; i++) {
-                fragment_a_t<CHUNK>(x[i], phi, m0 + 16 * i, k);
-                if (!n0) mma16<bf16>(z[i], x[i], one, one);
-            }
-#pragma unroll
-            for (int n = 0; n < NN; n++) {
-                fragment_b_t<CHUNK>(y, v, n0 + 16 * n, k);
-#pragma unroll
-                for (int i = 0; i < MT; i++) {
-                    mma16<bf16>(s[i][2 * n], x[i], y[0], y[1]);
-                    mma16<bf16>(s[i][2 * n + 1], x[i], y[2], y[3]);
-                }
-            }
+            fragment_a_t<CHUNK>(x, phi, threadIdx.x / 32 * 16, k);
+            mma16<bf16>(z, x, one, one);
         }
     }
 };

@@ -63,6 +63,25 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int N> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 #endif
 
+/* ---- kernels in a chain: chain.cuh ------------------------------------------------------------------------------------ */
+__device__ __forceinline__ void next_may_start() {
+#if !defined(LC_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(LC_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+/* Brings what is about to be read into the second-level cache: both multiples of 16. */
+__device__ __forceinline__ void read_ahead(const void *p, uint32_t bytes) {
+#if !defined(LC_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+#endif
+    (void)p, (void)bytes;
+}
+
 /* ---- 8 x 8 matrices of halves from shared memory --------------------------------------------------------------------- */
 /* Lane l gives the address of row l & 7 of matrix l / 8 (16 bytes); r[m] gets elements (l / 4, 2 (l % 4) + 0, 1) of matrix m, or,
  * transposed, elements (2 (l % 4) + 0, 1, l / 4). */

@@ -2,9 +2,10 @@
  * 16 bytes a thread, and a row stays in registers between its sum and its result. Rows that do not lie on packs, or are
  * longer than registers hold, and doubles, take plain twins that read twice. The gradient for weights is summed by each
  * block over its rows, then over the blocks in order. */
+#include "chain.cuh"
 #include "reduce.cuh"
 
-enum { PACKS = 4, BACK_PACKS = 2, NORM_BLOCK = 1024, DW_BLOCKS = 512, DW_ROWS = 8, ROPE_BLOCK = 256 };
+enum { PACKS = 4, AHEAD = 2 /* of w */, BACK_PACKS = 2, NORM_BLOCK = 1024, DW_BLOCKS = 512, DW_ROWS = 8, ROPE_BLOCK = 256 };
 
 /* The same rows in several views: all dims but the last. */
 template <int N> static walk<N> rows_of(const lc_view *const (&v)[N]) {
@@ -26,16 +27,24 @@ static unsigned norm_threads(int64_t packs, int each, int64_t most) {
 }
 
 /* ---- RMSNorm -------------------------------------------------------------------------------------------------- */
-/* x [rows, n]  w [n]  ->  y [rows, n], rstd [rows] (or NULL); a block a row; n packs of V, at most PACKS a thread */
+/* x [rows, n]  w [n]  ->  y [rows, n], rstd [rows] (or NULL); a block a row; n packs of V, at most PACKS a thread. w is on its way
+ * before x is there to be read. */
 template <class T, int V>
 __global__ void __launch_bounds__(NORM_BLOCK)
     norm_rows(const T *x, const T *w, T *y, real_of<T> *rstd, int n, double eps, const walk<2> rows) {
     typedef real_of<T> R;
     __shared__ R room[32];
-    pack<T, V> held[PACKS];
+    pack<T, V> held[PACKS], weight[AHEAD];
     int64_t at[2];
     R sum = 0;
+    next_may_start();
     walk_at(rows, blockIdx.x, at);
+#pragma unroll
+    for (int p = 0; p < AHEAD; p++) {
+        int i = threadIdx.x + p * blockDim.x;
+        if (i < n) weight[p] = *(const pack<T, V> *)(w + i * V);
+    }
+    wait_for_previous();
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
         int i = threadIdx.x + p * blockDim.x;
@@ -54,7 +63,9 @@ __global__ void __launch_bounds__(NORM_BLOCK)
         int i = threadIdx.x + p * blockDim.x;
         if (i >= n) continue;
         R v[V];
-        load_pack<V>(w + i * V, v);
+        if (p >= AHEAD) load_pack<V>(w + i * V, v);
+#pragma unroll
+        for (int c = 0; c < V && p < AHEAD; c++) v[c] = load<R>(weight[p < AHEAD ? p : 0].v[c]);
 #pragma unroll
         for (int c = 0; c < V; c++) v[c] *= load<R>(held[p].v[c]) * scale;
         store_pack<V>(y + at[1] + i * V, v);
@@ -90,7 +101,10 @@ template <class T> static int run_norm(const lc_kargs *k, int64_t rows, int64_t 
     real_of<T> *rstd = (real_of<T> *)k->y[1].data;
     if constexpr (sizeof(T) < 8) {
         if (threads) {
-            LC_LAUNCH((norm_rows<T, V>), (unsigned)rows, threads, 0, px, pw, py, rstd, (int)(n / V), k->f[0], walk);
+            LC_LAUNCH_AFTER(chain_apart(&k->x[1]), (norm_rows<T, V>), (unsigned)rows, threads, 0, px, pw, py, rstd, (int)(n / V),
+                            k->f[0], walk);
+            chain_writes(y);
+            chain_writes(&k->y[1]);
             return LC_K_OK;
         }
     }
@@ -273,6 +287,8 @@ typedef struct rope_shape {
 template <class T, class C, int V>
 __global__ void __launch_bounds__(ROPE_BLOCK) rope_rows(const T *x, const C *c, const C *s, T *y, const rope_shape r) {
     typedef real_of<T> R;
+    next_may_start();
+    wait_for_previous();
     const int64_t b = blockIdx.x / r.len, t = blockIdx.x - b * r.len;
     const int half = (int)(r.half / V), items = (int)r.heads * half;
     x += b * r.x[0] + t * r.x[2], y += b * r.y[0] + t * r.y[2];
@@ -304,11 +320,12 @@ template <class T, class C> static int run_rope(const lc_kargs *k, const rope_sh
     const unsigned blocks = (unsigned)(x->dim[0] * r->len);
     bool packs = r->half % V == 0 && view_packs(x, V) && view_packs(y, V) && view_packs(c, V) && view_packs(s, V);
     if (packs)
-        LC_LAUNCH((rope_rows<T, C, V>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data,
-                  (const C *)s->data, (T *)y->data, *r);
+        LC_LAUNCH_AFTER(true, (rope_rows<T, C, V>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data,
+                        (const C *)s->data, (T *)y->data, *r);
     else
-        LC_LAUNCH((rope_rows<T, C, 1>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data,
-                  (const C *)s->data, (T *)y->data, *r);
+        LC_LAUNCH_AFTER(true, (rope_rows<T, C, 1>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data,
+                        (const C *)s->data, (T *)y->data, *r);
+    chain_writes(y);
     return LC_K_OK;
 }
 

@@ -5,6 +5,7 @@
 #ifndef LC_POINTWISE_CUH
 #define LC_POINTWISE_CUH
 
+#include "chain.cuh"
 #include "elementwise.cuh"
 #include "scalar_math.cuh"
 
@@ -17,6 +18,8 @@ struct scalars {
 /* Vectors of 16 bytes. */
 template <class F, class T> LC_KERNEL pointwise_vectors(LC_SPAN(F::n + 1) s, scalars c) {
     enum { V = 16 / sizeof(T) };
+    next_may_start();
+    wait_for_previous();
     LC_EACH(i, s.total) {
         int32_t at[F::n + 1];
         typename vector_of<T, V>::raw raw[F::n];
@@ -117,7 +120,10 @@ template <int N> static int run_pointwise(const lc_kargs *k, const pointwise_ker
     auto element_kernel = dtype == LC_K_F64 ? kernels.doubles : kernels.elements;
     each_vector(
         make_operands<N + 1>(v), width, ~1u,
-        [&](const span<N + 1> &s) { LC_LAUNCH(vector_kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, c); },
+        [&](const span<N + 1> &s) {
+            LC_LAUNCH_AFTER(true, vector_kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, c);
+            chain_writes(v[0]);
+        },
         [&](const span<N + 1> &s) {
             LC_LAUNCH(element_kernel, grid_for(s.total, LC_THREADS), LC_THREADS, 0, s, c, dtype);
         });

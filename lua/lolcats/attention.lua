@@ -47,17 +47,21 @@ function M.reserve(state, k, n, need)
 end
 
 -- ---- the hybrid on the fused op -------------------------------------------------------------------------------------
---- Fresh state of one layer for `batch` rows, for prefill in chunks and decoding.
+--- Fresh state of one layer for `batch` rows, for prefill in chunks and decoding. opts: dtype (of the sums), device,
+--- state (dtype of the state, where another one), cache (dtype of the cached keys and values).
 function M.hybrid_state(layer, batch, heads, groups, dim, opts)
     local a = layer.student
     local map = a.map
     if a.generic or map.custom then return { rows = 0 } end
     local f = require("lolcats.feature_map").width(map, a.fq.layer:size(3))
     local state = {
-        state = lc.keep(lc.zeros({ batch, heads, f, dim }, opts)),
-        zsum = lc.keep(lc.zeros({ batch, heads, f }, opts)),
+        state = lc.keep(lc.zeros({ batch, heads, f, dim }, { dtype = opts.state or opts.dtype, device = opts.device })),
+        zsum = lc.keep(lc.zeros({ batch, heads, f }, { dtype = opts.dtype, device = opts.device })),
     }
-    if a.window > 0 then state.cache = lc.keep(lc.zeros({ batch, 2, groups, 2 * a.window, dim }, opts)) end
+    if a.window > 0 then
+        state.cache = lc.keep(lc.zeros({ batch, 2, groups, 2 * a.window, dim },
+                                       { dtype = opts.cache or opts.dtype, device = opts.device }))
+    end
     return state
 end
 

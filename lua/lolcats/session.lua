@@ -33,16 +33,17 @@ local function uniform_source(seed)
 end
 
 -- ---- feeding --------------------------------------------------------------------------------------------------------
---- A session on a model. opts: teacher = true (a student's session with its teacher's softmax attention).
+--- A session on a model. opts: teacher = true (a student's session with its teacher's softmax attention), state_dtype
+--- (see new_state).
 function M.new(model, opts)
-    local teacher = opts and opts.teacher
-    return setmetatable({ model = model, ids = {}, teacher = teacher, state = model:new_state(1, opts) }, Session)
+    local how = { teacher = opts and opts.teacher, state_dtype = opts and opts.state_dtype }
+    return setmetatable({ model = model, ids = {}, how = how, teacher = how.teacher, state = model:new_state(1, how) }, Session)
 end
 
 --- Forgets everything.
 function Session:reset()
     self.model:drop_state(self.state)
-    self.state = self.model:new_state(1, { teacher = self.teacher })
+    self.state = self.model:new_state(1, self.how)
     self.ids, self.pending, self.broken = {}, nil, nil
 end
 
@@ -179,7 +180,7 @@ end
 
 local KNOWN = { max_new = true, temperature = true, top_k = true, top_p = true, min_p = true, repetition = true,
                 seed = true, stop = true, stream = true, stop_ids = true, teacher = true, on_logits = true,
-                on_token = true }
+                on_token = true, state_dtype = true }
 
 local function check_options(opts)
     for k in pairs(opts) do
@@ -260,7 +261,7 @@ end
 --- One-shot generation on a session of its own.
 function M.generate(model, prompt, opts)
     opts = opts or {}
-    local session = M.new(model, { teacher = opts.teacher })
+    local session = M.new(model, opts)
     local a, b, c = session:generate(prompt, opts)
     model:drop_state(session.state)
     return a, b, c

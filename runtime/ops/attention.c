@@ -103,6 +103,11 @@ static int32_t feature_dim(const lc_frame *c) {
     return c->i[FULL] && (c->i[MAP] == 1 || c->i[MAP] == 2) ? 2 * f : f;
 }
 
+/* Sums are carried in what is computed in; a device's kernels also round them, and the cached keys and values, to halves. */
+static bool state_dtype(const lc_tensor *q, const lc_tensor *t) {
+    return t->dtype == real_dtype(q) || (t->device != 0 && t->dtype == q->dtype);
+}
+
 static lc_status check_state(lc_frame *c) {
     const lc_tensor *q = c->x[Q], *k = c->x[K_], *s = c->x[STATE], *z = c->x[ZSUM], *cache = c->x[CACHE];
     if (!s) {
@@ -113,13 +118,15 @@ static lc_status check_state(lc_frame *c) {
     if (c->recording) return lc_op_error(c, LC_EGRAD, "a carried state has no gradient");
     if (!z || !c->x[POS] || (c->i[WINDOW] > 0 && !cache)) return lc_op_error(c, LC_EARG, "a state comes with zsum, pos and, with a window, cache");
     int real = real_dtype(q), n = s->ndim == 4 ? s->dim[0] : -1;
-    bool ok = s->ndim == 4 && s->dtype == real && s->dim[1] == q->dim[1] && s->dim[2] == feature_dim(c) && s->dim[3] == q->dim[3] && z->ndim == 3 &&
+    if (!state_dtype(q, s) || (cache && !state_dtype(q, cache)))
+        return lc_op_error(c, LC_EDTYPE, "state and cache are %s; on a device they may have q's dtype", lc_dtype_name(real));
+    bool ok = s->ndim == 4 && s->dim[1] == q->dim[1] && s->dim[2] == feature_dim(c) && s->dim[3] == q->dim[3] && z->ndim == 3 &&
               z->dtype == real && z->dim[0] == n && z->dim[1] == q->dim[1] && z->dim[2] == s->dim[2];
     if (!ok) return lc_op_error(c, LC_ESHAPE, "state is [n, h, F, d], zsum [n, h, F] with F = %d", feature_dim(c));
     if (!lc_tensor_contiguous(s) || !lc_tensor_contiguous(z) || (cache && !lc_tensor_contiguous(cache)))
         return lc_op_error(c, LC_EARG, "state, zsum and cache must be contiguous");
     if (cache && c->i[MAP] != 0) {
-        ok = cache->ndim == 5 && cache->dtype == real && cache->dim[0] == n && cache->dim[1] == 2 && cache->dim[2] == k->dim[1] &&
+        ok = cache->ndim == 5 && cache->dim[0] == n && cache->dim[1] == 2 && cache->dim[2] == k->dim[1] &&
              cache->dim[3] == 2 * c->i[WINDOW] && cache->dim[4] == q->dim[3];
         if (!ok) return lc_op_error(c, LC_ESHAPE, "cache is [n, 2, g, 2 * window, d]");
     }

@@ -170,7 +170,7 @@ local function carried(name, c)
       if window > 0 then
         s.cache = c.map == "none" and lc.zeros {n, 2 * window * (2 * c.g * c.d + (c.mk_heads or c.h) * F)} or lc.zeros {n, 2, c.g, 2 * window, c.d}
       end
-      for k, v in pairs(s) do s[k] = v:to(where) end
+      for k, v in pairs(s) do s[k] = v:to(where ~= "cpu" and c.halves and c.halves[k] or "f32"):to(where) end
       local out, seen = {}, {}
       for i = 1, n do seen[i] = 0 end
       local at = 1
@@ -212,6 +212,17 @@ carried("tokens, small window", case(hedgehog, {d = 64, f = 16, chunks = ones(9,
 carried("tokens, relu", case(hedgehog, {d = 64, f = 64, map = "relu", bias = true, skip = true, chunks = ones(3, 190)}))
 carried("tokens, ready features", case(hedgehog, {d = 64, F = 32, map = "none", chunks = ones(3, 190), affine = true}))
 carried("tokens, ready features of key heads", case(hedgehog, {d = 64, F = 64, map = "none", mk_heads = 1, chunks = ones(3, 126)}))
+local thin, thinner = {cache = "bf16"}, {cache = "bf16", state = "bf16"}
+for name, halves in pairs {["a bf16 cache"] = thin, ["a bf16 state and cache"] = thinner} do
+  carried(name, case(hedgehog, {d = 64, f = 32, b = 2, chunks = ones(4, 190), halves = halves, plain = true}))
+  carried(name .. ", d 128", case(hedgehog, {d = 128, f = 64, h = 1, chunks = ones(2, 191), halves = halves}))
+  carried(name .. ", sliding", case(hedgehog, {d = 64, f = 16, h = 1, chunks = ones(4, 66), kind = "sliding", halves = halves}))
+  carried(name .. ", many rows", case(hedgehog, {d = 64, f = 32, h = 4, g = 1, b = 264, chunks = ones(3, 1), window = 1, halves = halves}))
+end
+carried("many rows, f32 weights", case(hedgehog, {d = 128, f = 64, h = 4, g = 1, b = 264, chunks = {1, 1, 1, 1, 1}, window = 2, weights_f32 = true}))
+carried("a bf16 state, window 0", case(hedgehog, {d = 64, f = 32, chunks = ones(3, 70), window = 0, halves = {state = "bf16"}}))
+carried("a bf16 state, ready features", case(hedgehog, {d = 64, F = 32, map = "none", chunks = ones(3, 190), halves = thinner}))
+carried("an f16 state", case(hedgehog, {d = 64, f = 32, dtype = "f16", chunks = ones(2, 191), halves = {state = "f16", cache = "f16"}}))
 carried("tokens, f16", case(hedgehog, {d = 64, f = 32, dtype = "f16", chunks = ones(2, 191)}))
 for _, kind in ipairs {"terrace", "sliding", "none"} do
   local window = kind == "none" and 0 or 64

@@ -144,9 +144,9 @@ function Model:qkv(layer, n, ctx)
     -- the fused product saves calls; where gradients flow through it, its slices would cost zero-filled buffers
     if not (lc.grad_enabled() and n.requires_grad) and fused(layer, layer.qkv, QKV) then
         local all = lc.linear(n, layer.qkv)
-        q = all:narrow(-1, 1, h * d)
-        k = all:narrow(-1, h * d + 1, g * d)
+        local both = lc.rope(heads_view(all:narrow(-1, 1, (h + g) * d), b, t, h + g, d), ctx.cos, ctx.sin)
         v = all:narrow(-1, (h + g) * d + 1, g * d)
+        return both:narrow(2, 1, h), both:narrow(2, h + 1, g), heads_view(v, b, t, g, d)
     else
         q, k, v = nn.project_all(n, layer.proj.q_proj, layer.proj.k_proj, layer.proj.v_proj)
     end
@@ -301,16 +301,23 @@ end
 
 -- ---- state ----------------------------------------------------------------------------------------------------------
 --- State for prefill in chunks and decoding: a key/value cache for softmax layers, a state of constant size for
---- hybrid ones.
+--- hybrid ones. opts: teacher, state_dtype ("f32"; on a device also the model's, which halves what a step reads of it).
+--- On a device bf16 keys and values are cached as they are; the CPU's kernels keep them in f32.
 function Model:new_state(batch, opts)
     batch = batch or 1
     local c = self.config
     local state = { seen = 0, batch = batch, layers = {}, as_teacher = opts and opts.teacher }
+    local how = { dtype = self.fine, device = self.device, state = opts and opts.state_dtype or self.fine }
+    if how.state ~= self.fine and (how.state ~= self.dtype or self.device == "cpu") then
+        lc.fail("a state in %s: this model on %s keeps it in %s", how.state, self.device,
+                self.device == "cpu" and self.fine or table.concat({ self.fine, self.dtype }, " or "))
+    end
+    how.cache = self.device ~= "cpu" and self.dtype == "bf16" and "bf16" or self.fine
     state.pos = lc.keep(lc.zeros({ batch }, { dtype = "i32", device = self.device }))
     for i, layer in ipairs(self.layers) do
         if layer.student and not state.as_teacher then
             state.layers[i] = attention.hybrid_state(layer, batch, c.num_attention_heads, c.num_key_value_heads,
-                                                     c.head_dim, { dtype = self.fine, device = self.device })
+                                                     c.head_dim, how)
         else
             state.layers[i] = {}
         end
