@@ -48,15 +48,17 @@ static void load_rows(const job *j, const span *at, int64_t h, int64_t c, rows *
 
 /* Window: p [keys][TILE] = u / z and ds [keys][TILE] = scale * (gradient of the score), for key panel kp and query
  * panel c. */
-static void window_weights(const hybrid *a, const rows *r, const panel *q, const panel *k, real gamma, real *p,
-                           real *ds) {
+static void window_weights(const hybrid *a, scratch *s, const rows *r, const panel *q, const panel *k, real gamma,
+                           real *p, real *ds) {
     int64_t dp = padded(a->d), c = q->index, kp = k->index, base = (kp - c) * TILE;
     real scale = (real)a->scale;
     for (int64_t jb = 0; jb < TILE; jb += 8) {
         int64_t from, to;
         columns(a, 0, c, kp, jb, &from, &to);
         if (to <= from) continue;
+        look_ahead(s);
         K(tile_gemm)(8, to - from, a->d, k->xt + jb, 1, TILE, q->xt + from, TILE, p + jb * TILE + from, TILE, 0);
+        look_ahead(s);
         K(tile_gemm)(8, to - from, a->d, k->v + jb * dp, dp, 1, q->vt + from, TILE, ds + jb * TILE + from, TILE, 0);
     }
     for (int64_t i = 0; i < TILE; i += VL) {
@@ -157,12 +159,12 @@ static void through_map(const hybrid *a, scratch *s, const side *d, const panel 
     int64_t dp = padded(a->d);
     K(map_tile_backward)(a->map, a->full, a->f, (real)a->feature_eps, p->a, s->t);
     if (weights) {
-        K(tile_gemm)(a->f, dp, TILE, s->t, TILE, 1, p->x, dp, s->gm, dp, 1);
+        tile_gemm_ahead(s, a->f, dp, TILE, s->t, TILE, 1, p->x, dp, s->gm, dp, 1);
         vreal all = vset(0);
         for (int64_t n = 0; n < a->f * TILE; n += VL) all += vload(s->t + n);
         sum->bias += vsum(all);
     }
-    if (gx) K(tile_gemm)(TILE, dp, a->f, s->t, 1, TILE, d->wt, dp, gx, dp, 1);
+    if (gx) tile_gemm_ahead(s, TILE, dp, a->f, s->t, 1, TILE, d->wt, dp, gx, dp, 1);
 }
 
 static void add_scaled(real *to, const real *from, real by, int64_t n) {
@@ -197,7 +199,7 @@ static int query_features(const job *j, scratch *s, const span *at, rows *r, con
     int64_t dp = padded(a->d), end = hybrid_lo(a, LC_MIN(q->index * TILE + TILE, at->p1) - 1);
     if (!a->F || end <= 0) return 0;
     if (has_state) {
-        K(tile_gemm)(a->F, TILE, a->d, s->s, dp, 1, q->vt, TILE, s->t, TILE, 0);
+        tile_gemm_ahead(s, a->F, TILE, a->d, s->s, dp, 1, q->vt, TILE, s->t, TILE, 0);
         for (int64_t i = 0; i < TILE; i += VL) {
             vreal by = vload(r->rz + i) * lambda, delta = vload(r->delta + i);
             for (int64_t e = 0; e < a->F; e++)
@@ -209,7 +211,7 @@ static int query_features(const job *j, scratch *s, const span *at, rows *r, con
         const panel *k = K(side_panel)(&s->k, kp, HAS_F | HAS_V);
         int64_t n = round_up(LC_MIN(end - kp * TILE, TILE), 8);
         linear_du(a, r, q, k, lambda, n, s->u);
-        K(tile_gemm)(a->F, TILE, n, k->f, TILE, 1, s->u, TILE, s->t, TILE, 1);
+        tile_gemm_ahead(s, a->F, TILE, n, k->f, TILE, 1, s->u, TILE, s->t, TILE, 1);
     }
     for (int64_t i = 0; i < TILE; i += VL) {
         vreal x = vset(0);
@@ -226,10 +228,11 @@ static void query_window(const job *j, scratch *s, const span *at, int64_t h, co
     for (int64_t kp = hybrid_lo(a, c * TILE + from) / TILE; kp <= c; kp++) {
         const panel *k = K(side_panel)(&s->k, kp, HAS_X | HAS_XT | HAS_V);
         real *ds = s->u + TILE * TILE;
-        window_weights(a, r, q, k, gamma, s->u, ds);
+        window_weights(a, s, r, q, k, gamma, s->u, ds);
         for (int64_t ib = 0; ib < TILE; ib += 8) {
             int64_t k0, k1;
             keys_of(a, 0, c, kp, ib, &k0, &k1);
+            look_ahead(s);
             if (k1 > k0)
                 K(tile_gemm)(8, dp, k1 - k0, ds + k0 * TILE + ib, 1, TILE, k->x + k0 * dp, dp, s->y + ib * dp, dp, 1);
         }
@@ -241,6 +244,13 @@ static void query_window(const job *j, scratch *s, const span *at, int64_t h, co
         }
 }
 
+/* The rows of panel c in a tensor, to be looked at ahead of time. */
+static ahead rows_ahead(const lc_view *v, const span *at, int64_t h, int64_t shift, int64_t c) {
+    int64_t from = LC_MAX(c * TILE, at->p0), end = LC_MIN(c * TILE + TILE, at->p1);
+    if (end <= from) return (ahead){0};
+    return (ahead){(const char *)row_at(v, at->b, h, from + shift), v->stride[2] * (int64_t)sizeof(real), end - from};
+}
+
 static void query_tile(const job *j, scratch *s, const span *at, int64_t h, int64_t c, int64_t *absorbed,
                        int *has_state, sums *sum) {
     const hybrid *a = j->call;
@@ -250,6 +260,8 @@ static void query_tile(const job *j, scratch *s, const span *at, int64_t h, int6
     rows r;
     panel *q = K(side_panel)(&s->q, c, HAS_V);
     row_deltas(j, at, h, q, from, to);
+    s->ahead[AHEAD_Y] = rows_ahead(&j->from.y[0], at, h, at->q_shift, c + 1);
+    if (wanted(j, GQ)) s->ahead[AHEAD_OUT] = rows_ahead(&j->k->y[GQ], at, h, at->q_shift, c);
     load_rows(j, at, h, c, &r);
     memset(r.x, 0, sizeof r.x);
     memset(s->y, 0, (size_t)(TILE * dp) * sizeof(real));
@@ -300,7 +312,7 @@ static void absorb_queries(const job *j, scratch *s, const span *at, int64_t h, 
         }
         s->z[e] += vsum(sum);
     }
-    K(tile_gemm)(a->F, dp, TILE, s->t, TILE, 1, q->v, dp, s->s, dp, 1);
+    tile_gemm_ahead(s, a->F, dp, TILE, s->t, TILE, 1, q->v, dp, s->s, dp, 1);
 }
 
 /* s->t = gradient of the features of keys, s->y2 += the linear part of gv. Returns 0 when no query sees them linearly.
@@ -312,10 +324,10 @@ static int key_features(const job *j, scratch *s, const span *at, int64_t h, con
     if (!a->F || first >= at->p1) return 0;
     if (has_suffix) {
         if (features) {
-            K(tile_gemm)(a->F, TILE, a->d, s->s, dp, 1, k->vt, TILE, s->t, TILE, 0);
+            tile_gemm_ahead(s, a->F, TILE, a->d, s->s, dp, 1, k->vt, TILE, s->t, TILE, 0);
             for (int64_t n = 0; n < a->F * TILE; n += VL) vstore(s->t + n, vload(s->t + n) - s->z[n / TILE]);
         }
-        if (wanted(j, GV)) K(tile_gemm)(TILE, dp, a->F, k->f, 1, TILE, s->s, dp, s->y2, dp, 1);
+        if (wanted(j, GV)) tile_gemm_ahead(s, TILE, dp, a->F, k->f, 1, TILE, s->s, dp, s->y2, dp, 1);
     } else
         memset(s->t, 0, (size_t)(a->F * TILE) * sizeof(real));
     for (int64_t qp = LC_MAX(first, at->p0) / TILE; qp < absorbed; qp++) {
@@ -325,7 +337,7 @@ static int key_features(const job *j, scratch *s, const span *at, int64_t h, con
         load_rows(j, at, h, qp, &r);
         if (features) {
             linear_du_keys(a, &r, q, k, lambda, i0, s->u);
-            K(tile_gemm)(a->F, TILE, TILE - i0, q->f + i0, TILE, 1, s->u + i0 * TILE, TILE, s->t, TILE, 1);
+            tile_gemm_ahead(s, a->F, TILE, TILE - i0, q->f + i0, TILE, 1, s->u + i0 * TILE, TILE, s->t, TILE, 1);
         }
         if (wanted(j, GV)) linear_values(a, &r, q, k, lambda, s->u, s->y2);
     }
@@ -340,11 +352,12 @@ static void key_window(const job *j, scratch *s, const span *at, int64_t h, cons
         const panel *q = K(side_panel)(&s->q, qp, HAS_X | HAS_XT | HAS_V | HAS_VT);
         rows r;
         load_rows(j, at, h, qp, &r);
-        window_weights(a, &r, q, k, gamma, p, ds);
+        window_weights(a, s, &r, q, k, gamma, p, ds);
         for (int64_t jb = 0; jb < TILE; jb += 8) {
             int64_t from, to;
             columns(a, 0, qp, c, jb, &from, &to);
             if (to <= from) continue;
+            look_ahead(s);
             if (wanted(j, GV))
                 K(tile_gemm)
                 (8, dp, to - from, p + jb * TILE + from, TILE, 1, q->v + from * dp, dp, s->y2 + jb * dp, dp, 1);

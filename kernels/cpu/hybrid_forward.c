@@ -134,7 +134,7 @@ static void linear_part(const hybrid *a, scratch *s, tile *t, int64_t absorbed, 
     if (lambda != 1)
         for (int64_t n = 0; n < a->F * TILE; n += VL) vstore(q->f + n, vload(q->f + n) * (real)lambda);
     if (has_state) {
-        K(tile_gemm)(TILE, dp, a->F, q->f, 1, TILE, s->s, dp, s->y, dp, 1);
+        tile_gemm_ahead(s, TILE, dp, a->F, q->f, 1, TILE, s->s, dp, s->y, dp, 1);
         for (int64_t i = 0; i < TILE; i += VL) {
             vreal sum = vload(t->den + i);
             for (int64_t e = 0; e < a->F; e++) sum += vload(q->f + e * TILE + i) * s->z[e];
@@ -183,7 +183,7 @@ void K(put_padding)(const lc_kargs *k, const hybrid *a, const span *at, int64_t 
 void K(absorb)(const hybrid *a, scratch *s, int64_t index, int64_t n) {
     const panel *k = K(side_panel)(&s->k, index, HAS_F | HAS_V);
     int64_t dp = padded(a->d);
-    K(tile_gemm)(a->F, dp, n, k->f, TILE, 1, k->v, dp, s->s, dp, 1);
+    tile_gemm_ahead(s, a->F, dp, n, k->f, TILE, 1, k->v, dp, s->s, dp, 1);
     for (int64_t e = 0; e < a->F; e++) {
         real sum = 0;
         if (n == TILE) {
@@ -204,7 +204,7 @@ void K(forward_tile)(const lc_kargs *k, const hybrid *a, scratch *s, const span 
     tile_open(&t, a, at, c);
     int64_t boundary = LC_MIN(hybrid_lo(a, t.p_first), t.p_first) / TILE;
     for (; a->F && *absorbed < boundary; ++*absorbed, *has_state = 1) K(absorb)(a, s, *absorbed, TILE);
-    s->ahead[AHEAD_Y] = (ahead){(const char *)row_at(&k->y[0], at->b, h, t.p_first + at->q_shift),
+    s->ahead[AHEAD_OUT] = (ahead){(const char *)row_at(&k->y[0], at->b, h, t.p_first + at->q_shift),
                                 k->y[0].stride[2] * (int64_t)sizeof(real), t.p_last + 1 - t.p_first};
     memset(s->y, 0, (size_t)(TILE * dp) * sizeof(real));
     if (a->window) {

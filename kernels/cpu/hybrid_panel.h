@@ -34,7 +34,7 @@ typedef struct ahead {
     const char *row;
     int64_t stride, rows; /* bytes to the next, how many */
 } ahead;
-enum { AHEAD_Y, AHEAD_Q, AHEAD_K = AHEAD_Q + 2, AHEADS = AHEAD_K + 2 }; /* x and v of a side */
+enum { AHEAD_OUT, AHEAD_Q, AHEAD_Y = AHEAD_Q + 2, AHEAD_K, AHEADS = AHEAD_K + 2 }; /* x and v of a side */
 
 typedef struct side {
     const hybrid *call;
@@ -68,7 +68,7 @@ static inline __attribute__((always_inline)) void look_ahead(scratch *s) {
     int64_t n = 0;
     while (n < AHEADS - 1 && !s->ahead[n].rows) n++;
     ahead *a = s->ahead + n;
-    for (int64_t rows = LC_MIN(a->rows, 8); rows > 0; rows--, a->rows--, a->row += a->stride)
+    for (int64_t rows = LC_MIN(a->rows, 4); rows > 0; rows--, a->rows--, a->row += a->stride)
         for (int64_t at = 0; at < s->row_bytes; at += 64) __builtin_prefetch(a->row + at, 0, 2);
 }
 
@@ -94,6 +94,15 @@ static inline int64_t reach(const hybrid *a, int64_t panels) {
     int64_t back = a->kind == KIND_SLIDING ? a->window - 1 : a->window % TILE ? 2 * a->window - 1 : a->window;
     int64_t n = a->kind == KIND_CAUSAL ? panels : (LC_MAX(back, 0) + TILE - 1) / TILE + 2;
     return LC_MAX(LC_MIN(n, panels), 1);
+}
+
+/* tile_gemm in strips of 8 rows, with a look ahead at each. */
+static inline void tile_gemm_ahead(scratch *s, int64_t m, int64_t n, int64_t k, const real *a, int64_t ra, int64_t ca,
+                                   const real *b, int64_t ldb, real *c, int64_t ldc, int add) {
+    for (int64_t i = 0; i < m; i += 8) {
+        look_ahead(s);
+        K(tile_gemm)(LC_MIN(m - i, 8), n, k, a + i * ra, ra, ca, b, ldb, c + i * ldc, ldc, add);
+    }
 }
 
 /* Columns (queries of panel c) that rows jb .. jb + 7 (keys of panel kp) may concern, in whole vectors: with softmax;

@@ -12,7 +12,7 @@ static void shape_of(const hybrid &a, fast *p) {
     bool both = a.map == MAP_SOFTMAX_DIM || a.map == MAP_EXP_DIM;
     p->lag = a.window ? 1 : 0;
     p->bf = a.F <= 64 ? 64 : 128;
-    p->fw = both || a.map == MAP_NONE ? p->bf / 2 : p->bf;
+    p->fw = a.map == MAP_NONE ? 0 : both ? p->bf / 2 : p->bf;
 }
 
 bool hybrid_backward_fast_takes(const gradients *o) {

@@ -12,16 +12,16 @@ struct near_rows {
 template <int D, int BF, int FW, bool TRI> struct key_block {
     typedef layout<D, BF, FW> L;
     static constexpr int HALF = BF / 2, SM = BF / 64;
+    static constexpr bool MAPS = FW > 0;
     typedef held<BF, D> states;
-    typedef held<D, FW> maps_sum;
+    typedef held<D, FW ? FW : 32> maps_sum;
     const gradients &o;
     const fast &p;
     chunk_range s;
     bf16 *k, *v, *ring, *state, *weights_q, *weights_k, *features_q, *features_k, *ds, *dpre;
     near_rows *rows;
-    float *exchange;
     int strip, hf, m; /* of the warp: keys m .. m + 15, half hf */
-    float gamma, lambda;
+    float gamma, lambda, bias_q, bias_k;
 
     __device__ __forceinline__ key_block(const gradients &o, const fast &p, char *memory) : o(o), p(p),
         s(o.a, p.segments, blockIdx.x / p.segments, blockIdx.x % p.segments) {
@@ -37,10 +37,10 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         ds = at, at += L::wide;
         dpre = at, at += L::dp;
         rows = (near_rows *)at;
-        exchange = (float *)ds;
         int w = warp_number();
         strip = w & 3, hf = w >> 2, m = 16 * strip;
         gamma = hybrid_gamma<float>(o.a, s.h), lambda = hybrid_lambda<float>(o.a, gamma);
+        bias_q = bias_of<float>(o.a.bq, o.a.bq_dtype, s.h), bias_k = bias_of<float>(o.a.bk, o.a.bk_dtype, s.h);
     }
     __device__ __forceinline__ bf16 *queries(int c) const { return ring + (c & 1) * 2 * L::tile; }
     __device__ __forceinline__ bf16 *givens(int c) const { return queries(c) + L::tile; }
@@ -80,48 +80,63 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         if (what == 3) rows->c[slot][row] = f.value, rows->at[slot][row] = f.at;
     }
 
-    /* Features of the queries of chunk c, times lambda / z. */
-    __device__ __forceinline__ void put_query_features(int c) {
-        float f[BF / 16][4];
-        int width = half_width<BF>(o.a, hf), r0 = m + ((threadIdx.x & 31) >> 2);
-        float by[2];
-        for (int i = 0; i < 2; i++) by[i] = lambda * (p.lag ? rows->rz[c & 1][r0 + 8 * i] : row_rz(c, r0 + 8 * i));
-        features<D, BF, FW>(o, s, 0, queries(c), weights_q, c, hf, m, f);
-#pragma unroll
-        for (int n = 0; n < BF / 16; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) f[n][j] = feature_of(o.a, n, width, f[n][j]) * by[j >> 1];
-        put_tile<64>(features_q, f, m, hf * HALF);
-    }
-    __device__ __forceinline__ void put_key_features(const float (&f)[BF / 16][4]) {
-        float y[BF / 16][4];
-        int width = half_width<BF>(o.a, hf);
-#pragma unroll
-        for (int n = 0; n < BF / 16; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) y[n][j] = feature_of(o.a, n, width, f[n][j]);
-        put_tile<64>(features_k, y, m, hf * HALF);
+    /* The features of chunk c's keys into v (not clamped) and into their tile; of chunk far's queries, times lambda / z, if they are
+     * `used`, into theirs. */
+    __device__ __forceinline__ void both_features(int c, int far, bool used, float (&v)[BF / 16][4]) {
+        float u[BF / 16][4], by[2];
+        const float one[2] = {1, 1};
+        int r0 = m + ((threadIdx.x & 31) >> 2);
+        if constexpr (!FW) {
+            ready_features<BF>(o.a, s, 0, far, hf, m, u);
+            for (int i = 0; i < 2; i++) by[i] = lambda * (p.lag ? rows->rz[far & 1][r0 + 8 * i] : row_rz(far, r0 + 8 * i));
+            put_features<BF, FW>(o.a, features_q, hf, m, by, u);
+            ready_features<BF>(o.a, s, 1, c, hf, m, v);
+            put_features<BF, FW>(o.a, features_k, hf, m, one, v);
+            return;
+        }
+        features_begin<D, BF, FW>(o.a, bias_q, hf, u), features_begin<D, BF, FW>(o.a, bias_k, hf, v);
+        products_begin(u, v);
+        features_product<D, BF, FW>(queries(far), weights_q, hf, u);
+        group_commit();
+        features_product<D, BF, FW>(k, weights_k, hf, v);
+        group_commit();
+        for (int i = 0; i < 2; i++) by[i] = lambda * (p.lag ? rows->rz[far & 1][r0 + 8 * i] : row_rz(far, r0 + 8 * i));
+        group_wait<1>();
+        group_hold(u);
+        if (used) {
+            features_end<D, BF, FW>(o.a, queries(far), hf, m, u);
+            put_features<BF, FW>(o.a, features_q, hf, m, by, u);
+        }
+        group_wait<0>();
+        group_hold(v);
+        features_end<D, BF, FW>(o.a, k, hf, m, v);
+        put_features<BF, FW>(o.a, features_k, hf, m, one, v);
     }
 
-    /* d [16][HALF] = gradient of the features: R v - P, and the triangle with chunk `far`. */
-    __device__ __forceinline__ void feature_gradient(int far, float (&d)[BF / 16][4]) {
+    /* d [16][HALF] = gradient of the features: R v - P, and the triangle with chunk `far`, which R takes up meanwhile. */
+    __device__ __forceinline__ void feature_gradient(int far, float (&d)[BF / 16][4], typename states::sum &sum) {
         int lane = threadIdx.x & 31, n0 = hf * HALF;
         clear(d);
         float du[TRI ? 8 : 1][4];
+        products_begin(d, sum);
+        group_product<HALF, D, 64, ALONG_K, BF, ALONG_K>(d, v, 0, state, n0);
+        group_commit();
         if constexpr (TRI) {
             clear(du);
-            products_begin(d, du);
+            products_begin(du);
             group_product<64, D, 64, ALONG_K, 64, ALONG_K>(du, v, 0, givens(far), 0);
-        } else {
-            products_begin(d);
+            group_commit();
         }
-        group_product<HALF, D, 64, ALONG_K, BF, ALONG_K>(d, v, 0, state, n0);
-        products_end(d, du);
+        states::product(sum, features_q, givens(far), hf);
+        group_commit();
+        group_wait<1>();
+        group_hold(d);
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) d[n][j] -= rows->sum[n0 + 8 * n + 2 * (lane & 3) + (j & 1)];
         if constexpr (TRI) {
+            group_hold(du);
             triangle(du, rows->delta[far & 1]);
             uint32_t part[4][4];
             as_fragments<64>(part, du);
@@ -143,17 +158,10 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
     }
 
     /* Weights over z of a strip of keys with one chunk of queries (half 0: chunk c + lag, 1: chunk c) into features_q, scale times
-     * the gradient of the scores into ds; linear: the triangle's weights. */
-    __device__ __forceinline__ void window_weights(int c, int chunk, bool window, const float (&linear)[TRI ? 8 : 1][4]) {
-        float sc[8][4], dp[8][4];
-        clear(sc), clear(dp);
+     * the gradient of the scores into ds; sc, dp: the products, at an end; linear: the triangle's weights. */
+    __device__ __forceinline__ void put_weights(int c, int chunk, bool window, float (&sc)[8][4], float (&dp)[8][4],
+                                                const float (&linear)[TRI ? 8 : 1][4]) {
         int lane = threadIdx.x & 31, slot = chunk & 1;
-        if (window) {
-            products_begin(sc, dp);
-            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(sc, k, 0, queries(chunk), 0);
-            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(dp, v, 0, givens(chunk), 0);
-            products_end(sc, dp);
-        }
         float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E;
 #pragma unroll
         for (int n = 0; n < 8; n++)
@@ -195,11 +203,53 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         bf16 *to = result(which, c, &stride);
         put_rows(to + hf * (D / 2), stride, acc, m, s.len - c * 64, D);
     }
+    /* Rows of dv and dk of chunk c. */
+    __device__ __forceinline__ void put_keys(int c, bool after, bool linear) {
+        float dv[D / 16][4], dk[D / 16][4];
+        int n0 = hf * (D / 2);
+        bool window = o.a.window > 0;
+        if (o.dv.p && o.dk.p && linear && window && MAPS && !o.a.skip) { /* the usual: two batches */
+            const bf16 *q = queries(c), *q_far = queries(c + p.lag);
+            clear(dv), clear(dk);
+            products_begin(dv, dk);
+            group_product<D / 2, BF, 64, ALONG_K, BF, ACROSS_K>(dv, features_k, 0, state, n0);
+            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(dv, features_q, 0, q_far + L::tile, n0);
+            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(dv, features_q + 64 * 64, 0, q + L::tile, n0);
+            group_commit();
+            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(dk, ds, 0, q_far, n0);
+            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(dk, ds + 64 * 64, 0, q, n0);
+            group_product<D / 2, FW, 64, ALONG_K, D, ALONG_K>(dk, dpre, 0, weights_k, n0);
+            group_commit();
+            group_wait<1>();
+            group_hold(dv);
+            put_result(1, c, dv);
+            group_wait<0>();
+            group_hold(dk);
+            put_result(0, c, dk);
+            return;
+        }
+        if (o.dv.p) {
+            clear(dv);
+            if (linear) {
+                products_begin(dv);
+                group_product<D / 2, BF, 64, ALONG_K, BF, ACROSS_K>(dv, features_k, 0, state, n0);
+                products_end(dv);
+            }
+            over_window(features_q, c, after, window, true, dv);
+            put_result(1, c, dv);
+        }
+        if (o.dk.p) {
+            clear(dk);
+            if (window) over_window(ds, c, after, true, false, dk);
+            if (linear && MAPS) through_weights<D, FW>(o.a, dpre, weights_k, m, n0, dk);
+            put_result(0, c, dk);
+        }
+    }
     __device__ __forceinline__ void zero_padding() { /* rows before the first token, where heads do not share them */
         for (int which = 0; which < 3; which++) {
             const rows4 &r = which == 0 ? o.dk : which == 1 ? o.dv : o.dmk;
             int width = which == 2 ? o.a.F : D;
-            if (!r.p || p.rows[which] || (which == 2 && o.a.map != MAP_NONE)) continue;
+            if (!r.p || p.rows[which] || (which == 2 && MAPS)) continue;
             for (int i = threadIdx.x; i < s.s0 * width; i += THREADS) r.row<bf16>(s.b, s.h, i / width)[i % width] = store<bf16>(0.f);
         }
     }
@@ -208,14 +258,15 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         typename states::sum sum;
         typename maps_sum::sum dw;
         float bias = 0;
-        int sn = hf * (D / 2), lag = p.lag, tid = threadIdx.x;
+        int lag = p.lag, tid = threadIdx.x;
+        bool taken = false; /* the sum has what its tile has not */
         fetched row;
-        const bool maps = o.a.map != MAP_NONE, both = has_extreme(o.a), rows_wanted = o.dk.p || o.dv.p, has_f = o.a.F > 0;
+        constexpr bool both = MAPS && FW != BF;
+        const bool rows_wanted = o.dk.p || o.dv.p;
         load_ring(s.c1 - 1 + lag);
         load_own(s.c1 - 1);
-        load_ring(s.c1 - 2 + lag);
         if (lag) fetch(s.c1, row);
-        if (maps && has_f) load_weights<D, FW>(weights_q, o.a.mq, weights_k, o.a.mk, s.h, o.a.f);
+        if constexpr (MAPS) load_weights<D, FW>(weights_q, o.a.mq, weights_k, o.a.mk, s.h, o.a.f);
         clear(sum), clear(dw);
         if (tid < BF) rows->sum[tid] = 0;
         for (int n = s.seg + 1; n < p.segments; n++) {
@@ -228,25 +279,32 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         if (s.seg == 0) zero_padding();
         for (int c = s.c1 - 1; c >= s.c0; c--) {
             int far = c + lag;
-            bool after = far < s.n, linear = has_f && (TRI ? after : far + 1 < s.n), takes = has_f && after && c > s.c0;
+            bool after = far < s.n, linear = after, takes = linear && c > s.c0;
             float f[BF / 16][4], d[BF / 16][4], weights[TRI ? 8 : 1][4];
             fetch(c, row);
-            copy_wait<1>();
+            copy_wait<0>();
             meet();
-            if (takes || (TRI && linear)) put_query_features(far);
-            if (linear) {
-                features<D, BF, FW>(o, s, 1, k, weights_k, c, hf, m, f);
-                put_key_features(f);
+            load_ring(far - 1); /* all products of the chunk before have ended */
+            if (taken) {
+                put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
+                if (tid < BF) rows->sum[tid] += rows->more[tid];
             }
+            if (linear) both_features(c, far, takes || TRI, f);
             put_rows_of(c, row);
             meet();
             clear(weights), clear(d);
-            if (linear && o.through_k) {
-                feature_gradient(far, d);
-                if (maps) map_fragments_backward(o.a, hf, f, d);
-                if (maps && both && hf) send_half(exchange, strip, d);
+            if (linear) {
+                feature_gradient(far, d, sum);
+                if (MAPS && o.through_k) {
+                    map_fragments_backward<FW != BF>(o.a, hf, f, d);
+                    if (both && hf) put_tile<64>(dpre, d, m, 0), bias += total(d);
+                }
+                if (hf) column_sums<SM>(rows->more, false, features_q, 16 * SM * strip, rows->delta[far & 1]);
+                group_wait<0>();
+                group_hold(sum);
             }
-            if (!maps && o.dmk.p) {
+            taken = takes;
+            if (!MAPS && o.dmk.p) {
                 int64_t stride;
                 bf16 *to = result(2, c, &stride);
                 put_rows(to + hf * HALF, stride, d, m, s.len - c * 64, half_width<BF>(o.a, hf));
@@ -259,45 +317,28 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
                     triangle(weights, NULL);
                 }
             }
-            if (takes) {
-                states::absorb(sum, features_q, givens(far), hf);
-                if (hf) column_sums<SM>(rows->more, false, features_q, 16 * SM * strip, rows->delta[far & 1]);
-            }
-            __syncthreads();
-            if (linear && o.through_k && maps && !(both && hf)) {
-                if (both) receive_half(exchange, strip, d);
-                put_tile<64>(dpre, d, m, both ? 0 : hf * HALF);
-                bias += total(d);
-            }
             copy_wait<0>();
             meet();
-            if (linear && p.dw[1]) maps_sum::absorb(dw, k, dpre, hf);
-            if (rows_wanted && (hf ? o.a.window > 0 : after)) window_weights(c, hf ? c : far, o.a.window > 0, weights);
+            if (linear && o.through_k && MAPS && !(both && hf)) {
+                bias += total(d);
+                if (both) add_tile<64>(dpre, d, m, 0);
+                put_tile<64>(dpre, d, m, both ? 0 : hf * HALF);
+            }
+            if (rows_wanted) {
+                int chunk = hf ? c : far; /* if there is none after, half 0 makes what nobody reads */
+                float sc[8][4], dp[8][4];
+                clear(sc), clear(dp);
+                products_begin(sc, dp);
+                group_product<64, D, 64, ALONG_K, 64, ALONG_K>(sc, k, 0, queries(chunk), 0);
+                group_product<64, D, 64, ALONG_K, 64, ALONG_K>(dp, v, 0, givens(chunk), 0);
+                products_end(sc, dp);
+                put_weights(c, chunk, o.a.window > 0, sc, dp, weights);
+            }
             meet();
-            load_own(c - 1);
-            float acc[D / 16][4];
-            if (o.dv.p) {
-                clear(acc);
-                if (linear) {
-                    products_begin(acc);
-                    group_product<D / 2, BF, 64, ALONG_K, BF, ACROSS_K>(acc, features_k, 0, state, sn);
-                    products_end(acc);
-                }
-                over_window(features_q, c, after, o.a.window > 0, true, acc);
-                put_result(1, c, acc);
-            }
-            if (o.dk.p) {
-                clear(acc);
-                if (o.a.window) over_window(ds, c, after, true, false, acc);
-                if (linear && maps) through_weights<D, FW>(o.a, dpre, weights_k, m, sn, acc);
-                put_result(0, c, acc);
-            }
+            if (linear && p.dw[1]) maps_sum::absorb(dw, k, dpre, hf);
             __syncthreads();
-            load_ring(far - 2);
-            if (takes) {
-                put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
-                if (tid < BF) rows->sum[tid] += rows->more[tid];
-            }
+            load_own(c - 1);
+            put_keys(c, after, linear);
         }
         copy_wait<0>();
         int64_t at = s.head * p.segments + s.seg;

@@ -11,16 +11,16 @@ struct query_rows {
 template <int D, int BF, int FW, bool TRI> struct query_block {
     typedef layout<D, BF, FW> L;
     static constexpr int HALF = BF / 2, SM = BF / 64;
+    static constexpr bool MAPS = FW > 0;
     typedef held<BF, D> states;
-    typedef held<D, FW> weights;
+    typedef held<D, FW ? FW : 32> weights;
     const gradients &o;
     const fast &p;
     chunk_range s;
     bf16 *q, *g, *ring, *state, *weights_q, *weights_k, *features_k, *ds, *dpre;
     query_rows *rows;
-    float *exchange;
     int strip, hf, m; /* of the warp: rows m .. m + 15, half hf */
-    float gamma, lambda;
+    float gamma, lambda, bias_q, bias_k;
 
     __device__ __forceinline__ query_block(const gradients &o, const fast &p, char *memory) : o(o), p(p),
         s(o.a, p.segments, blockIdx.x / p.segments, blockIdx.x % p.segments) {
@@ -35,10 +35,10 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         ds = at, at += L::wide;
         dpre = at, at += L::dp;
         rows = (query_rows *)at;
-        exchange = (float *)ds;
         int w = warp_number();
         strip = w & 3, hf = w >> 2, m = 16 * strip;
         gamma = hybrid_gamma<float>(o.a, s.h), lambda = hybrid_lambda<float>(o.a, gamma);
+        bias_q = bias_of<float>(o.a.bq, o.a.bq_dtype, s.h), bias_k = bias_of<float>(o.a.bk, o.a.bk_dtype, s.h);
     }
     __device__ __forceinline__ bf16 *keys(int c) const { return ring + (c & 1) * 2 * L::tile; }
     __device__ __forceinline__ bf16 *values(int c) const { return keys(c) + L::tile; }
@@ -78,26 +78,60 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         }
     }
 
-    /* d [16][HALF] = gradient of the features: lambda / z (S g - delta Z), and the triangle. */
-    __device__ __forceinline__ void feature_gradient(int before, float (&d)[BF / 16][4]) {
+    /* Row values; the features of chunk c's queries into v (not clamped), of chunk far's keys, if they are `used`, into their tile. */
+    __device__ __forceinline__ void both_features(int c, int far, bool used, const fetched &row, float (&v)[BF / 16][4]) {
+        float u[BF / 16][4];
+        const float one[2] = {1, 1};
+        if constexpr (!FW) {
+            ready_features<BF>(o.a, s, 1, far, hf, m, u);
+            put_features<BF, FW>(o.a, features_k, hf, m, one, u);
+            ready_features<BF>(o.a, s, 0, c, hf, m, v);
+            put_row(c, row);
+            return;
+        }
+        features_begin<D, BF, FW>(o.a, bias_k, hf, u), features_begin<D, BF, FW>(o.a, bias_q, hf, v);
+        products_begin(u, v);
+        features_product<D, BF, FW>(keys(far), weights_k, hf, u);
+        group_commit();
+        features_product<D, BF, FW>(q, weights_q, hf, v);
+        group_commit();
+        put_row(c, row);
+        group_wait<1>();
+        group_hold(u);
+        if (used) {
+            features_end<D, BF, FW>(o.a, keys(far), hf, m, u);
+            put_features<BF, FW>(o.a, features_k, hf, m, one, u);
+        }
+        group_wait<0>();
+        group_hold(v);
+        features_end<D, BF, FW>(o.a, q, hf, m, v);
+    }
+
+    /* d [16][HALF] = gradient of the features: lambda / z (S g - delta Z), and the triangle. Meanwhile S takes chunk `far` up. */
+    __device__ __forceinline__ void feature_gradient(int far, float (&d)[BF / 16][4], typename states::sum &sum) {
         int lane = threadIdx.x & 31, r0 = m + (lane >> 2), n0 = hf * HALF;
         clear(d);
         float du[TRI ? 8 : 1][4];
+        products_begin(d, sum);
+        group_product<HALF, D, 64, ALONG_K, BF, ALONG_K>(d, g, 0, state, n0);
+        group_commit();
         if constexpr (TRI) {
             clear(du);
-            products_begin(d, du);
-            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(du, g, 0, values(before), 0);
-        } else {
-            products_begin(d);
+            products_begin(du);
+            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(du, g, 0, values(far), 0);
+            group_commit();
         }
-        group_product<HALF, D, 64, ALONG_K, BF, ALONG_K>(d, g, 0, state, n0);
-        products_end(d, du);
+        states::product(sum, features_k, values(far), hf);
+        group_commit();
         float delta[2] = {rows->delta[r0], rows->delta[r0 + 8]}, by[2] = {rows->rz[r0] * lambda, rows->rz[r0 + 8] * lambda};
+        group_wait<1>();
+        group_hold(d);
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) d[n][j] -= delta[j >> 1] * rows->z[n0 + 8 * n + 2 * (lane & 3) + (j & 1)];
         if constexpr (TRI) {
+            group_hold(du);
 #pragma unroll
             for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -122,21 +156,16 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) x[j >> 1] += feature_of(o.a, n, width, v[n][j]) * d[n][j];
+            for (int j = 0; j < 4; j++) x[j >> 1] += (MAPS ? feature_of(o.a, n, width, v[n][j]) : v[n][j]) * d[n][j];
         x[0] = quad_sum(x[0]), x[1] = quad_sum(x[1]);
         if (lane & 3) return;
         rows->half_x[hf][m + (lane >> 2)] = x[0], rows->half_x[hf][m + (lane >> 2) + 8] = x[1];
     }
 
-    /* Scale times the gradient of the scores of a strip with one chunk of keys (half 0: chunk c - lag, 1: chunk c) into ds. */
-    __device__ __forceinline__ void score_gradient(const bf16 *k, const bf16 *v) {
-        float sc[8][4], dp[8][4];
+    /* Scale times the gradient of the scores of a strip with one chunk of keys (half 0: chunk c - lag, 1: chunk c) into ds; sc, dp: the
+     * products, at an end. */
+    __device__ __forceinline__ void put_scores(float (&sc)[8][4], const float (&dp)[8][4]) {
         int lane = threadIdx.x & 31;
-        clear(sc), clear(dp);
-        products_begin(sc, dp);
-        group_product<64, D, 64, ALONG_K, 64, ALONG_K>(sc, q, 0, k, 0);
-        group_product<64, D, 64, ALONG_K, 64, ALONG_K>(dp, g, 0, v, 0);
-        products_end(sc, dp);
         float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E;
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -161,9 +190,17 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         float acc[D / 16][4];
         int n0 = hf * (D / 2);
         clear(acc);
-        if (near && before) over_tokens<D>(acc, ds, keys(c - 1), n0);
-        if (near) over_tokens<D>(acc, ds + 64 * 64, keys(c), n0);
-        if (linear && o.a.map != MAP_NONE) through_weights<D, FW>(o.a, dpre, weights_q, m, n0, acc);
+        if (near && before && linear && MAPS && !o.a.skip) { /* the usual: all in one batch */
+            products_begin(acc);
+            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(acc, ds, 0, keys(c - 1), n0);
+            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(acc, ds + 64 * 64, 0, keys(c), n0);
+            group_product<D / 2, FW, 64, ALONG_K, D, ALONG_K>(acc, dpre, 0, weights_q, n0);
+            products_end(acc);
+        } else {
+            if (near && before) over_tokens<D>(acc, ds, keys(c - 1), n0);
+            if (near) over_tokens<D>(acc, ds + 64 * 64, keys(c), n0);
+            if (linear && MAPS) through_weights<D, FW>(o.a, dpre, weights_q, m, n0, acc);
+        }
         put_rows(o.dq.row<bf16>(s.b, s.h, s.s0 + c * 64) + n0, o.dq.s[2], acc, m, s.len - c * 64, D);
     }
 
@@ -171,7 +208,7 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         for (int what = 0; what < 2; what++) {
             const rows4 &r = what ? o.dmq : o.dq;
             int width = what ? o.a.F : D;
-            if (!r.p || (what && o.a.map != MAP_NONE)) continue;
+            if (!r.p || (what && MAPS)) continue;
             for (int i = threadIdx.x; i < s.s0 * width; i += THREADS) r.row<bf16>(s.b, s.h, i / width)[i % width] = store<bf16>(0.f);
         }
     }
@@ -181,11 +218,13 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         typename weights::sum dw;
         float bias = 0, all_x = 0;
         int lag = p.lag, tid = threadIdx.x;
-        const bool maps = o.a.map != MAP_NONE, both = has_extreme(o.a), window = o.a.window && o.dq.p;
+        constexpr bool both = MAPS && FW != BF;
+        const bool window = o.a.window && o.dq.p;
         load_ring(s.c0 - lag);
         load_own(s.c0);
-        load_ring(s.c0 - lag + 1);
-        if (maps && o.through_q) load_weights<D, FW>(weights_q, o.a.mq, weights_k, o.a.mk, s.h, o.a.f);
+        if constexpr (MAPS) {
+            if (o.through_q) load_weights<D, FW>(weights_q, o.a.mq, weights_k, o.a.mk, s.h, o.a.f);
+        }
         clear(sum), clear(dw);
         if (tid < BF) rows->z[tid] = 0;
         for (int n = 0; n < s.seg; n++) {
@@ -197,65 +236,67 @@ template <int D, int BF, int FW, bool TRI> struct query_block {
         if (s.seg == 0) zero_padding();
         for (int c = s.c0; c < s.c1; c++) {
             int far = c - lag;
-            bool before = far >= 0, linear = o.through_q && (TRI ? before : far > 0), takes = before && c + 1 < s.c1 && o.through_q;
+            bool before = far >= 0, linear = o.through_q && before, takes = linear && c + 1 < s.c1;
             fetched row;
-            float d[BF / 16][4];
+            float v[BF / 16][4], d[BF / 16][4];
             fetch(c, row);
-            copy_wait<1>();
-            meet();
-            if (takes || (TRI && linear)) {
-                float v[BF / 16][4];
-                int width = half_width<BF>(o.a, hf);
-                features<D, BF, FW>(o, s, 1, keys(far), weights_k, far, hf, m, v);
-#pragma unroll
-                for (int n = 0; n < BF / 16; n++)
-#pragma unroll
-                    for (int j = 0; j < 4; j++) v[n][j] = feature_of(o.a, n, width, v[n][j]);
-                put_tile<64>(features_k, v, m, hf * HALF);
-            }
-            put_row(c, row);
-            float v[BF / 16][4];
-            if (linear) features<D, BF, FW>(o, s, 0, q, weights_q, c, hf, m, v);
-            meet();
-            if (linear) {
-                feature_gradient(far, d);
-                put_x(v, d);
-                if (maps) map_fragments_backward(o.a, hf, v, d);
-                if (maps && both && hf) send_half(exchange, strip, d);
-            } else {
-                clear(d);
-                if (tid < 128) rows->half_x[tid >> 6][tid & 63] = 0;
-            }
-            if (!maps && o.dmq.p)
-                put_rows(o.dmq.row<bf16>(s.b, s.h, s.s0 + c * 64) + hf * HALF, o.dmq.s[2], d, m, s.len - c * 64, half_width<BF>(o.a, hf));
-            if (takes) {
-                states::absorb(sum, features_k, values(far), hf);
-                if (hf) column_sums<SM>(rows->more, false, features_k, 16 * SM * strip, NULL);
-            }
-            __syncthreads();
-            if (linear && maps && !(both && hf)) {
-                if (both) receive_half(exchange, strip, d);
-                put_tile<64>(dpre, d, m, both ? 0 : hf * HALF);
-                bias += total(d);
-            }
-            if (tid < 64 && holds(s, c, tid)) {
-                float x = rows->half_x[0][tid] + rows->half_x[1][tid];
-                p.x[s.head * o.a.t + s.s0 + c * 64 + tid] = x;
-                all_x += x;
-            }
-            if (takes) {
-                put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
-                if (tid < BF) rows->z[tid] += rows->more[tid];
-            }
             copy_wait<0>();
             meet();
-            if (linear && p.dw[0]) weights::absorb(dw, q, dpre, hf);
-            if (window && (hf || before)) score_gradient(keys(hf ? c : far), values(hf ? c : far));
+            load_ring(far + 1); /* all products of the chunk before have ended */
+            if (linear) both_features(c, far, takes || TRI, row, v);
+            else put_row(c, row);
             meet();
+            clear(d);
+            if (linear) {
+                feature_gradient(far, d, sum);
+                put_x(v, d);
+                if (MAPS) map_fragments_backward<FW != BF>(o.a, hf, v, d);
+                if (both && hf) put_tile<64>(dpre, d, m, 0), bias += total(d);
+                if (hf) column_sums<SM>(rows->more, false, features_k, 16 * SM * strip, NULL);
+                group_wait<0>();
+                group_hold(sum);
+            } else if (tid < 128) {
+                rows->half_x[tid >> 6][tid & 63] = 0;
+            }
+            if (!MAPS && o.dmq.p)
+                put_rows(o.dmq.row<bf16>(s.b, s.h, s.s0 + c * 64) + hf * HALF, o.dmq.s[2], d, m, s.len - c * 64, half_width<BF>(o.a, hf));
+            copy_wait<0>();
+            meet();
+            if (linear && MAPS && !(both && hf)) {
+                bias += total(d);
+                if (both) add_tile<64>(dpre, d, m, 0);
+                put_tile<64>(dpre, d, m, both ? 0 : hf * HALF);
+            }
+            auto leave = [&]() { /* what the chunk has changed */
+                if (tid < 64 && holds(s, c, tid)) {
+                    float x = rows->half_x[0][tid] + rows->half_x[1][tid];
+                    p.x[s.head * o.a.t + s.s0 + c * 64 + tid] = x;
+                    all_x += x;
+                }
+                if (!takes) return;
+                put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
+                if (tid < BF) rows->z[tid] += rows->more[tid];
+            };
+            if (window) { /* without a chunk before, half 0 makes what nobody reads */
+                const bf16 *k = keys(hf ? c : far), *v = values(hf ? c : far);
+                float sc[8][4], dp[8][4];
+                clear(sc), clear(dp);
+                products_begin(sc, dp);
+                group_product<64, D, 64, ALONG_K, 64, ALONG_K>(sc, q, 0, k, 0);
+                group_product<64, D, 64, ALONG_K, 64, ALONG_K>(dp, g, 0, v, 0);
+                group_commit();
+                leave();
+                group_wait<0>();
+                group_hold(sc), group_hold(dp);
+                put_scores(sc, dp);
+            } else {
+                leave();
+            }
+            meet();
+            if (linear && p.dw[0]) weights::absorb(dw, q, dpre, hf);
+            __syncthreads();
             load_own(c + 1);
             if (o.dq.p) put_queries(c, window, before, linear);
-            __syncthreads();
-            load_ring(far + 2);
         }
         copy_wait<0>();
         int64_t at = s.head * p.segments + s.seg;

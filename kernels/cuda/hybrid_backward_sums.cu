@@ -23,8 +23,9 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) s
     if (first < 0) first = 0;
     if (end > s.n) end = s.n;
     const rows4 &x = back ? a.q : a.k, &u = back ? o.g : a.v;
-    int head = back ? s.h : s.hk, warp = warp_number(), strip = warp & 3, hf = warp >> 2, m = 16 * strip, width = half_width<BF>(a, hf);
+    int head = back ? s.h : s.hk, warp = warp_number(), strip = warp & 3, hf = warp >> 2, m = 16 * strip;
     float lambda = hybrid_lambda<float>(a, hybrid_gamma<float>(a, s.h));
+    float bias = back ? bias_of<float>(a.bq, a.bq_dtype, s.h) : bias_of<float>(a.bk, a.bk_dtype, s.h);
     typename states::sum sum;
     auto load_first = [&](int c) {
         if (c >= end) return;
@@ -34,7 +35,7 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) s
     load_first(first);
     if (first < end) load_tile<D>(tu, u, s, head, first);
     copy_commit();
-    if (a.map != MAP_NONE) load_weights<D, FW>(w, back ? a.mq : a.mk, s.h, a.f);
+    if constexpr (FW > 0) load_weights<D, FW>(w, back ? a.mq : a.mk, s.h, a.f);
     clear(sum);
     if (tid < BF) z[tid] = 0;
     for (int c = first; c < end; c++) {
@@ -45,12 +46,8 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) s
         }
         copy_wait<0>();
         meet();
-        features<D, BF, FW>(o, s, back ? 0 : 1, tx, w, c, hf, m, v);
-#pragma unroll
-        for (int n = 0; n < BF / 16; n++)
-#pragma unroll
-            for (int j = 0; j < 4; j++) v[n][j] = feature_of(a, n, width, v[n][j]) * by[j >> 1];
-        put_tile<64>(feature, v, m, hf * (BF / 2));
+        features<D, BF, FW>(a, s, back ? 0 : 1, tx, w, bias, c, hf, m, v);
+        put_features<BF, FW>(a, feature, hf, m, by, v);
         float row = back ? row_delta<D>(tu, ty) : 1.f;
         if (!(tid & 3)) delta[tid >> 2] = row;
         meet();
@@ -117,7 +114,7 @@ __global__ void shared_rows_kernel(gradients o, fast p, int blocks) { /* blocks 
 __global__ void totals_kernel(gradients o, fast p) {
     __shared__ float room[32];
     const hybrid &a = o.a;
-    int h = blockIdx.x, y = blockIdx.y, tid = threadIdx.x, parts = a.b * p.segments, frags = held_fragments(a.d, p.fw);
+    int h = blockIdx.x, y = blockIdx.y, tid = threadIdx.x, parts = a.b * p.segments, frags = p.fw ? held_fragments(a.d, p.fw) : 0;
     auto item = [&](int n) { return ((int64_t)(n / p.segments) * a.h + h) * p.segments + n % p.segments; };
     if (y == 2 * frags) {
         for (int what = 0; what < 3; what++) {
@@ -159,6 +156,6 @@ int hybrid_backward_tiles::hybrid_backward_finish(const gradients &o, const fast
     }
     bool weights = p.dw[0] || p.dw[1];
     if (weights || p.bias[0] || p.bias[1] || o.dfactors)
-        LC_LAUNCH(totals_kernel, dim3(a.h, 2 * held_fragments(a.d, p.fw) + 1), THREADS, 0, o, p);
+        LC_LAUNCH(totals_kernel, dim3(a.h, (p.fw ? 2 * held_fragments(a.d, p.fw) : 0) + 1), THREADS, 0, o, p);
     return LC_K_OK;
 }

@@ -15,7 +15,7 @@ namespace hybrid_backward_tiles { /* names that other files may have too */
 
 struct fast {
     int segments, lag;
-    int bf, fw;                /* BF; columns of a map's weights as a tile: BF / 2 for full maps, else BF */
+    int bf, fw;                /* BF; columns of a map's weights: BF / 2 for full maps, else BF, 0 without maps */
     float *delta, *x;          /* [b, h, t] */
     float *state[2];           /* [b, h, segments][BF * D fragments, BF]: what a segment adds to S, Z and to R, P */
     float *dw[2];              /* [b, h, segments][fragments] */
@@ -29,11 +29,13 @@ int hybrid_backward_keys(const gradients &o, const fast &p);
 int hybrid_backward_sums(const gradients &o, const fast &p);
 int hybrid_backward_finish(const gradients &o, const fast &p);
 
-/* The table of instances: D, BF, FW. */
+/* The table of instances: D, BF, FW (0: features are given, there are no maps). */
 #ifdef LC_EMULATED /* enough for tests; they compile for long */
-#define LC_SHAPES(X) X(128, 128, 64) X(64, 128, 64) X(64, 64, 32) X(64, 64, 64)
+#define LC_SHAPES(X) X(128, 128, 64) X(64, 128, 64) X(64, 64, 32) X(64, 64, 64) X(64, 64, 0)
 #else
-#define LC_SHAPES(X) X(128, 128, 64) X(128, 64, 32) X(128, 64, 64) X(64, 128, 64) X(64, 128, 128) X(64, 64, 32) X(64, 64, 64)
+#define LC_SHAPES(X)                                                                                                             \
+    X(128, 128, 64) X(128, 64, 32) X(128, 64, 64) X(64, 128, 64) X(64, 128, 128) X(64, 64, 32) X(64, 64, 64)                     \
+    X(128, 128, 0) X(128, 64, 0) X(64, 128, 0) X(64, 64, 0)
 #endif
 static inline bool has_shape(int d, int bf, int fw) {
 #define LC_SHAPE(D, BF, FW) || (d == D && bf == BF && fw == FW)
@@ -79,11 +81,16 @@ __device__ __forceinline__ bool holds(const chunk_range &s, int chunk, int row) 
 
 /* Chunk `chunk` of rows [b, head] into a tile [64][D]; rows that do not exist are zeros. */
 template <int D> __device__ __forceinline__ void load_tile(bf16 *tile, const rows4 &x, const chunk_range &s, int head, int chunk) {
-    const bf16 *base = x.row<bf16>(s.b, head, s.s0);
-    for (int i = threadIdx.x; i < 64 * D / 8; i += THREADS) {
-        int row = i / (D / 8), e = i % (D / 8) * 8;
-        bool valid = holds(s, chunk, row);
-        copy16(tile_at<64>(tile, row, e), valid ? base + (int64_t)(chunk * 64 + row) * x.s[2] + e : (const bf16 *)x.p, valid);
+    constexpr int STEP = THREADS / (D / 8); /* rows at a time, a multiple of 8: the place in a row stays */
+    int first = (int)(threadIdx.x / (D / 8)), e = (int)(threadIdx.x % (D / 8)) * 8, rows = chunk < 0 ? 0 : s.len - chunk * 64;
+    const bf16 *from = x.row<bf16>(s.b, head, s.s0 + chunk * 64 + first) + e;
+    bf16 *to = tile_at<64>(tile, first, e);
+    int64_t step = STEP * x.s[2];
+#pragma unroll
+    for (int i = 0; i < 64 / STEP; i++) {
+        bool valid = first + i * STEP < rows;
+        copy16(to + i * STEP * 64, valid ? from : (const bf16 *)x.p, valid);
+        from += step;
     }
 }
 
@@ -107,7 +114,7 @@ template <class... A> __device__ __forceinline__ void products_end(A &...acc) {
 /* Weights [d, f] of head h of one or two maps, as halves, into tiles [D][FW]; columns that do not exist are zeros. A thread has pieces
  * of eight columns, all of them under way at once. */
 template <int D, int FW> struct weights_piece {
-    static constexpr int N = D * FW / 8 / THREADS;
+    static constexpr int N = FW ? D * FW / 8 / THREADS : 1;
     uint4 v[N];
     static __device__ __forceinline__ bool wide(const rows4 &m) {
         int align = m.dtype == LC_K_F32 ? 4 : 8;
@@ -183,11 +190,14 @@ template <int M, int N> struct held {
     static __device__ __forceinline__ int row(int hf) { return tall ? 64 * hf : 0; }
     static __device__ __forceinline__ int col(int hf) { return tall || !split ? 0 : width * hf; }
     static __device__ __forceinline__ bool mine(int hf) { return split || !hf; }
-    /* += A^T B with A [64][M] and B [64][N] tiles of tokens. */
+    /* += A^T B with A [64][M] and B [64][N] tiles of tokens: the product, and all of it. */
+    static __device__ __forceinline__ void product(sum &acc, const bf16 *a, const bf16 *b, int hf) {
+        group_product<width, 64, 64, ACROSS_K, 64, ACROSS_K>(acc, a, row(hf), b, col(hf));
+    }
     static __device__ __forceinline__ void absorb(sum &acc, const bf16 *a, const bf16 *b, int hf) {
         if (!mine(hf)) return;
         products_begin(acc);
-        group_product<width, 64, 64, ACROSS_K, 64, ACROSS_K>(acc, a, row(hf), b, col(hf));
+        product(acc, a, b, hf);
         products_end(acc);
     }
 };
@@ -237,13 +247,16 @@ template <int N> __device__ __forceinline__ void put_fragments(float *to, const 
     for (int j = 0; j < N; j++) ((float4 *)to)[j * THREADS + threadIdx.x] = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
 }
 
-/* 16 rows by 8 N columns of accumulators into a tile of ROWS rows of halves, from column n on. */
+/* 16 rows by 8 N columns of accumulators into a tile of ROWS rows of halves, from column n on (a multiple of 64, or of 32 with N 4):
+ * the piece of column block j is j ^ n / 8, exchanged by the row. */
 template <int ROWS, int N> __device__ __forceinline__ void put_tile(bf16 *tile, const float (&acc)[N][4], int m, int n) {
-    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3, at = (g << 3 ^ (n & 56)) | 2 * q;
+    bf16 *base = tile + (n >> 6) * (ROWS * 64) + (m + g) * 64;
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        *(uint32_t *)tile_at<ROWS>(tile, m + g, n + 8 * j + 2 * q) = pack2<bf16>(acc[j][0], acc[j][1]);
-        *(uint32_t *)tile_at<ROWS>(tile, m + g + 8, n + 8 * j + 2 * q) = pack2<bf16>(acc[j][2], acc[j][3]);
+        bf16 *to = base + (at ^ (j & 7) << 3) + (j >> 3) * (ROWS * 64);
+        *(uint32_t *)to = pack2<bf16>(acc[j][0], acc[j][1]);
+        *(uint32_t *)(to + 8 * 64) = pack2<bf16>(acc[j][2], acc[j][3]);
     }
 }
 
@@ -277,23 +290,25 @@ template <int BF> __device__ __forceinline__ int half_width(const hybrid &a, int
     return w < 0 ? 0 : w < BF / 2 ? w : BF / 2;
 }
 
-/* Rows m .. m + 15 of half hf: the map's inputs become features before the clamp, 0 in columns that are none. */
-template <int N> __device__ __forceinline__ void map_fragments(const hybrid &a, int hf, int width, float (&v)[N][4]) {
-    if (has_extreme(a)) {
+/* Maps of x and of -x have FW = BF / 2, the others FW = BF. Rows m .. m + 15 of half hf: the map's inputs, in
+ * columns that are none `no_input`, become features before the clamp, 0 in columns that are none. */
+template <bool BOTH> __device__ __forceinline__ float no_input(int hf) { return BOTH && hf ? 1e30f : -1e30f; }
+template <bool BOTH, int N> __device__ __forceinline__ void map_fragments(const hybrid &a, int hf, float (&v)[N][4]) {
+    if constexpr (BOTH) {
         float sign = hf ? -LC_LOG2E : LC_LOG2E, m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 v[n][j] *= sign;
-                if (8 * n < width) m[j >> 1] = fmaxf(m[j >> 1], v[n][j]);
+                m[j >> 1] = fmaxf(m[j >> 1], v[n][j]);
             }
         m[0] = quad_max(m[0]), m[1] = quad_max(m[1]);
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                v[n][j] = 8 * n < width ? exp2_fast(v[n][j] - m[j >> 1]) : 0.f;
+                v[n][j] = exp2_fast(v[n][j] - m[j >> 1]);
                 sum[j >> 1] += v[n][j];
             }
         if (a.map == MAP_EXP_DIM) return;
@@ -302,89 +317,78 @@ template <int N> __device__ __forceinline__ void map_fragments(const hybrid &a, 
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) v[n][j] *= sum[j >> 1];
-        return;
+    } else {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float x = v[n][j];
+                v[n][j] = a.map == MAP_RELU ? fmaxf(x, 0.f) : x > 0 ? 1 + x : exp2_fast(x * LC_LOG2E);
+            }
     }
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float x = v[n][j], y = a.map == MAP_RELU ? fmaxf(x, 0.f) : x > 0 ? 1 + x : exp2_fast(x * LC_LOG2E);
-            v[n][j] = 8 * n < width ? y : 0.f;
-        }
 }
 
 /* The clamp, for column block n. */
 __device__ __forceinline__ float feature_of(const hybrid &a, int n, int width, float v) {
-    return a.map == MAP_NONE ? v : 8 * n < width ? fmaxf(v, (float)a.feature_eps) : 0.f;
+    return fmaxf(v, 8 * n < width ? (float)a.feature_eps : 0.f);
 }
 
 /* d, gradients of clamped features, becomes what this half gives to the map's inputs; v as map_fragments left it. */
-template <int N> __device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, const float (&v)[N][4], float (&d)[N][4]) {
+template <bool BOTH, int N>
+__device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, const float (&v)[N][4], float (&d)[N][4]) {
     float eps = (float)a.feature_eps;
-    if (has_extreme(a)) {
-        float dot[2] = {0, 0}, ties[2] = {0, 0}, sign = hf ? -1.f : 1.f;
+    if constexpr (BOTH) {
+        float dot[2] = {0, 0}, sign = hf ? -1.f : 1.f;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                if (v[n][j] < eps) d[n][j] = 0;
-                dot[j >> 1] += v[n][j] * d[n][j];
-                ties[j >> 1] += v[n][j] == 1.f;
+                d[n][j] = v[n][j] < eps ? 0.f : d[n][j] * v[n][j];
+                dot[j >> 1] += d[n][j];
             }
+        dot[0] = quad_sum(dot[0]), dot[1] = quad_sum(dot[1]);
+        if (a.map != MAP_EXP_DIM) {
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            dot[i] = quad_sum(dot[i]);
-            if (a.map == MAP_EXP_DIM) dot[i] /= quad_sum(ties[i]); /* the extreme has the value 1 */
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int j = 0; j < 4; j++) d[n][j] = sign * (d[n][j] - v[n][j] * dot[j >> 1]);
+            return;
         }
+        float ties[2] = {0, 0}; /* the extreme has the value 1 */
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) ties[j >> 1] += v[n][j] == 1.f;
+        dot[0] /= quad_sum(ties[0]), dot[1] /= quad_sum(ties[1]);
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) d[n][j] = sign * (d[n][j] - (v[n][j] == 1.f ? dot[j >> 1] : 0.f));
+    } else {
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float x = v[n][j], at = dot[j >> 1];
-                d[n][j] = sign * (a.map == MAP_EXP_DIM ? x * d[n][j] - (x == 1.f ? at : 0.f) : x * (d[n][j] - at));
+                float x = v[n][j], slope = a.map == MAP_RELU ? (x > 0 ? 1.f : 0.f) : fminf(x, 1.f);
+                d[n][j] = x >= eps ? d[n][j] * slope : 0.f;
             }
-        return;
     }
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            float x = v[n][j], slope = a.map == MAP_RELU ? (x > 0 ? 1.f : 0.f) : fminf(x, 1.f);
-            d[n][j] = x >= eps ? d[n][j] * slope : 0.f;
-        }
 }
 
-/* Features before the clamp of rows m .. m + 15 (half hf) of a chunk: from its tile x [64][D] and the weights [D][FW], or ready ones
- * from memory. */
-template <int D, int BF, int FW>
-__device__ __forceinline__ void features(const gradients &o, const chunk_range &s, int key, const bf16 *x, const bf16 *w, int chunk, int hf,
-                                         int m, float (&v)[BF / 16][4]) {
-    const hybrid &a = o.a;
-    int width = half_width<BF>(a, hf), g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
-    if (a.map == MAP_NONE) {
-        const rows4 &ready = key ? a.mk : a.mq;
-        const bf16 *base = ready.row<bf16>(s.b, key ? s.h / a.mk_group : s.h, s.s0) + hf * (BF / 2) + 2 * q;
-#pragma unroll
-        for (int n = 0; n < BF / 16; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int row = m + g + 8 * i;
-                uint32_t two = 0;
-                if (8 * n < width && holds(s, chunk, row)) two = *(const uint32_t *)(base + (chunk * 64 + row) * ready.s[2] + 8 * n);
-                float2 f = unpack2<bf16>(two);
-                v[n][2 * i] = f.x, v[n][2 * i + 1] = f.y;
-            }
-        return;
-    }
-    int n0 = FW == BF ? hf * (BF / 2) : 0;
-    float bias = key ? bias_of<float>(a.bk, a.bk_dtype, s.h) : bias_of<float>(a.bq, a.bq_dtype, s.h);
+/* Features before the clamp of rows m .. m + 15 (half hf) of a chunk, from its tile x [64][D] and the weights [D][FW]: begin (sets v), a
+ * product, end. */
+template <int D, int BF, int FW> __device__ __forceinline__ void features_begin(const hybrid &a, float bias, int hf, float (&v)[BF / 16][4]) {
+    int width = half_width<BF>(a, hf);
 #pragma unroll
     for (int n = 0; n < BF / 16; n++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) v[n][j] = bias;
-    products_begin(v);
-    group_product<BF / 2, D, 64, ALONG_K, D, ACROSS_K>(v, x, 0, w, n0);
-    products_end(v);
+        for (int j = 0; j < 4; j++) v[n][j] = 8 * n < width ? bias : no_input<FW != BF>(hf);
+}
+template <int D, int BF, int FW> __device__ __forceinline__ void features_product(const bf16 *x, const bf16 *w, int hf, float (&v)[BF / 16][4]) {
+    group_product<BF / 2, D, 64, ALONG_K, D, ACROSS_K>(v, x, 0, w, FW == BF ? hf * (BF / 2) : 0);
+}
+template <int D, int BF, int FW> __device__ __forceinline__ void features_end(const hybrid &a, const bf16 *x, int hf, int m, float (&v)[BF / 16][4]) {
+    int width = half_width<BF>(a, hf), n0 = FW == BF ? hf * (BF / 2) : 0, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
     if (a.skip) {
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
@@ -395,7 +399,49 @@ __device__ __forceinline__ void features(const gradients &o, const chunk_range &
                 v[n][2 * i] += f.x, v[n][2 * i + 1] += f.y;
             }
     }
-    map_fragments(a, hf, width, v);
+    map_fragments<FW != BF>(a, hf, v);
+}
+/* Ready ones, from memory. */
+template <int BF>
+__device__ __forceinline__ void ready_features(const hybrid &a, const chunk_range &s, int key, int chunk, int hf, int m, float (&v)[BF / 16][4]) {
+    int width = half_width<BF>(a, hf), g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    const rows4 &ready = key ? a.mk : a.mq;
+    const bf16 *base = ready.row<bf16>(s.b, key ? s.h / a.mk_group : s.h, s.s0) + hf * (BF / 2) + 2 * q;
+#pragma unroll
+    for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            int row = m + g + 8 * i;
+            uint32_t two = 0;
+            if (8 * n < width && holds(s, chunk, row)) two = *(const uint32_t *)(base + (chunk * 64 + row) * ready.s[2] + 8 * n);
+            float2 f = unpack2<bf16>(two);
+            v[n][2 * i] = f.x, v[n][2 * i + 1] = f.y;
+        }
+}
+/* Either. */
+template <int D, int BF, int FW>
+__device__ __forceinline__ void features(const hybrid &a, const chunk_range &s, int key, const bf16 *x, const bf16 *w, float bias, int chunk,
+                                         int hf, int m, float (&v)[BF / 16][4]) {
+    if constexpr (!FW) {
+        ready_features<BF>(a, s, key, chunk, hf, m, v);
+    } else {
+        features_begin<D, BF, FW>(a, bias, hf, v);
+        products_begin(v);
+        features_product<D, BF, FW>(x, w, hf, v);
+        products_end(v);
+        features_end<D, BF, FW>(a, x, hf, m, v);
+    }
+}
+/* Features as they count: clamped, times `by` of their rows. */
+template <int BF, int FW>
+__device__ __forceinline__ void put_features(const hybrid &a, bf16 *tile, int hf, int m, const float (&by)[2], float (&v)[BF / 16][4]) {
+    float y[BF / 16][4];
+    int width = half_width<BF>(a, hf);
+#pragma unroll
+    for (int n = 0; n < BF / 16; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) y[n][j] = (FW ? feature_of(a, n, width, v[n][j]) : v[n][j]) * by[j >> 1];
+    put_tile<64>(tile, y, m, hf * (BF / 2));
 }
 
 /* The gradient of the map's inputs onto rows of d: acc [16][D / 2], columns n .. of the map's d, += dp W^T (+ dp where skip). */
@@ -416,18 +462,16 @@ __device__ __forceinline__ void through_weights(const hybrid &a, const bf16 *dp,
         }
 }
 
-/* What a half gives to the map's inputs, from the warp of -x to that of x of the same rows; conflict-free floats. */
-template <int N> __device__ __forceinline__ void send_half(float *room, int strip, const float (&d)[N][4]) {
+/* d += what put_tile left there. */
+template <int ROWS, int N> __device__ __forceinline__ void add_tile(const bf16 *tile, float (&d)[N][4], int m, int n) {
+    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3, at = (g << 3 ^ (n & 56)) | 2 * q;
+    const bf16 *base = tile + (n >> 6) * (ROWS * 64) + (m + g) * 64;
 #pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) room[((strip * N + n) * 4 + j) * 32 + (threadIdx.x & 31)] = d[n][j];
-}
-template <int N> __device__ __forceinline__ void receive_half(const float *room, int strip, float (&d)[N][4]) {
-#pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) d[n][j] += room[((strip * N + n) * 4 + j) * 32 + (threadIdx.x & 31)];
+    for (int j = 0; j < N; j++) {
+        const bf16 *from = base + (at ^ (j & 7) << 3) + (j >> 3) * (ROWS * 64);
+        float2 x = unpack2<bf16>(*(const uint32_t *)from), y = unpack2<bf16>(*(const uint32_t *)(from + 8 * 64));
+        d[j][0] += x.x, d[j][1] += x.y, d[j][2] += y.x, d[j][3] += y.y;
+    }
 }
 template <int N> __device__ __forceinline__ float total(const float (&d)[N][4]) {
     float sum = 0;
