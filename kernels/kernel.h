@@ -104,6 +104,7 @@ typedef struct lc_backend {
     int (*download)(int device, void *to, const void *from, size_t bytes);
     int (*copy)(int device, void *to, const void *from, size_t bytes);
     int (*sync)(int device);
+    int (*memory)(int device, size_t *free, size_t *total); /* bytes of the device; NULL: not known */
     const char *(*last_error)(void);
     /* NULL, or: on 1 begins to time kernels, on 0 ends it, waits, and returns the device's seconds of each op, LC_OP_COUNT of them. */
     const double *(*timing)(int device, int on);

@@ -31,6 +31,8 @@ typedef struct lc_cuda_device {
     cublasLtHandle_t blas;
     void *blas_work;          /* for cuBLASLt alone; LC_CUDA_BLAS_WORK bytes */
     lc_cuda_fault *fault, *fault_on_device;
+    void *stage[2];           /* pinned memory through which large uploads go; NULL until the first */
+    cudaEvent_t staged[2];    /* when the device has read it */
     int16_t last_op[LC_CUDA_LAST_OPS]; /* a ring, for errors that come late */
     uint32_t op_count;
 } lc_cuda_device;

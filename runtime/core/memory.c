@@ -262,6 +262,12 @@ double lc_memory(int device, const char *what) {
     if (!strcmp(what, "cached")) return p->cached;
     if (!strcmp(what, "peak")) return p->peak;
     if (!strcmp(what, "limit")) return p->limit;
+    if (!strcmp(what, "free") || !strcmp(what, "total")) { /* of the device itself; 0: not known */
+        const lc_device *d = lc_device_get(device);
+        size_t left = 0, all = 0;
+        if (!d->backend || !d->backend->memory || d->backend->memory(d->index, &left, &all)) return 0;
+        return what[0] == 'f' ? (double)left + p->cached : (double)all;
+    }
     return -1;
 }
 

@@ -39,9 +39,29 @@ static lc_status compare_shape(lc_frame *c) {
     return lc_out(c, 0, LC_U8, ndim, dims);
 }
 
+/* The MLP's gate, most of a step's elementwise bytes: both gradients in one pass. */
+static lc_status swiglu_both(lc_back *b) {
+    lc_expr e = {.rc = LC_OK};
+    lc_frame c;
+    lc_frame_init(&c, LC_OP_swiglu_backward);
+    c.x[0] = b->g[0];
+    c.x[1] = b->node->x[0];
+    c.x[2] = b->node->x[1];
+    x_run(&e, &c);
+    for (int i = 0; i < 2; i++) x_give(&e, b, i, c.y[i]);
+    return x_done(&e);
+}
+
+static lc_status swiglu_backward_shape(lc_frame *c) {
+    if (!lc_same_shape(c->x[0], c->x[1]) || !lc_same_shape(c->x[0], c->x[2])) return lc_op_error(c, LC_ESHAPE, "shapes differ");
+    LC_TRY(lc_out_like(c, 0, c->x[1]));
+    return lc_out_like(c, 1, c->x[2]);
+}
+
 static lc_status binary_backward(lc_back *b) {
     lc_expr e = {.rc = LC_OK};
     const lc_node *n = b->node;
+    if (n->op == LC_OP_swiglu && b->need[0] && b->need[1] && lc_same_shape(n->x[0], n->x[1])) return swiglu_both(b);
     for (int side = 0; side < 2; side++) {
         if (!b->need[side]) continue;
         lc_frame c;
@@ -57,5 +77,6 @@ static lc_status binary_backward(lc_back *b) {
 
 const lc_rule lc_rule_unary = {.shape = like_first, .backward = unary_backward, .save_x = 1, .save_y = 1, .save = save};
 const lc_rule lc_rule_binary = {.shape = binary_shape, .backward = binary_backward, .save_x = 3, .save_y = 1, .save = save};
+const lc_rule lc_rule_swiglu_backward = {.shape = swiglu_backward_shape};
 const lc_rule lc_rule_compare = {.shape = compare_shape};
 const lc_rule lc_rule_pointwise_grad = {.shape = like_first};

@@ -36,7 +36,8 @@ function M.cpu_gemm(force) return text_of(C.lc_cpu_gemm(force)) end
 function M.cpu_gemm_why() return text_of(C.lc_cpu_gemm_why()) end
 
 -- ---- memory -------------------------------------------------------------------------------------------------------
--- lc.memory("live" | "cached" | "peak" | "limit"[, device]): bytes; without a word, all of them in a table.
+-- lc.memory("live" | "cached" | "peak" | "limit" | "free" | "total"[, device]): bytes; without a word, the first four in a
+-- table. free and total are a GPU's own (0: not known), free with what is cached here.
 function M.memory(what, device)
   local id = tensor.device_id(device)
   if what == nil then
@@ -44,7 +45,7 @@ function M.memory(what, device)
             limit = C.lc_memory(id, "limit")}
   end
   local bytes = type(what) == "string" and C.lc_memory(id, what) or -1
-  if bytes < 0 then bridge.fail("memory: '%s' is not one of live, cached, peak, limit", tostring(what)) end
+  if bytes < 0 then bridge.fail("memory: '%s' is not one of live, cached, peak, limit, free, total", tostring(what)) end
   return bytes
 end
 function M.reset_peak(device) check(C.lc_memory_reset_peak(tensor.device_id(device)), "reset_peak") end

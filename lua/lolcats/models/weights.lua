@@ -132,7 +132,29 @@ function M.random(c, opts)
     end)
 end
 
+-- Bytes of all storages of a plan.
+local function plan_bytes(plan, opts)
+    local size, bytes = { f64 = 8, f32 = 4, bf16 = 2, f16 = 2 }, 0
+    for _, group in ipairs(plan) do
+        local rows = 0
+        for _, part in ipairs(group.parts) do rows = rows + part[2] end
+        bytes = bytes + rows * (group.cols and group.cols * size[opts.dtype] or size[opts.compute])
+    end
+    return bytes
+end
+
+-- Weights that cannot fit are refused before any is read.
+local function refuse_what_cannot_fit(plan, opts)
+    local free = opts.device ~= "cpu" and lc.memory("free", opts.device) or 0
+    local wanted = plan_bytes(plan, opts)
+    if free > 0 and wanted > free then
+        lc.fail("the weights take %.2f GiB in %s, and %s has %.2f of its %.2f GiB free; a smaller dtype or model may fit, or the CPU",
+                wanted / 2 ^ 30, opts.dtype, opts.device, free / 2 ^ 30, lc.memory("total", opts.device) / 2 ^ 30)
+    end
+end
+
 function M.fill(c, plan, opts, put)
+    refuse_what_cannot_fit(plan, opts)
     local weights = {}
     lc.no_grad(function()
         for _, group in ipairs(plan) do
