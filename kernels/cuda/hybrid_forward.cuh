@@ -115,8 +115,8 @@ __device__ __forceinline__ float quad_max(float v) {
     return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
 }
 
-/* y [16][8 N] = map of x [16][8 N], or of -x, clamped. Each lane's rows are spread over its quad. */
-template <int N> __device__ __forceinline__ void map_tile(int map, float sign, float eps, const float (&x)[N][4], float (&y)[N][4]) {
+/* y [16][8 N] = map of x [16][8 N], clamped. Each lane's rows are spread over its quad. */
+template <int N> __device__ __forceinline__ void map_tile(int map, float eps, const float (&x)[N][4], float (&y)[N][4]) {
     if (map == MAP_RELU || map == MAP_POS_ELU) {
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -128,17 +128,16 @@ template <int N> __device__ __forceinline__ void map_tile(int map, float sign, f
             }
         return;
     }
-    float by = sign * LC_LOG2E;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float m = -INFINITY, sum = 0;
 #pragma unroll
-        for (int n = 0; n < N; n++) m = fmaxf(m, fmaxf(sign * x[n][2 * half], sign * x[n][2 * half + 1]));
+        for (int n = 0; n < N; n++) m = fmaxf(m, fmaxf(x[n][2 * half], x[n][2 * half + 1]));
         m = quad_max(m) * LC_LOG2E;
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int e = 2 * half; e < 2 * half + 2; e++) sum += y[n][e] = exp2_fast(x[n][e] * by - m);
+            for (int e = 2 * half; e < 2 * half + 2; e++) sum += y[n][e] = exp2_fast(x[n][e] * LC_LOG2E - m);
         float scale = map == MAP_SOFTMAX_DIM ? 1 / quad_sum(sum) : 1;
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -166,50 +165,43 @@ template <int IN> __device__ __forceinline__ void add_skip(float (&acc)[IN / 8][
         }
 }
 
-/* Features y [16][8 N] of keys into columns col .. of the tile [64][F]; rows outside [from, to) become zeros. */
-template <int N> __device__ __forceinline__ void put_keys(bf16 *tile, int from, int to, int col, const float (&y)[N][4]) {
-    int l = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + l / 4;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        bool in = row + 8 * half >= from && row + 8 * half < to;
-#pragma unroll
-        for (int n = 0; n < N; n++)
-            *(uint32_t *)tile_at<CHUNK>(tile, row + 8 * half, col + 8 * n + l % 4 * 2) = in ? pack2<bf16>(y[n][2 * half], y[n][2 * half + 1]) : 0;
-    }
-}
-/* Features of keys from the inputs of the map. */
-template <int F, int IN> __device__ __forceinline__ void key_features(const hybrid &a, const float (&in)[IN / 8][4], bf16 *tile, int from, int to) {
-    float y[IN / 8][4], eps = (float)a.feature_eps;
-    map_tile<IN / 8>(a.map, 1, eps, in, y);
-    put_keys<IN / 8>(tile, from, to, 0, y);
-    if (F == 2 * IN) {
-        map_tile<IN / 8>(a.map, -1, eps, in, y);
-        put_keys<IN / 8>(tile, from, to, IN, y);
-    }
-}
-
-/* Features y [16][8 N] of queries times `by`, as fragments from phi [FROM] on; dot += features . z [F] for the lane's rows. */
-template <int FROM, int N, int K> __device__ __forceinline__ void take_queries(uint32_t (&phi)[K][4], float by, const float *z, float (&y)[N][4], float (&dot)[2]) {
-    int at = (threadIdx.x & 3) * 2;
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-        float2 f = *(const float2 *)(z + 16 * FROM + 8 * n + at);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float u = y[n][2 * half] * by, v = y[n][2 * half + 1] * by;
-            dot[half] += u * f.x + v * f.y;
-            phi[FROM + n / 2][n % 2 * 2 + half] = pack2<bf16>(u, v);
-        }
-    }
-}
+/* Features of 64 rows from the inputs of the map, times `by`: as fragments phi, or, if there is a tile [64][F], into that, rows outside
+ * [from, to) as zeros. dot: features . z [F] for the lane's rows. One body for all, as code that is walked a few times must be short. */
 template <int F, int IN>
-__device__ __forceinline__ void query_features(const hybrid &a, const float (&in)[IN / 8][4], uint32_t (&phi)[F / 16][4], float by, const float *z, float (&dot)[2]) {
-    float y[IN / 8][4], eps = (float)a.feature_eps;
-    map_tile<IN / 8>(a.map, 1, eps, in, y);
-    take_queries<0>(phi, by, z, y, dot);
-    if (F == 2 * IN) {
-        map_tile<IN / 8>(a.map, -1, eps, in, y);
-        take_queries<F == 2 * IN ? IN / 16 : 0>(phi, by, z, y, dot);
+__device__ __forceinline__ void features_of(const hybrid &a, float (&in)[IN / 8][4], float by, const float *z, float (&dot)[2], uint32_t (&phi)[F / 16][4], bf16 *tile, int from, int to) {
+    int l = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + l / 4;
+    bool there[2] = {row >= from && row < to, row + 8 >= from && row + 8 < to};
+#pragma unroll 1
+    for (int col = 0; col < F; col += IN) {
+        float y[IN / 8][4];
+        uint32_t two[IN / 16][4];
+        map_tile<IN / 8>(a.map, (float)a.feature_eps, in, y);
+#pragma unroll
+        for (int n = 0; n < IN / 8; n++) {
+            float2 f = *(const float2 *)(z + col + 8 * n + l % 4 * 2);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float u = y[n][2 * half] * by, v = y[n][2 * half + 1] * by;
+                dot[half] += u * f.x + v * f.y;
+                two[n / 2][n % 2 * 2 + half] = pack2<bf16>(u, v);
+                in[n][2 * half] = -in[n][2 * half], in[n][2 * half + 1] = -in[n][2 * half + 1];
+            }
+        }
+        if (tile) {
+#pragma unroll
+            for (int n = 0; n < IN / 8; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+                    *(uint32_t *)tile_at<CHUNK>(tile, row + 8 * half, col + 8 * n + l % 4 * 2) = there[half] ? two[n / 2][n % 2 * 2 + half] : 0;
+        } else {
+#pragma unroll
+            for (int j = 0; j < IN / 16; j++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    if (F > IN) phi[j][i] = phi[F / 16 - IN / 16 + j][i]; /* the first round's find their place in the second */
+                    phi[F / 16 - IN / 16 + j][i] = two[j][i];
+                }
+        }
     }
 }
 /* The same of features that lie ready-made in a tile [64][F]. */

@@ -205,19 +205,14 @@ template <int D, int F, int IN> struct walker {
         load_rows<F>(t.fk, r, c * CHUNK);
     }
 
-    /* Side 1: features of the keys of block c, of which those of the state's range count. */
-    __device__ __forceinline__ void put_key_features(const float (&in)[IN / 8][4], int c) {
-        key_features<F, IN>(a, in, t.fk, g.at.k_min - c * CHUNK, g.absorb_end - c * CHUNK);
-    }
-
     /* Of chunk c: the features, side 0's to phi, side 1's to shared memory, and the scores to x. */
     __device__ __forceinline__ void features_and_scores(int c, uint32_t (&phi)[F / 16][4], float (&x)[8][4]) {
         int block = a.window ? c - 1 : c; /* of the keys whose features are wanted */
         float dot[2] = {0, 0}, in[IN / 8][4];
-        const bf16 *from = side ? t.keys(block) : t.q;
+        const bf16 *rows = side ? t.keys(block) : t.q;
         set_all(in, bias), set_all(x, 0);
         group_begin(); /* whether wanted or not: products behind a branch would not run side by side with other work */
-        map_inputs<D, IN>(in, from, side ? t.wk : t.wq);
+        map_inputs<D, IN>(in, rows, side ? t.wk : t.wq);
         group_commit();
         group_product<64, D, CHUNK, ALONG_K, CHUNK, ALONG_K>(x, t.q, 0, t.keys(c - side), 0);
         group_commit();
@@ -226,9 +221,9 @@ template <int D, int F, int IN> struct walker {
         if (a.map == MAP_NONE) {
             if (!side) query_ready<F>(t.fq(), phi, lambda, t.z, dot);
         } else {
-            if (IN == D && a.skip) add_skip<IN>(in, from);
-            if (side) put_key_features(in, block);
-            else query_features<F, IN>(a, in, phi, lambda, t.z, dot);
+            if (IN == D && a.skip) add_skip<IN>(in, rows);
+            int from = side ? g.at.k_min - block * CHUNK : 0, to = side ? g.absorb_end - block * CHUNK : CHUNK; /* keys of the state's range count */
+            features_of<F, IN>(a, in, side ? 1 : lambda, t.z, dot, phi, side ? t.fk : NULL, from, to);
         }
         group_wait<0>();
         group_hold(x);
@@ -240,38 +235,41 @@ template <int D, int F, int IN> struct walker {
     }
 
     /* The side's share y [64][D] of chunk c; the features of the block that leaves the window enter the state (zeros where none does). */
-    template <int SIDE>
     __device__ __forceinline__ void results(state<D, F> &st, int c, const uint32_t (&phi)[F / 16][4], float (&x)[8][4], float (&y)[D / 8][4]) {
         int block = a.window ? c - 1 : c;
         float sum[2] = {0, 0};
         uint32_t p[4][4] = {};
-        set_all(y, 0);
-        if (!SIDE && !a.window) linear_weights<F>(phi, t.fk, p, sum);
-        if (!SIDE && a.window && a.kind == KIND_SLIDING && has_prev(c)) {
-            linear_weights<F>(phi, t.fk, p, sum);
-            group_begin();
-            group_product<D, CHUNK, CHUNK, ACROSS_K>(y, p, t.values(block), 0);
-            group_end();
-            group_hold(y);
-        }
         group_begin();
         st.absorb(t.fk, t.values(block));
         group_commit();
-        if (a.window) {
-            window_weights((float)a.scale, lift, SIDE, t.top, t.arg, x, sum);
-            as_fragments<64>(p, x);
-        }
-        group_begin();
-        if (!SIDE) group_product<D, F, D, ALONG_K>(y, phi, t.s, 0);
-        group_product<D, CHUNK, CHUNK, ACROSS_K>(y, p, t.values(c - SIDE), 0);
-        group_commit();
         st.absorb_z(t.fk);
-        int l = threadIdx.x & 31, row = 64 * SIDE + threadIdx.x / 32 % 4 * 16 + l / 4;
+        if (a.window) window_weights((float)a.scale, lift, side, t.top, t.arg, x, sum);
+        group_wait<0>();
+        group_hold(st.s);
+        set_all(y, 0);
+        if (!side) {
+            if (!a.window || (a.kind == KIND_SLIDING && has_prev(c))) {
+                linear_weights<F>(phi, t.fk, p, sum);
+                group_begin();
+                group_product<D, CHUNK, CHUNK, ACROSS_K>(y, p, t.values(block), 0);
+                group_end();
+                group_hold(y);
+            }
+            group_begin();
+            group_product<D, F, D, ALONG_K>(y, phi, t.s, 0);
+            group_end();
+            group_hold(y);
+        }
+        if (a.window) {
+            as_fragments<64>(p, x);
+            group_begin();
+            group_product<D, CHUNK, CHUNK, ACROSS_K>(y, p, t.values(c - side), 0);
+            group_end();
+            group_hold(y);
+        }
+        int l = threadIdx.x & 31, row = 64 * side + threadIdx.x / 32 % 4 * 16 + l / 4;
         sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
         if (l % 4 == 0) t.sum[row] = sum[0], t.sum[row + 8] = sum[1];
-        group_wait<0>();
-        group_hold(y);
-        group_hold(st.s);
     }
 
     __device__ __forceinline__ void chunk(state<D, F> &st, int c) {
@@ -287,8 +285,7 @@ template <int D, int F, int IN> struct walker {
         __syncthreads();
         if (t.early && more) fetch_keys(c + 1);
         copy_commit();
-        if (side) results<1>(st, c, phi, x, y);
-        else results<0>(st, c, phi, x, y);
+        results(st, c, phi, x, y);
         give_results<D>(side, t.room(1 - side, c), y, own);
         __syncthreads();
         if (t.early && more) fetch_values(c + 1);
@@ -310,12 +307,19 @@ template <int D, int F, int IN> struct walker {
         int c = g.c0;
         weights<D, IN> q, k;
         if (a.map != MAP_NONE) q.take(t.wq, a.mq, g.h), k.take(t.wk, a.mk, g.h);
-        fetch_keys(c);
-        load_rows<D>(t.keys(c - 1), key_source(a, s, g, 0), (c - 1) * CHUNK);
+        row_source keys = key_source(a, s, g, 0), values = key_source(a, s, g, 1);
+#pragma unroll 1
+        for (int i = c - 1; i <= c; i++) {
+            load_rows<D>(t.keys(i), keys, i * CHUNK);
+            load_rows<D>(t.values(i), values, i * CHUNK);
+        }
+        load_rows<D>(t.q, query_source(a, g, a.q), c * CHUNK);
+        if (a.map == MAP_NONE) {
+            load_rows<F>(t.fq(), query_source(a, g, a.mq), c * CHUNK);
+            fetch_features(a.window ? c - 1 : c);
+        }
         copy_commit();
-        fetch_values(c);
-        load_rows<D>(t.values(c - 1), key_source(a, s, g, 1), (c - 1) * CHUNK);
-        copy_commit();
+        copy_commit(); /* as many groups as a chunk has */
         if (a.map != MAP_NONE) q.put(t.wq, a.mq), k.put(t.wk, a.mk);
     }
 
@@ -336,7 +340,9 @@ template <int D, int F, int IN> struct walker {
             group_end();
             group_hold(in);
             if (IN == D && a.skip) add_skip<IN>(in, t.keys(c));
-            put_key_features(in, c);
+            uint32_t phi[F / 16][4];
+            float dot[2];
+            features_of<F, IN>(a, in, 1, t.z, dot, phi, t.fk, g.at.k_min - c * CHUNK, g.absorb_end - c * CHUNK);
         }
         shared_fence();
         __syncthreads();
@@ -370,7 +376,7 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
     parts += head * segments * S::PART;
     /* the state itself is written by the last segment's block: what was before is a part too */
     if (before && segments > 1 && !g.s) st.add_part(parts + (int64_t)(segments - 1) * S::PART);
-#pragma unroll 2
+#pragma unroll 1
     for (int i = 0; i < g.s; i++) st.add_part(parts + (int64_t)i * S::PART);
     st.put(w.t.s, w.t.z);
     bool last = c.state && g.s == segments - 1;
@@ -384,7 +390,7 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
 /* ---- sums of segments ------------------------------------------------------------------------------------------------- */
 template <int D, int F, int IN> struct sum_tiles {
     typedef tile_sizes<D, F, IN> Z;
-    enum { BYTES = 2 * (4 * Z::X + Z::W + 2 * Z::PHI) };
+    enum { BYTES = 2 * (4 * Z::X + Z::W + 2 * Z::PHI) + 4 * F };
 };
 
 /* Grid [b][segments - 1][h]: part s of a head = sum over the keys that the segment adds to the state, of phi_k^T v and of phi_k. The
@@ -394,6 +400,7 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
     typedef state<D, F> S;
     LC_SHARED(shared);
     bf16 *k = (bf16 *)shared, *v = k + 2 * Z::X, *w = v + 2 * Z::X, *f = w + Z::W;
+    const float *nothing = (const float *)(f + 2 * Z::PHI); /* [F]: of no account */
     int h = blockIdx.x % a.h, rest = blockIdx.x / a.h, s = rest % (segments - 1), b = rest / (segments - 1);
     int side = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
     segment g = segment_at(a, c, b, s, h, segments, false);
@@ -437,7 +444,9 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
             group_end();
             group_hold(in);
             if (IN == D && a.skip) add_skip<IN>(in, k + side * Z::X);
-            key_features<F, IN>(a, in, f + side * Z::PHI, g.at.k_min - mine * CHUNK, to - mine * CHUNK);
+            uint32_t phi[F / 16][4];
+            float dot[2];
+            features_of<F, IN>(a, in, 1, nothing, dot, phi, f + side * Z::PHI, g.at.k_min - mine * CHUNK, to - mine * CHUNK);
         }
         copy_wait<0>();
         shared_fence();
