@@ -168,7 +168,8 @@ template <int IN> __device__ __forceinline__ void add_skip(float (&acc)[IN / 8][
 /* Features of 64 rows from the inputs of the map, times `by`: as fragments phi, or, if there is a tile [64][F], into that, rows outside
  * [from, to) as zeros. dot: features . z [F] for the lane's rows. One body for all, as code that is walked a few times must be short. */
 template <int F, int IN>
-__device__ __forceinline__ void features_of(const hybrid &a, float (&in)[IN / 8][4], float by, const float *z, float (&dot)[2], uint32_t (&phi)[F / 16][4], bf16 *tile, int from, int to) {
+__device__ __forceinline__ void features_of(const hybrid &a, float (&in)[IN / 8][4], float by, const float *z, float (&dot)[2],
+                                            uint32_t (&phi)[F / 16][4], bf16 *tile, int from, int to) {
     int l = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + l / 4;
     bool there[2] = {row >= from && row < to, row + 8 >= from && row + 8 < to};
 #pragma unroll 1

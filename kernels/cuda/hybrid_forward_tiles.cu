@@ -141,7 +141,8 @@ template <int D> __device__ __forceinline__ void take_results(const float4 *room
 }
 
 template <int D, int F, int IN>
-__device__ __forceinline__ void put_results(const hybrid &a, const segment &g, const hybrid_out &o, const forward_tiles<D, F, IN> &t, int c, int side, const float (&own)[D / 16][4]) {
+__device__ __forceinline__ void put_results(const hybrid &a, const segment &g, const hybrid_out &o, const forward_tiles<D, F, IN> &t, int c, int side,
+                                            const float (&own)[D / 16][4]) {
     int l = threadIdx.x & 31, r = threadIdx.x / 32 % 4;
     float eps = a.window ? 0 : (float)a.eps;
 #pragma unroll
@@ -162,7 +163,8 @@ __device__ __forceinline__ void put_results(const hybrid &a, const segment &g, c
 }
 
 /* Maximum, its key and the denominator of each row. */
-template <int D, int F, int IN> __device__ __forceinline__ void put_kept(const hybrid &a, const segment &g, const hybrid_out &o, const forward_tiles<D, F, IN> &t, int c) {
+template <int D, int F, int IN>
+__device__ __forceinline__ void put_kept(const hybrid &a, const segment &g, const hybrid_out &o, const forward_tiles<D, F, IN> &t, int c) {
     int row = threadIdx.x, p = c * CHUNK + row, i = p + g.at.shift;
     if (row >= CHUNK || p < g.at.p0 || p >= g.at.p1) return;
     if (o.z.p) *o.z.row<float>(g.b, g.h, i) = t.sum[row] + t.sum[64 + row] + t.lin[row] + (a.window ? 0 : (float)a.eps);
@@ -356,7 +358,8 @@ template <int D, int F, int IN> struct walker {
 };
 
 /* Grid [b][segments][h]. parts [b * h][segments][PART]: what the sum kernel left. */
-template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 1) forward_kernel(hybrid a, carried c, hybrid_out o, int segments, const float *parts, bool early) {
+template <int D, int F, int IN>
+__global__ void __launch_bounds__(TILE_THREADS, 1) forward_kernel(hybrid a, carried c, hybrid_out o, int segments, const float *parts, bool early) {
     LC_SHARED(shared);
     int rest = blockIdx.x / a.h, h = blockIdx.x % a.h, side = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
     segment g = segment_at(a, c, rest / segments, rest % segments, h, segments, threadIdx.x == 0 && h == 0 && rest % segments == 0);
