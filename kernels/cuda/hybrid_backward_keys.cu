@@ -3,7 +3,8 @@
  * query side: keys of chunk c are seen linearly by the chunks after c + lag and, under a triangle, by rows of chunk c + lag. */
 #include "hybrid_backward_tile.cuh"
 
-/* Values of the queries of two chunks, slot chunk & 1, in shared memory; c: the maximum less the logarithm of gamma / z; at: the key at the maximum, from the first token on. */
+/* Values of the queries of two chunks, slot chunk & 1, in shared memory; c: the maximum less the logarithm of gamma / z; at: the
+ * key at the maximum, from the first token on. */
 struct near_rows {
     float rz[2][64], delta[2][64], c[2][64], x[2][64], sum[128], more[128]; /* P; what the next one gets */
     int at[2][64];

@@ -2,7 +2,8 @@
  * chunks with S in registers and makes dq, its share of the query map's gradient, delta and x of its rows. */
 #include "hybrid_backward_tile.cuh"
 
-/* Values of the 64 queries of a chunk, in shared memory; c: the maximum less the logarithm of what scales the weights; at: the key at the maximum, counted from the first key of chunk c - lag. */
+/* Values of the 64 queries of a chunk, in shared memory; c: the maximum less the logarithm of what scales the weights; at: the
+ * key at the maximum, counted from the first key of chunk c - lag. */
 struct query_rows {
     float rz[64], delta[64], c[64], half_x[2][64], z[128], more[128]; /* more: what the next state's Z gets */
     int at[64];

@@ -79,7 +79,9 @@ template <int D, int BF, int FW, bool TRI> struct sums_launcher {
     }
 };
 
-int hybrid_backward_tiles::hybrid_backward_sums(const gradients &o, const fast &p) { return p.segments > 1 ? with_shape<sums_launcher>(o, p) : LC_K_OK; }
+int hybrid_backward_tiles::hybrid_backward_sums(const gradients &o, const fast &p) {
+    return p.segments > 1 ? with_shape<sums_launcher>(o, p) : LC_K_OK;
+}
 
 /* ---- rows that query heads share: 0 dk, 1 dv, 2 dmk; a thread eight columns; `blocks` a head -------------------------- */
 __device__ __forceinline__ void shared_rows(const gradients &o, const fast &p, int which, int block, int blocks) {
@@ -105,7 +107,8 @@ __device__ __forceinline__ void shared_rows(const gradients &o, const fast &p, i
         }
     }
     bf16 *to = r.row<bf16>(b, head, t) + e;
-    uint4 v = make_uint4(pack2<bf16>(sum[0], sum[1]), pack2<bf16>(sum[2], sum[3]), pack2<bf16>(sum[4], sum[5]), pack2<bf16>(sum[6], sum[7]));
+    uint4 v = make_uint4(pack2<bf16>(sum[0], sum[1]), pack2<bf16>(sum[2], sum[3]), pack2<bf16>(sum[4], sum[5]),
+                         pack2<bf16>(sum[6], sum[7]));
     if ((uintptr_t)to % 16 == 0) {
         *(uint4 *)to = v;
         return;

@@ -377,17 +377,20 @@ __device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, 
 
 /* Features before the clamp of rows m .. m + 15 (half hf) of a chunk, from its tile x [64][D] and the weights [D][FW]: begin (sets v), a
  * product, end. */
-template <int D, int BF, int FW> __device__ __forceinline__ void features_begin(const hybrid &a, float bias, int hf, float (&v)[BF / 16][4]) {
+template <int D, int BF, int FW>
+__device__ __forceinline__ void features_begin(const hybrid &a, float bias, int hf, float (&v)[BF / 16][4]) {
     int width = half_width<BF>(a, hf);
 #pragma unroll
     for (int n = 0; n < BF / 16; n++)
 #pragma unroll
         for (int j = 0; j < 4; j++) v[n][j] = 8 * n < width ? bias : no_input<FW != BF>(hf);
 }
-template <int D, int BF, int FW> __device__ __forceinline__ void features_product(const bf16 *x, const bf16 *w, int hf, float (&v)[BF / 16][4]) {
+template <int D, int BF, int FW>
+__device__ __forceinline__ void features_product(const bf16 *x, const bf16 *w, int hf, float (&v)[BF / 16][4]) {
     group_product<BF / 2, D, 64, ALONG_K, D, ACROSS_K>(v, x, 0, w, FW == BF ? hf * (BF / 2) : 0);
 }
-template <int D, int BF, int FW> __device__ __forceinline__ void features_end(const hybrid &a, const bf16 *x, int hf, int m, float (&v)[BF / 16][4]) {
+template <int D, int BF, int FW>
+__device__ __forceinline__ void features_end(const hybrid &a, const bf16 *x, int hf, int m, float (&v)[BF / 16][4]) {
     int width = half_width<BF>(a, hf), n0 = FW == BF ? hf * (BF / 2) : 0, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
     if (a.skip) {
 #pragma unroll
