@@ -101,7 +101,8 @@ for i = 1, args.times do
         runs = runs + 1
         local seconds = 0.02 + math.random() * duration -- on a busy machine a run takes longer
         local last = attempt > 6 -- then it may end
-        got, status, err = run(out, not last and ("timeout -s KILL %.3f"):format(seconds) or nil, 2)
+        -- foreground: else timeout ends before the killed process has, which still holds the lock
+        got, status, err = run(out, not last and ("timeout --foreground -s KILL %.3f"):format(seconds) or nil, 2)
         if status == 0 then break end
         if last then
             io.stderr:write(("run %d did not go on after a kill:\n%s"):format(i, err))
