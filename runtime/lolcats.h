@@ -201,6 +201,9 @@ int lc_rename(const char *from, const char *to);
 int lc_lock_file(const char *path, int32_t *fd);     /* LC_EIO when another process holds it; released with the process */
 int lc_unlock_file(int32_t fd);
 int lc_sha256(const void *data, double length, char *hex65);
+int lc_sha256_file(const char *path, char *hex65);
+int lc_make_link(const char *target, const char *path); /* a symbolic link; one that is there is replaced at once */
+double lc_disk_free(const char *path);               /* bytes that may be written in a folder; -1: not known */
 int lc_gunzip(const char *data, double length, double limit, char **out, double *out_length);
 
 /* ---- text ------------------------------------------------------------------------------------------------------------ */

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 void lc_free(void *p) { free(p); }
@@ -280,6 +281,23 @@ int lc_rename(const char *from, const char *to) {
     return LC_OK;
 }
 
+int lc_make_link(const char *target, const char *path) {
+    char temp[4096];
+    if (!target || !path) return lc_fail(LC_EARG, "lc_make_link: expected two paths");
+    if (snprintf(temp, sizeof temp, "%s.%d.tmp", path, (int)getpid()) >= (int)sizeof temp)
+        return lc_fail(LC_EIO, "cannot make the link %s: the name is too long", path);
+    unlink(temp);
+    if (symlink(target, temp) == 0 && rename(temp, path) == 0) return LC_OK;
+    int why = errno;
+    unlink(temp);
+    return lc_fail(LC_EIO, "cannot make the link %s: %s", path, strerror(why));
+}
+
+double lc_disk_free(const char *path) {
+    struct statvfs v;
+    return path && statvfs(path, &v) == 0 ? (double)v.f_bavail * (double)v.f_frsize : -1;
+}
+
 /* ---- locks
  * ----------------------------------------------------------------------------------------------------------- */
 
@@ -287,8 +305,10 @@ int lc_lock_file(const char *path, int32_t *fd) {
     if (!path || !fd) return lc_fail(LC_EARG, "lc_lock_file: expected a path");
     *fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (*fd < 0) return lc_fail(LC_EIO, "cannot open the lock %s: %s", path, strerror(errno));
-    if (flock(*fd, LOCK_EX | LOCK_NB) == 0) return LC_OK;
-    int why = errno;
+    struct stat st;
+    bool held = flock(*fd, LOCK_EX | LOCK_NB) == 0;
+    if (held && fstat(*fd, &st) == 0 && st.st_nlink > 0) return LC_OK;
+    int why = held ? EWOULDBLOCK : errno; /* held, but its last holder removed the file: the lock of no name */
     close(*fd);
     *fd = -1;
     return lc_fail(LC_EIO, "cannot lock %s: %s", path, why == EWOULDBLOCK ? "another process holds it" : strerror(why));
