@@ -65,6 +65,27 @@ function M.hybrid_state(layer, batch, heads, groups, dim, opts)
     return state
 end
 
+--- Whether the rows of opts.state can be taken apart: those of caches and of the fused op can.
+function M.has_rows(layers, opts)
+    for i, layer in ipairs(layers) do
+        local a = not opts.teacher and layer.student
+        if opts.state.layers[i].rows or (a and (a.window_only or a.generic or a.map.custom)) then return false end
+    end
+    return true
+end
+
+--- The state of n rows from `first` on, which writes through to the whole. like: {shape, dtype, device} of the keys that
+--- the whole is about to be given; caches grow before they are taken apart.
+function M.rows_of(state, first, n, like)
+    local part = { seen = state.seen, batch = n, layers = {}, pos = state.pos:narrow(1, first, n), as_teacher = state.as_teacher }
+    for i, s in ipairs(state.layers) do
+        if not s.state then M.reserve(s, like, state.seen, state.seen + like.shape[3]) end
+        part.layers[i] = {}
+        for name, x in pairs(s) do part.layers[i][name] = x:narrow(1, first, n) end
+    end
+    return part
+end
+
 --- The student's attention of one layer. a: {map, fq, fk, factors, kind, window, affine, window_only, generic}.
 function M.hybrid(a, q, k, v, ctx)
     if a.window_only then return M.window_only(a, q, k, v, ctx) end

@@ -253,6 +253,36 @@ t.test("every map decodes what it computes at once", function()
     end
 end)
 
+t.test("many rows are read in slices, and decode as they would have done at once", function()
+    local s = lc.linearize(teacher "f64", { window = 4 })
+    local rows = {}
+    for i = 1, 5 do rows[i] = ids(11) end
+    local function run(tokens, opts)
+        local state, out = s:new_state(5, { teacher = opts.teacher }), {}
+        for _, part in ipairs { { 1, 7 }, { 8, 10 }, { 11, 11 } } do
+            local cut = {}
+            for i, row in ipairs(rows) do cut[i] = { unpack(row, part[1], part[2]) } end
+            out[#out + 1] = s:forward(cut, { state = state, tokens_at_once = tokens, teacher = opts.teacher,
+                                             start = part[1] == 1 and opts.start or nil })
+        end
+        t.eq(state.seen, 11)
+        s:drop_state(state)
+        return lc.cat(out, 2)
+    end
+    for _, opts in ipairs { {}, { teacher = true } } do
+        t.close(run(14, opts), run(1e6, opts), 1e-12)
+        t.close(run(1, opts), run(1e6, opts), 1e-12)
+    end
+    local start = { start = { 0, 2, 1, 0, 3 } }
+    local function first(tokens)
+        local state = s:new_state(5)
+        local x = s:forward(rows, { state = state, tokens_at_once = tokens, start = start.start })
+        s:drop_state(state)
+        return x
+    end
+    t.close(first(22), first(1e6), 1e-12)
+end)
+
 t.test("left padding: blocks count from the first real token", function()
     local s = lc.linearize(teacher "f64", { window = 4 })
     local real = ids(21)

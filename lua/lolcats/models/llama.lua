@@ -191,13 +191,16 @@ end
 
 -- ---- what callers use -----------------------------------------------------------------------------------------------
 --- Final hidden states [b, t, H], after the last norm, of token ids. opts: start, state, hidden (a table to fill with
---- each layer's output), teacher = true (a student computes with its teacher's softmax attention).
+--- each layer's output), teacher = true (a student computes with its teacher's softmax attention), tokens_at_once (with a
+--- state: rows are read in slices of about so many tokens).
 function Model:forward(ids, opts)
     opts = opts or {}
     if opts.state and lc.grad_enabled() then -- a state has no gradient
         return lc.no_grad(self.forward, self, ids, opts)
     end
     ids = self:check_ids(ids)
+    local many = opts.state and self:rows_at_once(ids, opts)
+    if many then return self:forward_slices(ids, opts, many) end
     local ctx = self:context(ids, opts)
     local x = lc.embedding(self.embed, ids)
     if x.dtype ~= self.dtype then x = x:to(self.dtype) end
@@ -209,6 +212,35 @@ function Model:forward(ids, opts)
     end
     if opts.state then self:advance(opts.state, ctx.t) end
     return lc.rms_norm(x, self.norm, self.config.rms_norm_eps)
+end
+
+-- Many rows are read a few at a time: what lies between a layer's products is far larger than its result, and more
+-- tokens than these make no product faster. Returns how many rows; nil: all.
+local TOKENS_AT_ONCE = 16384
+function Model:rows_at_once(ids, opts)
+    local b, t = ids:size(1), ids:size(2)
+    local rows = math.max(1, math.floor((opts.tokens_at_once or TOKENS_AT_ONCE) / t))
+    if t == 1 or rows >= b or opts.hidden or not attention.has_rows(self.layers, opts) then return nil end
+    return rows
+end
+
+function Model:forward_slices(ids, opts, rows)
+    local c, state, b, t = self.config, opts.state, ids:size(1), ids:size(2)
+    local like = { shape = { b, c.num_key_value_heads, t, c.head_dim }, dtype = self.dtype, device = self.device }
+    local out = lc.empty({ b, t, c.hidden_size }, { dtype = self.dtype, device = self.device })
+    local start = opts.start
+    if start and not lc.is_tensor(start) then start = lc.tensor(start, { dtype = "i32", device = self.device }) end
+    for first = 1, b, rows do
+        local n = math.min(rows, b - first + 1)
+        lc.scope(function()
+            local part = attention.rows_of(state, first, n, like)
+            local x = self:forward(ids:narrow(1, first, n), { state = part, teacher = opts.teacher,
+                                                              start = start and start:narrow(1, first, n) })
+            out:narrow(1, first, n):copy_(x)
+        end)
+    end
+    self:advance(state, t)
+    return out
 end
 
 --- Ids as a tensor, checked against the vocabulary where they can be looked at without waiting for a device.
