@@ -206,6 +206,23 @@ int lc_make_link(const char *target, const char *path); /* a symbolic link; one 
 double lc_disk_free(const char *path);               /* bytes that may be written in a folder; -1: not known */
 int lc_gunzip(const char *data, double length, double limit, char **out, double *out_length);
 
+/* ---- HTTP: what the Hub client asks and fetches ------------------------------------------------------------------------ */
+typedef struct lc_http lc_http;
+int lc_http_open(lc_http **out, const char *agent);  /* LC_EIO: there is no libcurl; agent: how this program calls itself */
+void lc_http_close(lc_http *h);                      /* what is under way ends; files keep what they have */
+/* Begins a request; *id (below 64) names it until lc_http_end. method: GET or HEAD. headers: lines "Name: value". path: NULL, the
+ * answer's body to memory (64 MiB at most); else a 200 or 206 goes to the end of that file, from its end on (Range), under a lock. */
+int lc_http_start(lc_http *h, int32_t *id, const char *method, const char *url, const char *headers, const char *path);
+int lc_http_wait(lc_http *h, double seconds, int32_t *id); /* one that ended, each once, or -1; LC_EINTR on Ctrl-C */
+int lc_http_status(const lc_http *h, int32_t id);          /* 404; 0 when no answer came */
+const char *lc_http_error(const lc_http *h, int32_t id);   /* why the answer is not whole; "" when it is */
+const char *lc_http_header(const lc_http *h, int32_t id, const char *name, int32_t *length); /* not ended by NUL; NULL: none */
+const char *lc_http_redirect(const lc_http *h, int32_t id);                  /* where a 3xx points, absolute; NULL: nowhere */
+const char *lc_http_body(const lc_http *h, int32_t id, double *length);
+double lc_http_bytes(const lc_http *h, int32_t id);        /* in the file now */
+int lc_http_sync(lc_http *h, int32_t id, char *hex65);     /* the file is on disk; its SHA-256 */
+void lc_http_end(lc_http *h, int32_t id);
+
 /* ---- text ------------------------------------------------------------------------------------------------------------ */
 typedef struct lc_tokenizer lc_tokenizer;
 int lc_tokenizer_open(lc_tokenizer **out, const char *path);            /* a Hugging Face tokenizer.json */
