@@ -157,13 +157,15 @@ local function masks(tq, tk, first_q, first_k, kind, w, like)
     return future, j:lt(start), j:ge(start)
 end
 
---- Quadratic softmax attention; returns the output and the weights [b, h, t, t].
-function M.quadratic_softmax(q, k, v)
+--- Quadratic softmax attention; returns the output and the weights [b, h, t, t]. window: keys that a query sees, itself
+--- among them; nil: all.
+function M.quadratic_softmax(q, k, v, window)
     local h, t, d = q:size(2), q:size(3), q:size(4)
     k, v = M.repeat_heads(k, h), M.repeat_heads(v, h)
-    local future = masks(t, t, 0, 0, nil, 0, q)
-    local s = q:matmul(k:transpose(-1, -2)) * d ^ -0.5
-    local a = s:masked_fill(future, -math.huge):softmax(-1)
+    local future, outside = masks(t, t, 0, 0, "sliding", window or 0, q)
+    local s = (q:matmul(k:transpose(-1, -2)) * d ^ -0.5):masked_fill(future, -math.huge)
+    if outside then s = s:masked_fill(outside, -math.huge) end
+    local a = s:softmax(-1)
     return a:matmul(v), a
 end
 

@@ -99,7 +99,7 @@ local function pair_loss(a, q, k, v, y_true, ctx, mse, xent)
         return lc.mse_loss(attention.hybrid(a, q, k, v, ctx), y_true) * mse
     end
     -- the weights themselves are needed, so this form is quadratic in length
-    local _, a_true = lc.no_grad(attention.quadratic_softmax, q, k, v)
+    local _, a_true = lc.no_grad(attention.quadratic_softmax, q, k, v, ctx.window)
     local fq, fk = attention.features(a, q, k, ctx)
     local y, a_pred = attention.quadratic(a, q, k, v, fq, fk)
     local t = a_true:size(-1)
@@ -151,7 +151,7 @@ function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
     local opts = how.opts
     local normed = self:norm_in(layer, x)
     local q, k, v = self:qkv(layer, normed, ctx)
-    local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = ctx.window,
+    local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window,
                    seen = 0 }
     local y = attention.softmax(q, k, v, call)
     local a = layer.student

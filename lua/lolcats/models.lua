@@ -5,6 +5,7 @@ local lc = require "lolcats"
 local files = require "lolcats.files"
 local hub = require "lolcats.hub"
 local config = require "lolcats.models.config"
+local rope = require "lolcats.models.rope"
 local weights = require "lolcats.models.weights"
 local llama = require "lolcats.models.llama"
 
@@ -103,7 +104,8 @@ function M.load_gguf(path, opts)
     local c = config.from_gguf(meta, function(name) return file:has(name) end,
                                function(name) return file:has(name) and file:info(name).shape or nil end, path)
     if file:has "rope_freqs.weight" then
-        c.rope_factors = lc.scope(function() return file:tensor("rope_freqs.weight", { dtype = "f32" }):totable() end)
+        local factors = lc.scope(function() return file:tensor("rope_freqs.weight", { dtype = "f32" }):totable() end)
+        c.rope_scaling = rope.from_factors(c, factors)
     end
     local w = weights.load({ file = file, format = "gguf", path = path }, c, opts)
     local tokenizer = meta "tokenizer.ggml.model" and lc.tokenizer(file) or nil

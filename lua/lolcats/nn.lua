@@ -35,12 +35,18 @@ local function adapter(p)
     if l and l.on then return l end
 end
 
---- x W^T of a projection {weight=, lora=}, plus add; an adapter rides on the same sums, so it costs no extra pass
+-- Adds a projection's bias, kept in f32 beside halves.
+local function biased(y, p)
+    if not p or not p.bias then return y end
+    return y + (p.bias.dtype == y.dtype and p.bias or p.bias:to(y.dtype))
+end
+
+--- x W^T of a projection {weight=, bias=, lora=}, plus add; an adapter rides on the same sums, so it costs no extra pass
 --- over y.
 function M.project(x, p, add)
     local l = adapter(p)
-    if l then return (lc.projections(x, p.weight, nil, nil, l.a, nil, nil, l.b, nil, nil, add, l.scale)) end
-    return lc.linear(x, p.weight, nil, add)
+    if not l then return lc.linear(x, p.weight, p.bias, add) end
+    return biased((lc.projections(x, p.weight, nil, nil, l.a, nil, nil, l.b, nil, nil, add, l.scale)), p)
 end
 
 local NONE = { scale = 1 }
@@ -53,8 +59,9 @@ function M.project_all(x, p, p2, p3)
         return M.project(x, p), M.project(x, p2), p3 and M.project(x, p3)
     end
     l, l2, l3 = l or NONE, l2 or NONE, l3 or NONE
-    return lc.projections(x, p.weight, p2.weight, p3 and p3.weight, l.a, l2.a, l3.a, l.b, l2.b, l3.b, nil,
-                          l.scale, l2.scale, l3.scale)
+    local y, y2, y3 = lc.projections(x, p.weight, p2.weight, p3 and p3.weight, l.a, l2.a, l3.a, l.b, l2.b, l3.b, nil,
+                                     l.scale, l2.scale, l3.scale)
+    return biased(y, p), biased(y2, p2), biased(y3, p3)
 end
 
 --- Normally distributed weights for a model made from nothing.

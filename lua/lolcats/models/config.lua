@@ -1,13 +1,56 @@
--- models/config.lua: one description of a Llama or Mistral decoder, from a Hugging Face config.json or from a GGUF's
--- metadata, and its rotary frequencies. What this library cannot compute exactly is refused here, by name.
+-- models/config.lua: the one description of a decoder that the forward, the weights and the files go by, from a Hugging
+-- Face config.json or from a GGUF's metadata. What a family adds to it (biases, norms of q and k, windows, defaults)
+-- stands in models/families/NAME.lua; what this library cannot compute exactly is refused here, by name.
 local lc = require "lolcats"
 local files = require "lolcats.files"
+local rope = require "lolcats.models.rope"
 
 local M = {}
 
-local FAMILIES = { llama = true, mistral = true }
-local ARCHITECTURES = { LlamaForCausalLM = "llama", MistralForCausalLM = "mistral" }
+-- ---- families -------------------------------------------------------------------------------------------------------
+local added = {}
 
+--- Names of the families, sorted.
+function M.families()
+    local out, seen = {}, {}
+    local function add(name)
+        if name and not seen[name] then seen[name] = true; out[#out + 1] = name end
+    end
+    for _, path in ipairs(require("lolcats.program").files()) do
+        add(path:match "^lua/lolcats/models/families/([%w_]+)%.lua$")
+    end
+    for name in pairs(added) do add(name) end
+    table.sort(out)
+    return out
+end
+
+--- Makes a family known that has no file here: {model_type =, architecture =, defaults = {}, qk_norm =,
+--- bias = function(c) -> {projection = true}, window = function(c, layer from 0) -> keys or nil,
+--- gguf = {interleaved = true}}.
+function M.add_family(family)
+    if type(family) ~= "table" or type(family.model_type) ~= "string" or type(family.architecture) ~= "string" then
+        lc.fail "a family has model_type and architecture, as config.json names them"
+    end
+    added[family.model_type] = family
+end
+
+local function find_family(name)
+    if type(name) ~= "string" or not name:match "^[%w_]+$" then return nil end
+    if added[name] then return added[name] end
+    local module = "lolcats.models.families." .. name
+    if not package.loaded[module] and not require("lolcats.program").source(
+        "lua/lolcats/models/families/" .. name .. ".lua") then return nil end
+    return require(module)
+end
+
+local function refuse_family(name, where, what)
+    if name:lower():match "moe" or name:lower():match "mixtral" then
+        lc.fail("%s: %s '%s' is a mixture of experts, which is not supported", where, what, name)
+    end
+    lc.fail("%s: %s '%s' is not supported; %s are", where, what, name, table.concat(M.families(), ", "))
+end
+
+-- ---- checks ---------------------------------------------------------------------------------------------------------
 local function clean(v)
     if v == files.null then return nil end
     if type(v) ~= "table" then return v end
@@ -26,41 +69,18 @@ local function need(c, key, where)
     return v
 end
 
-local function check_scaling(s, where)
-    if s == nil then return nil end
-    local kind = s.rope_type or s.type or "default"
-    if kind == "default" then return nil end
-    local function number(key)
-        if type(s[key]) ~= "number" or s[key] <= 0 then
-            lc.fail("%s: rope_scaling of type '%s' needs a number above 0 as '%s', it is %s", where, kind, key,
-                    tostring(s[key]))
-        end
-        return s[key]
-    end
-    if kind == "linear" then return { rope_type = "linear", factor = number "factor" } end
-    if kind == "llama3" then
-        return { rope_type = "llama3", factor = number "factor", low_freq_factor = number "low_freq_factor",
-                 high_freq_factor = number "high_freq_factor",
-                 original_max_position_embeddings = number "original_max_position_embeddings" }
-    end
-    lc.fail("%s: rope_scaling of type '%s' is not supported; default, linear and llama3 are", where, tostring(kind))
-end
+-- Keys of other decoders that change what is computed: value under which they change nothing.
+local NEUTRAL = { num_local_experts = 0, num_experts = 0, n_routed_experts = 0, rope_interleaved = false,
+                  attn_logit_softcapping = false, final_logit_softcapping = false, query_pre_attn_scalar = false,
+                  logits_scaling = 1, logit_scale = 1, residual_multiplier = 1, embedding_multiplier = 1,
+                  attention_multiplier = false, no_rope_layers = false, use_qk_norm = false, is_encoder_decoder = false }
 
---- Checks and completes a config given with Hugging Face's keys. where: what to name in errors.
-function M.normalize(raw, where)
-    local c = clean(raw)
-    if type(c) ~= "table" then lc.fail("%s: expected a JSON object", where) end
-    local arch = c.architectures and c.architectures[1]
-    local family = c.model_type or (arch and ARCHITECTURES[arch])
-    if arch and not ARCHITECTURES[arch] then
-        lc.fail("%s: architecture '%s' is not supported; LlamaForCausalLM and MistralForCausalLM are", where,
-                tostring(arch))
-    end
-    if not FAMILIES[family] then
-        lc.fail("%s: model_type '%s' is not supported; llama and mistral are", where, tostring(family))
-    end
-    for _, key in ipairs { "attention_bias", "mlp_bias", "rope_interleaved" } do
-        if c[key] == true then lc.fail("%s: %s = true is not supported", where, key) end
+local function refuse_what_is_unknown(c, where)
+    for key, neutral in pairs(NEUTRAL) do
+        if c[key] ~= nil and c[key] ~= neutral and c[key] ~= false then
+            lc.fail("%s: %s = %s is not supported%s", where, key, type(c[key]) == "table" and "[..]" or tostring(c[key]),
+                    key:match "experts" and " (a mixture of experts)" or "")
+        end
     end
     if c.hidden_act and c.hidden_act ~= "silu" and c.hidden_act ~= "swish" then
         lc.fail("%s: hidden_act '%s' is not supported; silu is", where, tostring(c.hidden_act))
@@ -69,8 +89,64 @@ function M.normalize(raw, where)
         lc.fail("%s: the weights are quantised (%s), which is not supported; GGUF is", where,
                 tostring(c.quantization_config.quant_method or "unknown method"))
     end
-    local h = need(c, "num_attention_heads", where)
-    local hidden = need(c, "hidden_size", where)
+end
+
+-- The config's family. Old files write LLaMAForCausalLM, and some have only one of the two names.
+local function family_of(c, where)
+    local arch = c.architectures and c.architectures[1]
+    local name = c.model_type or (type(arch) == "string" and arch:lower():match "^(.*)forcausallm$")
+    if not name then lc.fail("%s: there is no model_type", where) end
+    local family = find_family(name)
+    if arch and (not family or tostring(arch):lower() ~= family.architecture:lower()) then
+        if not family or not find_family(tostring(arch):lower():match "^(.*)forcausallm$") then
+            refuse_family(tostring(arch), where, "architecture")
+        end
+        lc.fail("%s: architecture '%s' does not go with model_type '%s'", where, tostring(arch), name)
+    end
+    if not family then refuse_family(tostring(name), where, "model_type") end
+    return family
+end
+
+-- The window of each layer (keys that a query sees, itself among them), where there is one: {[i] = keys}, i from 1.
+local function windows_of(c, family, layers, where)
+    local out = nil
+    for i = 1, layers do
+        local w = family.window and family.window(c, i - 1) or nil
+        local kind = c.layer_types and c.layer_types[i]
+        if kind ~= nil and kind ~= (w and "sliding_attention" or "full_attention") then
+            lc.fail("%s: layer_types: '%s' for layer %d is not supported here", where, tostring(kind), i - 1)
+        end
+        if w then
+            if type(w) ~= "number" or w < 1 or w ~= math.floor(w) then
+                lc.fail("%s: 'sliding_window' must be a whole number above 0 or null, it is %s", where, tostring(w))
+            end
+            out = out or {}
+            out[i] = w
+        end
+    end
+    return out
+end
+
+-- Values that are absent (null is not absent) take the family's default.
+local function with_defaults(raw, c, family)
+    for key, v in pairs(family.defaults or {}) do
+        if raw[key] == nil then c[key] = v end
+    end
+    if c.sliding_window == false then c.sliding_window = nil end
+end
+
+-- Keys that only a family knows, kept for config.json.
+local KEPT = { "attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "sliding_window", "layer_types" }
+
+--- Checks and completes a config given with Hugging Face's keys. where: what to name in errors. What is derived and no
+--- key of the file: architecture, bias ({projection = true}), qk_norm, windows ({[layer from 1] = keys}), gguf.
+function M.normalize(raw, where)
+    local c = clean(raw)
+    if type(c) ~= "table" then lc.fail("%s: expected a JSON object", where) end
+    local family = family_of(c, where)
+    with_defaults(raw, c, family)
+    refuse_what_is_unknown(c, where)
+    local h, hidden = need(c, "num_attention_heads", where), need(c, "hidden_size", where)
     if not c.head_dim and hidden % h ~= 0 then
         lc.fail("%s: hidden_size %d is not a multiple of num_attention_heads %d and there is no head_dim", where,
                 hidden, h)
@@ -78,19 +154,23 @@ function M.normalize(raw, where)
     c.num_key_value_heads = c.num_key_value_heads or h
     c.head_dim = c.head_dim or hidden / h
     local out = {
-        model_type = family, architecture = family == "mistral" and "MistralForCausalLM" or "LlamaForCausalLM",
-        hidden_size = hidden, intermediate_size = need(c, "intermediate_size", where),
+        model_type = family.model_type, architecture = family.architecture, hidden_size = hidden,
+        intermediate_size = need(c, "intermediate_size", where),
         num_hidden_layers = need(c, "num_hidden_layers", where), num_attention_heads = h,
         num_key_value_heads = need(c, "num_key_value_heads", where), head_dim = need(c, "head_dim", where),
         vocab_size = need(c, "vocab_size", where), rms_norm_eps = c.rms_norm_eps or 1e-6,
         max_position_embeddings = c.max_position_embeddings or 2048,
         tie_word_embeddings = c.tie_word_embeddings == true,
         bos_token_id = c.bos_token_id, eos_token_id = c.eos_token_id,
-        sliding_window = type(c.sliding_window) == "number" and c.sliding_window or nil,
+        qk_norm = family.qk_norm or false, bias = {}, gguf = family.gguf or {},
     }
-    local rope = c.rope_parameters or {}
-    out.rope_theta = c.rope_theta or rope.rope_theta or 10000.0
-    out.rope_scaling = check_scaling(c.rope_scaling or (c.rope_parameters and rope) or nil, where)
+    need(out, "max_position_embeddings", where)
+    for name, on in pairs(family.bias and family.bias(c) or {}) do
+        if on then out.bias[name] = true end
+    end
+    for _, key in ipairs(KEPT) do out[key] = c[key] end
+    out.windows = windows_of(c, family, out.num_hidden_layers, where)
+    rope.settle(out, c, where)
     if h % out.num_key_value_heads ~= 0 then
         lc.fail("%s: num_attention_heads %d is not a multiple of num_key_value_heads %d", where, h,
                 out.num_key_value_heads)
@@ -101,69 +181,67 @@ function M.normalize(raw, where)
     return out
 end
 
---- From a GGUF's metadata. meta(key) gives a value or nil; has(name) says whether a tensor is there.
+-- ---- GGUF -----------------------------------------------------------------------------------------------------------
+local function gguf_scaling(get)
+    local kind, factor = get "rope.scaling.type", get "rope.scaling.factor" or get "rope.scale_linear"
+    if not kind and factor and factor ~= 1 then kind = "linear" end
+    if not kind or kind == "none" then return nil end
+    return { rope_type = kind, factor = factor,
+             original_max_position_embeddings = get "rope.scaling.original_context_length" }
+end
+
+-- Biases of a file show in its tensors only. A llama with biases on q, k and v alone is what config.json calls qwen2.
+local function gguf_biases(c, has)
+    c.attention_bias, c.mlp_bias = has "blk.0.attn_q.bias", has "blk.0.ffn_up.bias"
+    if c.model_type == "llama" and c.attention_bias and not has "blk.0.attn_output.bias" then c.model_type = "qwen2" end
+end
+
+--- From a GGUF's metadata. meta(key) gives a value or nil; has(name) says whether a tensor is there; shape(name) its
+--- shape.
 function M.from_gguf(meta, has, shape, where)
     local arch = meta "general.architecture"
-    if arch ~= "llama" then
-        lc.fail("%s: GGUF architecture '%s' is not supported; 'llama' (which Mistral files use too) is", where,
-                tostring(arch))
-    end
-    local function get(key) return meta("llama." .. key) end
+    if not find_family(arch) then refuse_family(tostring(arch), where, "GGUF architecture") end
+    local function get(key) return meta(arch .. "." .. key) end
     if (get "expert_count" or 0) > 0 then lc.fail("%s: a mixture of experts is not supported", where) end
-    local embd = shape "token_embd.weight"
-    local heads = get "attention.head_count"
-    local scaling, kind = nil, get "rope.scaling.type"
-    if kind and kind ~= "none" then scaling = { rope_type = kind, factor = get "rope.scaling.factor" } end
-    local c = M.normalize({
-        model_type = "llama", hidden_size = get "embedding_length", intermediate_size = get "feed_forward_length",
+    local embd, heads = shape "token_embd.weight", get "attention.head_count"
+    local raw = {
+        model_type = arch, hidden_size = get "embedding_length", intermediate_size = get "feed_forward_length",
         num_hidden_layers = get "block_count", num_attention_heads = heads,
         num_key_value_heads = get "attention.head_count_kv" or heads,
-        head_dim = get "attention.key_length" or get "rope.dimension_count",
+        head_dim = get "attention.key_length" or get "rope.dimension_count" or false,
         vocab_size = embd and embd[1] or get "vocab_size", rms_norm_eps = get "attention.layer_norm_rms_epsilon",
-        rope_theta = get "rope.freq_base", rope_scaling = scaling, max_position_embeddings = get "context_length",
-        tie_word_embeddings = not has "output.weight",
+        rope_theta = get "rope.freq_base", rope_scaling = gguf_scaling(get),
+        max_position_embeddings = get "context_length", sliding_window = get "attention.sliding_window" or files.null,
+        tie_word_embeddings = not has "output.weight", logit_scale = get "logit_scale",
         bos_token_id = meta "tokenizer.ggml.bos_token_id", eos_token_id = meta "tokenizer.ggml.eos_token_id",
-    }, where)
-    local rot = get "rope.dimension_count"
+    }
+    gguf_biases(raw, has)
+    local c = M.normalize(raw, where)
+    c.gguf = find_family(arch).gguf or {}
+    local rot, value = get "rope.dimension_count", get "attention.value_length"
     if rot and rot ~= c.head_dim then
         lc.fail("%s: rotary embedding on %d of %d dims of a head is not supported", where, rot, c.head_dim)
+    end
+    if value and value ~= c.head_dim then
+        lc.fail("%s: values of %d dims beside keys of %d are not supported", where, value, c.head_dim)
     end
     return c
 end
 
---- Inverse frequencies of the rotary embedding, a table of head_dim / 2 numbers, after scaling.
-function M.inv_freq(c)
-    local d, s, out = c.head_dim, c.rope_scaling, {}
-    for i = 0, d / 2 - 1 do
-        local v = c.rope_theta ^ (-2 * i / d)
-        if s and s.rope_type == "linear" then
-            v = v / s.factor
-        elseif s and s.rope_type == "llama3" then
-            local ctx = s.original_max_position_embeddings
-            local wavelength = 2 * math.pi / v
-            if wavelength > ctx / s.low_freq_factor then
-                v = v / s.factor
-            elseif wavelength >= ctx / s.high_freq_factor then
-                local part = (ctx / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-                v = (1 - part) * v / s.factor + part * v
-            end
-        end
-        out[i + 1] = v
-    end
-    if c.rope_factors then -- a GGUF's own divisors
-        for i = 1, #out do out[i] = out[i] / c.rope_factors[i] end
-    end
-    return out
-end
+M.inv_freq = rope.inv_freq
+
+-- ---- config.json ----------------------------------------------------------------------------------------------------
+local DERIVED = { architecture = true, qk_norm = true, bias = true, gguf = true, windows = true }
 
 --- The config as Hugging Face's config.json spells it.
 function M.to_json(c)
     local out = {}
     for k, v in pairs(c) do
-        if k ~= "architecture" and k ~= "rope_factors" then out[k] = v end
+        if not DERIVED[k] then out[k] = v end
     end
     out.architectures = { c.architecture }
     out.hidden_act = "silu"
+    if c.sliding_window == nil and c.model_type ~= "llama" then out.sliding_window = files.null end
     return out
 end
 

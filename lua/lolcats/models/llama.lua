@@ -1,11 +1,12 @@
--- models/llama.lua: the forward of a Llama or Mistral decoder over the ops: RMSNorm, rotary embedding, grouped heads,
--- SwiGLU, tied or own head. A layer's attention is softmax, or the student's when the model has been linearized.
+-- models/llama.lua: the forward of a decoder of the Llama kind over the ops: RMSNorm, rotary embedding, grouped heads,
+-- SwiGLU, tied or own head; biases, norms of q and k and windows where its config has them (models/config.lua). A
+-- layer's attention is softmax, or the student's when the model has been linearized.
 -- Hidden states are [b, t, d]; positions and rotary tables are made once a forward; the head runs only where its
 -- result is asked for.
 local lc = require "lolcats"
 local nn = require "lolcats.nn"
 local attention = require "lolcats.attention"
-local config = require "lolcats.models.config"
+local rope = require "lolcats.models.rope"
 local weights = require "lolcats.models.weights"
 
 local Model = {}
@@ -27,16 +28,19 @@ local function make_layers(model)
     local w, layers = model.weights, {}
     for i = 1, model.config.num_hidden_layers do
         local name = "model.layers." .. (i - 1)
+        local attn, mlp = name .. ".self_attn.", name .. ".mlp."
         local layer = { index = i, name = name, proj = {} }
         layer.input_norm = w[name .. ".input_layernorm.weight"]
         layer.post_norm = w[name .. ".post_attention_layernorm.weight"]
-        for _, p in ipairs(ATTN) do
-            layer.proj[p] = { name = name .. ".self_attn." .. p, weight = w[name .. ".self_attn." .. p .. ".weight"] }
+        layer.q_norm, layer.k_norm = w[attn .. "q_norm.weight"], w[attn .. "k_norm.weight"]
+        layer.window = model.config.windows and model.config.windows[i] -- keys of the softmax attention; nil: all
+        local function record(pre, p)
+            layer.proj[p] = { name = pre .. p, weight = w[pre .. p .. ".weight"], bias = w[pre .. p .. ".bias"] }
         end
-        for _, p in ipairs(MLP) do
-            layer.proj[p] = { name = name .. ".mlp." .. p, weight = w[name .. ".mlp." .. p .. ".weight"] }
-        end
-        layer.qkv, layer.gate_up = w[name .. ".self_attn.qkv"], w[name .. ".mlp.gate_up"]
+        for _, p in ipairs(ATTN) do record(attn, p) end
+        for _, p in ipairs(MLP) do record(mlp, p) end
+        layer.qkv, layer.gate_up = w[attn .. "qkv"], w[mlp .. "gate_up"]
+        layer.qkv_bias, layer.gate_up_bias = w[attn .. "qkv_bias"], w[mlp .. "gate_up_bias"]
         layers[i] = layer
     end
     return layers
@@ -53,8 +57,27 @@ function M.new(c, w, opts)
     model.embed, model.norm = w["model.embed_tokens.weight"], w["model.norm.weight"]
     model.head = w["lm_head.weight"] or model.embed
     model.layers = make_layers(model)
-    model.inv_freq = lc.keep(lc.tensor(config.inv_freq(c), { dtype = model.fine, device = opts.device }))
+    model:set_rotary(0)
     return model
+end
+
+--- Rotary frequencies for texts of up to `length` positions; only some scalings look at it.
+function Model:set_rotary(length)
+    local list, scale = rope.inv_freq(self.config, length)
+    if self.rope_bf16 then list = rope.round_bf16(list) end
+    local old = self.inv_freq
+    self.inv_freq = lc.keep(lc.tensor(list, { dtype = self.fine, device = self.device }))
+    self.rotary_scale, self.rotary_length = scale, length
+    if old then old:drop() end
+end
+
+--- cos and sin of positions pos of a text that reaches `length` positions in all. A cached key keeps the rotation of the
+--- length at which it was read, as with Hugging Face.
+function Model:rotary(pos, length)
+    if rope.varies(self.config) and length ~= self.rotary_length then self:set_rotary(length) end
+    local cos, sin = lc.rope_table(pos, self.inv_freq)
+    if self.rotary_scale ~= 1 then return cos * self.rotary_scale, sin * self.rotary_scale end
+    return cos, sin
 end
 
 --- A model that shares this one's weights and tokenizer but has layer records of its own (the student of a teacher).
@@ -101,8 +124,7 @@ function Model:context(ids, opts)
     local b, t = ids:size(1), ids:size(2)
     local seen = opts.state and opts.state.seen or 0
     local pos = lc.arange(seen, seen + t, 1, { dtype = "i32", device = self.device })
-    local ctx = { b = b, t = t, seen = seen, state = opts.state, teacher = opts.teacher,
-                  window = self.config.sliding_window }
+    local ctx = { b = b, t = t, seen = seen, state = opts.state, teacher = opts.teacher }
     if opts.start then
         ctx.start = opts.start
         if not lc.is_tensor(ctx.start) then ctx.start = lc.tensor(ctx.start, { dtype = "i32", device = self.device }) end
@@ -110,7 +132,7 @@ function Model:context(ids, opts)
         pos = (pos:to("f32"):reshape(1, t):expand(b, t) - shift):clamp({ min = 0 }):to("i32")
     end
     ctx.pos = pos
-    ctx.cos, ctx.sin = lc.rope_table(pos, self.inv_freq)
+    ctx.cos, ctx.sin = self:rotary(pos, seen + t)
     return ctx
 end
 
@@ -126,32 +148,45 @@ local function has_lora(layer, names)
     return false
 end
 
--- One product may stand for several projections while they are views of one storage: an optimizer that trains one moves it away.
-local function fused(layer, whole, names)
+local function part_of(x, whole)
+    return x == nil and whole == nil or x and whole and not x.requires_grad and x:storage_id() == whole:storage_id()
+end
+
+-- One product may stand for several projections while they are views of one storage: an optimizer that trains one moves
+-- it away.
+local function fused(layer, whole, bias, names)
     if not whole or has_lora(layer, names) then return false end
     for _, p in ipairs(names) do
-        local w = layer.proj[p].weight
-        if w.requires_grad or w:storage_id() ~= whole:storage_id() then return false end
+        local r = layer.proj[p]
+        if not part_of(r.weight, whole) or not part_of(r.bias, bias) then return false end
     end
     return true
 end
 
---- q, k, v of a layer from its normed input n [b, t, H]: q [b, h, t, d], k, v [b, g, t, d], q and k rotated.
+--- q, k, v of a layer from its normed input n [b, t, H]: q [b, h, t, d], k, v [b, g, t, d], q and k rotated (and
+--- normed head by head before it, where the config has it so).
 function Model:qkv(layer, n, ctx)
     local c = self.config
     local h, g, d, b, t = c.num_attention_heads, c.num_key_value_heads, c.head_dim, ctx.b, ctx.t
     local q, k, v
     -- the fused product saves calls; where gradients flow through it, its slices would cost zero-filled buffers
-    if not (lc.grad_enabled() and n.requires_grad) and fused(layer, layer.qkv, QKV) then
-        local all = lc.linear(n, layer.qkv)
-        local both = lc.rope(heads_view(all:narrow(-1, 1, (h + g) * d), b, t, h + g, d), ctx.cos, ctx.sin)
+    if not (lc.grad_enabled() and n.requires_grad) and fused(layer, layer.qkv, layer.qkv_bias, QKV) then
+        local all = lc.linear(n, layer.qkv, layer.qkv_bias)
         v = all:narrow(-1, (h + g) * d + 1, g * d)
-        return both:narrow(2, 1, h), both:narrow(2, h + 1, g), heads_view(v, b, t, g, d)
+        if not layer.q_norm then
+            local both = lc.rope(heads_view(all:narrow(-1, 1, (h + g) * d), b, t, h + g, d), ctx.cos, ctx.sin)
+            return both:narrow(2, 1, h), both:narrow(2, h + 1, g), heads_view(v, b, t, g, d)
+        end
+        q, k = all:narrow(-1, 1, h * d), all:narrow(-1, h * d + 1, g * d)
     else
         q, k, v = nn.project_all(n, layer.proj.q_proj, layer.proj.k_proj, layer.proj.v_proj)
     end
-    q, k, v = heads_view(q, b, t, h, d), heads_view(k, b, t, g, d), heads_view(v, b, t, g, d)
-    return lc.rope(q, ctx.cos, ctx.sin), lc.rope(k, ctx.cos, ctx.sin), v
+    q, k = q:reshape(b, t, h, d), k:reshape(b, t, g, d)
+    if layer.q_norm then
+        q, k = lc.rms_norm(q, layer.q_norm, c.rms_norm_eps), lc.rms_norm(k, layer.k_norm, c.rms_norm_eps)
+    end
+    return lc.rope(q:permute(1, 3, 2, 4), ctx.cos, ctx.sin), lc.rope(k:permute(1, 3, 2, 4), ctx.cos, ctx.sin),
+           heads_view(v, b, t, g, d)
 end
 
 function Model:norm_in(layer, x) return lc.rms_norm(x, layer.input_norm, self.config.rms_norm_eps) end
@@ -160,7 +195,7 @@ function Model:norm_in(layer, x) return lc.rms_norm(x, layer.input_norm, self.co
 function Model:attend(layer, q, k, v, n, ctx)
     local state = ctx.state and ctx.state.layers[layer.index]
     local call = { start = ctx.start, state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = n,
-                   pos_tensor = ctx.state and ctx.state.pos, window = ctx.window }
+                   pos_tensor = ctx.state and ctx.state.pos, window = layer.window }
     if layer.student and not ctx.teacher then return attention.hybrid(layer.student, q, k, v, call) end
     return attention.softmax(q, k, v, call)
 end
@@ -173,8 +208,9 @@ function Model:finish(layer, x, y, ctx)
     local n = lc.rms_norm(x, layer.post_norm, c.rms_norm_eps)
     local gate, up
     local recorded = lc.grad_enabled() and n.requires_grad
-    if (ctx.b * ctx.t <= FEW_ROWS or self.device ~= "cpu") and not recorded and fused(layer, layer.gate_up, GATE_UP) then
-        local both = lc.linear(n, layer.gate_up)
+    if (ctx.b * ctx.t <= FEW_ROWS or self.device ~= "cpu") and not recorded and
+       fused(layer, layer.gate_up, layer.gate_up_bias, GATE_UP) then
+        local both = lc.linear(n, layer.gate_up, layer.gate_up_bias)
         gate = both:narrow(-1, 1, c.intermediate_size)
         up = both:narrow(-1, c.intermediate_size + 1, c.intermediate_size)
     else

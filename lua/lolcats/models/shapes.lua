@@ -13,7 +13,7 @@ local function llama(hidden, ffn, layers, heads, groups, vocab, more)
 end
 
 local SHAPES = {
-    ["mistral-7b"] = llama(4096, 14336, 32, 32, 8, 32000, { model_type = "mistral" }),
+    ["mistral-7b"] = llama(4096, 14336, 32, 32, 8, 32000, { model_type = "mistral", sliding_window = false }),
     ["llama-2-7b"] = llama(4096, 11008, 32, 32, 32, 32000),
     ["llama-3-8b"] = llama(4096, 14336, 32, 32, 8, 128256, { rope_theta = 500000 }),
     ["llama-3.2-1b"] = llama(2048, 8192, 16, 32, 8, 128256, { rope_theta = 500000, tie_word_embeddings = true }),

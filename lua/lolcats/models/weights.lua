@@ -12,8 +12,15 @@ local GGUF_LAYER = {
     ["self_attn.q_proj.weight"] = "attn_q.weight", ["self_attn.k_proj.weight"] = "attn_k.weight",
     ["self_attn.v_proj.weight"] = "attn_v.weight", ["self_attn.o_proj.weight"] = "attn_output.weight",
     ["mlp.gate_proj.weight"] = "ffn_gate.weight", ["mlp.up_proj.weight"] = "ffn_up.weight",
-    ["mlp.down_proj.weight"] = "ffn_down.weight",
+    ["mlp.down_proj.weight"] = "ffn_down.weight", ["self_attn.q_norm.weight"] = "attn_q_norm.weight",
+    ["self_attn.k_norm.weight"] = "attn_k_norm.weight",
 }
+for hf, gguf in pairs { q_proj = "attn_q", k_proj = "attn_k", v_proj = "attn_v", o_proj = "attn_output" } do
+    GGUF_LAYER["self_attn." .. hf .. ".bias"] = gguf .. ".bias"
+end
+for hf, gguf in pairs { gate_proj = "ffn_gate", up_proj = "ffn_up", down_proj = "ffn_down" } do
+    GGUF_LAYER["mlp." .. hf .. ".bias"] = gguf .. ".bias"
+end
 local GGUF_TOP = {
     ["model.embed_tokens.weight"] = "token_embd.weight", ["model.norm.weight"] = "output_norm.weight",
     ["lm_head.weight"] = "output.weight",
@@ -33,15 +40,29 @@ function M.plan(c)
     local function add(cols, ...)
         plan[#plan + 1] = { parts = { ... }, cols = cols }
     end
+    -- a matrix or several in one storage, and their biases, which all of them have or none
+    local function product(cols, pre, ...)
+        local matrices, biases = {}, {}
+        for _, part in ipairs { ... } do
+            matrices[#matrices + 1] = { pre .. part[1] .. ".weight", part[2] }
+            if c.bias[part[1]] then biases[#biases + 1] = { pre .. part[1] .. ".bias", part[2] } end
+        end
+        plan[#plan + 1] = { parts = matrices, cols = cols }
+        if #biases > 0 then plan[#plan + 1] = { parts = biases } end
+    end
     for i = 0, c.num_hidden_layers - 1 do
         local pre = "model.layers." .. i .. "."
+        local attn, mlp = pre .. "self_attn.", pre .. "mlp."
         add(nil, { pre .. "input_layernorm.weight", H })
-        add(H, { pre .. "self_attn.q_proj.weight", qd }, { pre .. "self_attn.k_proj.weight", kd },
-            { pre .. "self_attn.v_proj.weight", kd })
-        add(qd, { pre .. "self_attn.o_proj.weight", H })
+        product(H, attn, { "q_proj", qd }, { "k_proj", kd }, { "v_proj", kd })
+        if c.qk_norm then
+            add(nil, { attn .. "q_norm.weight", d })
+            add(nil, { attn .. "k_norm.weight", d })
+        end
+        product(qd, attn, { "o_proj", H })
         add(nil, { pre .. "post_attention_layernorm.weight", H })
-        add(H, { pre .. "mlp.gate_proj.weight", I }, { pre .. "mlp.up_proj.weight", I })
-        add(I, { pre .. "mlp.down_proj.weight", H })
+        product(H, mlp, { "gate_proj", I }, { "up_proj", I })
+        product(I, mlp, { "down_proj", H })
     end
     add(nil, { "model.norm.weight", H })
     if not c.tie_word_embeddings then add(H, { "lm_head.weight", c.vocab_size }) end
@@ -59,7 +80,7 @@ end
 
 -- Rows of a head lie interleaved (0, d/2, 1, d/2 + 1, ..) in a Llama GGUF; brings them to the half-split order.
 local function unpermute(into, from, heads)
-    local rows, cols = into:size(1), into:size(2)
+    local rows, cols = into:size(1), into:dim() > 1 and into:size(2) or 1
     local half = rows / heads / 2
     into:reshape(heads, 2, half, cols):copy_(from:reshape(heads, half, 2, cols):permute(1, 3, 2, 4))
 end
@@ -69,8 +90,8 @@ local function shape_text(s) return "[" .. table.concat(s, ", ") .. "]" end
 -- Reads one tensor of the file into its place and looks for NaN and infinity.
 local function read_part(src, c, name, into, opts)
     local stored, want = stored_name(src, c, name), into.shape
-    local heads = src.format == "gguf" and (name:match "q_proj" and c.num_attention_heads or
-                                            name:match "k_proj" and c.num_key_value_heads)
+    local heads = src.format == "gguf" and c.gguf.interleaved and
+                  (name:match "q_proj" and c.num_attention_heads or name:match "k_proj" and c.num_key_value_heads)
     if heads then
         lc.scope(function()
             local raw = lc.empty(want, { dtype = into.dtype, device = into.device })
@@ -197,7 +218,8 @@ end
 
 function M.fused_name(group)
     local first = group.parts[1][1]
-    return (first:gsub("q_proj%.weight$", "qkv"):gsub("gate_proj%.weight$", "gate_up"))
+    return (first:gsub("q_proj%.weight$", "qkv"):gsub("gate_proj%.weight$", "gate_up")
+        :gsub("q_proj%.bias$", "qkv_bias"):gsub("gate_proj%.bias$", "gate_up_bias"))
 end
 
 --- Writes a model's weights as one safetensors file and its config beside it.
