@@ -161,7 +161,7 @@ double lc_doc_number(const lc_doc *d, int32_t node);
 const char *lc_doc_string(const lc_doc *d, int32_t node, int32_t *length);
 const char *lc_doc_key(const lc_doc *d, int32_t node, int32_t *length);
 
-/* ---- files of tensors: safetensors and GGUF -------------------------------------------------------------------------- */
+/* ---- files of tensors: safetensors, GGUF, PyTorch ---------------------------------------------------------------------- */
 typedef struct lc_file lc_file;
 int lc_file_open(lc_file **out, const char *path);   /* by content; mapped read-only; every offset is checked here */
 void lc_file_close(lc_file *f);                      /* tensors made from it keep the mapping alive */
@@ -177,6 +177,7 @@ double lc_file_offset(const lc_file *f, int i);
 double lc_file_bytes(const lc_file *f, int i);
 int lc_file_tensor(const lc_file *f, int i, lc_handle *out); /* a view of the mapping, in the file's dtype */
 int lc_file_read(const lc_file *f, int i, int dtype, const lc_handle *into); /* converts into an existing CPU tensor's storage */
+const lc_doc *lc_file_extra(const lc_file *f);       /* PyTorch: an object of what is no tensor, the file's own; NULL: none */
 int lc_file_meta_count(const lc_file *f);
 const char *lc_file_meta_key(const lc_file *f, int i);
 int lc_file_meta_kind(const lc_file *f, int i);      /* as lc_doc_kind; arrays are 4 */

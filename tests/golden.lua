@@ -8,7 +8,7 @@ local files = require "lolcats.files"
 local here = debug.getinfo(1, "S").source:match "^@(.*)golden%.lua$" or "tests/"
 
 -- kind -> why it is not run here
-local UNBUILT = { compat = "the reference's own quirks are not built", checkpoints = "torch checkpoints are not read yet" }
+local UNBUILT = { compat = "the reference's own quirks are not built" }
 local SLOW = { quality = "takes long; add --all or --only quality" }
 local ORDER = { "attention", "model", "models", "optim", "tokenizer", "chat_template", "data", "eval", "quant", "checkpoints", "compat",
                 "quality" }

@@ -74,7 +74,10 @@ end
 local function open_shards(folder, index_path)
   local map, parts = shard_map(folder, index_path)
   local self = setmetatable({path = folder, format = "safetensors", map = map, parts = {}}, Shards)
-  for shard in pairs(parts) do self.parts[shard] = io_core.open_tensor_file(files.join(folder, shard)) end
+  for shard in pairs(parts) do
+    self.parts[shard] = io_core.open_tensor_file(files.join(folder, shard))
+    self.format = self.parts[shard].format
+  end
   for name, shard in pairs(map) do
     if not self.parts[shard]:has(name) then
       bridge.raise("EPARSE", "open_tensors",
@@ -114,25 +117,37 @@ function Shards:close()
   self.parts = nil
 end
 
+local SINGLE = {"model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin"}
+local INDEX = {"model.safetensors.index.json", "pytorch_model.bin.index.json"}
+
 local function folder_file(folder)
-  local single = files.join(folder, "model.safetensors")
-  if files.is_file(single) then return single end
+  for _, name in ipairs(SINGLE) do
+    if files.is_file(files.join(folder, name)) then return files.join(folder, name) end
+  end
   local found = {}
-  for _, name in ipairs(files.list(folder)) do
-    if name:match("%.safetensors$") or name:match("%.gguf$") then found[#found + 1] = name end
+  for _, pattern in ipairs {"%.safetensors$", "%.gguf$", "%.pt$"} do
+    for _, name in ipairs(#found == 0 and files.list(folder) or {}) do
+      if name:match(pattern) then found[#found + 1] = name end
+    end
   end
   if #found == 1 then return files.join(folder, found[1]) end
   bridge.raise("EIO", "open_tensors", #found == 0
-    and folder .. ": no model.safetensors, no index of shards, and no other .safetensors or .gguf file"
+    and folder .. ": no model.safetensors, no index of shards, and no other .safetensors, .gguf or .pt file"
     or ("%s: which file? there are %s"):format(folder, table.concat(found, ", ")))
 end
 
--- files.open_tensors(path): a safetensors or GGUF file, or a folder with one or with shards. Methods: names(),
--- has(name), info(name), tensor(name[, {dtype =, device =}]), read_into(name, tensor), meta([key]), close().
+-- files.open_tensors(path): a safetensors, GGUF or PyTorch file (.pt, .bin), an index of shards, or a folder with one of them
+-- or with a distributed checkpoint. Methods: names(), has(name), info(name), tensor(name[, {dtype =, device =}]),
+-- read_into(name, tensor), meta([key]), close(). Names in a PyTorch file are the keys on the way to a tensor, joined by dots,
+-- without a wrapper (model_state_dict, state_dict, model) that holds all of them; meta() has what is no tensor.
 function files.open_tensors(path)
+  if path:match("%.index%.json$") and files.is_file(path) then return open_shards(files.dirname(path), path) end
   if not files.is_folder(path) then return io_core.open_tensor_file(path) end
-  local index = files.join(path, "model.safetensors.index.json")
-  if files.is_file(index) then return open_shards(path, index) end
+  for _, name in ipairs(INDEX) do
+    local index = files.join(path, name)
+    if files.is_file(index) then return open_shards(path, index) end
+  end
+  if files.is_file(files.join(path, ".metadata")) then return io_core.open_tensor_file(path) end
   return io_core.open_tensor_file(folder_file(path))
 end
 

@@ -1,5 +1,5 @@
-/* bind.c: where files meet tensors: views of a mapping, reading with conversion into a tensor, and the safetensors
- * writer. The only file of runtime/io that knows the core. */
+/* bind.c: where files meet tensors: views of a mapping, and reading with conversion into a tensor. It and save.c are the only
+ * files of runtime/io that know the core. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,10 +8,9 @@
 #include <unistd.h>
 
 #include "../core/core.h"
-#include "doc_build.h"
 #include "file.h"
 #include "quant.h"
-#include "system.h"
+#include "save.h"
 
 /* ---- views
  * ----------------------------------------------------------------------------------------------------------- */
@@ -52,6 +51,16 @@ static const lc_file_entry *want_entry(const lc_file *f, int i) {
     return NULL;
 }
 
+/* A tensor that is no single piece of a file, brought together. */
+static lc_status gathered(const lc_file *f, const lc_file_entry *e, const int32_t *dims, lc_handle *out) {
+    uint8_t *copy = malloc((size_t)e->bytes + 1);
+    if (!copy) return lc_fail(LC_ENOMEM, "no memory for tensor '%s' (%.0f bytes)", e->name, (double)e->bytes);
+    lc_status status = lc_file_load(f, e, e->store, copy);
+    if (status == LC_OK) return tensor_over(copy, (size_t)e->bytes, free, copy, e->store, e->ndim, dims, out);
+    free(copy);
+    return status;
+}
+
 int lc_file_tensor(const lc_file *f, int i, lc_handle *out) {
     const lc_file_entry *e = want_entry(f, i);
     int32_t dims[LC_MAX_DIMS] = {0};
@@ -67,7 +76,10 @@ int lc_file_tensor(const lc_file *f, int i, lc_handle *out) {
             return lc_fail(LC_ESHAPE, "tensor '%s' has a dim of %.0f", e->name, (double)e->dim[d]);
         dims[d] = (int32_t)e->dim[d];
     }
-    return view_of_mapping(f->map, e->offset, e->bytes, e->store, e->ndim, dims, out);
+    if (!e->pieces) return view_of_mapping(f->map, e->offset, e->bytes, e->store, e->ndim, dims, out);
+    const lc_file_piece *p = e->piece;
+    if (e->pieces > 1 || !lc_piece_is_whole(e, 0)) return gathered(f, e, dims, out);
+    return view_of_mapping(p->map, (uint64_t)(p->data - p->map->data), e->bytes, e->store, e->ndim, dims, out);
 }
 
 int lc_map_file(lc_handle *out, const char *path, double offset, int dtype, int ndim, const int32_t *dims) {
@@ -100,49 +112,89 @@ int lc_map_file(lc_handle *out, const char *path, double offset, int dtype, int 
 /* Gives the pages of a part of the mapping that was read back to the system, so that a model's file does not stay
  * resident beside the model. Not while a tensor views the mapping: it may have been written to, which is kept in those
  * pages. */
-static void forget_pages(const lc_file *f, uint64_t begin, uint64_t end) {
-    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    if (!f->map || f->map->refs > 1) return;
-    begin = begin / page * page;
-    if (end > begin) madvise(f->map->data + begin, (size_t)(end - begin), MADV_DONTNEED);
+static void forget_pages(const lc_mapping *map, const uint8_t *begin, const uint8_t *end) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    if (!map || map->refs > 1) return;
+    uintptr_t first = (uintptr_t)begin / page * page;
+    if ((uintptr_t)end > first) madvise((void *)first, (uintptr_t)end - first, MADV_DONTNEED);
 }
 
+enum { READ_UNIT = 4096, READ_PIECE = 1 << 21 }; /* elements; multiples of every block length */
+
 typedef struct read_job {
-    const lc_file *file;
-    const lc_file_entry *entry;
-    int dtype;
+    const uint8_t *in;
+    int store, dtype;
     uint8_t *out;
-    int64_t first, count; /* elements of this piece */
+    int64_t step;  /* elements of the file from one to the next */
+    int64_t count; /* elements of this piece */
     int failed;
 } read_job;
-
-enum { READ_UNIT = 4096, READ_PIECE = 1 << 21 }; /* elements; multiples of every block length */
 
 static uint64_t bytes_of(int store, int64_t elements) {
     return (uint64_t)(elements / lc_store_block(store)) * (uint64_t)lc_store_block_bytes(store);
 }
 
-static void read_units(void *ctx, int64_t begin, int64_t end, int thread) {
-    read_job *j = ctx;
-    int64_t from = j->first + begin * READ_UNIT, n = (end - begin) * READ_UNIT;
-    (void)thread;
-    if (n > j->first + j->count - from) n = j->first + j->count - from;
-    const uint8_t *in = j->file->data + j->entry->offset + bytes_of(j->entry->store, from);
-    if (lc_convert(j->entry->store, in, j->dtype, j->out + bytes_of(j->dtype, from), n) != LC_OK)
-        __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
-}
-
-static lc_status read_pieces(const lc_file *f, const lc_file_entry *e, int dtype, uint8_t *out, int64_t n) {
-    read_job job = {.file = f, .entry = e, .dtype = dtype, .out = out};
-    for (; job.first < n; job.first += READ_PIECE) {
-        job.count = n - job.first < READ_PIECE ? n - job.first : READ_PIECE;
-        if (lc_interrupt) return lc_fail(LC_EINTR, "interrupted");
-        lc_parallel((job.count + READ_UNIT - 1) / READ_UNIT, 16, read_units, &job);
-        if (job.failed) return lc_fail(LC_EARG, "an integer does not fit in %s", lc_dtype_name(dtype));
-        uint64_t begin = e->offset + bytes_of(e->store, job.first);
-        forget_pages(f, begin, begin + bytes_of(e->store, job.count));
+/* Elements that do not stand side by side are brought together first. */
+static lc_status convert_steps(const read_job *j, int64_t from, int64_t n) {
+    uint8_t packed[1024 * 8];
+    size_t item = (size_t)lc_store_block_bytes(j->store);
+    for (int64_t done = 0; done < n; done += 1024) {
+        int64_t now = n - done < 1024 ? n - done : 1024;
+        for (int64_t i = 0; i < now; i++)
+            memcpy(packed + (size_t)i * item, j->in + (from + done + i) * j->step * (int64_t)item, item);
+        LC_TRY(lc_convert(j->store, packed, j->dtype, j->out + bytes_of(j->dtype, from + done), now));
     }
     return LC_OK;
+}
+
+static void read_units(void *ctx, int64_t begin, int64_t end, int thread) {
+    read_job *j = ctx;
+    int64_t from = begin * READ_UNIT, n = (end - begin) * READ_UNIT;
+    (void)thread;
+    if (n > j->count - from) n = j->count - from;
+    lc_status status = j->step == 1 ? lc_convert(j->store, j->in + bytes_of(j->store, from), j->dtype,
+                                                 j->out + bytes_of(j->dtype, from), n)
+                                    : convert_steps(j, from, n);
+    if (status != LC_OK) __atomic_store_n(&j->failed, 1, __ATOMIC_RELAXED);
+}
+
+/* One run, by all threads where it is long. */
+static lc_status read_run(read_job job, int64_t n, const lc_mapping *map) {
+    for (int64_t first = 0; first < n; first += READ_PIECE) {
+        job.count = n - first < READ_PIECE ? n - first : READ_PIECE;
+        if (lc_interrupt) return lc_fail(LC_EINTR, "interrupted");
+        if (job.count <= READ_UNIT)
+            read_units(&job, 0, 1, 0);
+        else
+            lc_parallel((job.count + READ_UNIT - 1) / READ_UNIT, 16, read_units, &job);
+        if (job.failed) return lc_fail(LC_EARG, "an integer does not fit in %s", lc_dtype_name(job.dtype));
+        const uint8_t *next = job.in + bytes_of(job.store, job.count) * (uint64_t)job.step;
+        if (job.step == 1 && n >= READ_UNIT) forget_pages(map, job.in, next);
+        job.in = next;
+        job.out += bytes_of(job.dtype, job.count);
+    }
+    return LC_OK;
+}
+
+typedef struct run_target {
+    const lc_file_entry *entry;
+    int dtype;
+    uint8_t *out;
+} run_target;
+
+static lc_status load_run(void *ctx, const lc_file_run *run) {
+    const run_target *t = ctx;
+    read_job job = {.in = run->data, .store = t->entry->store, .dtype = t->dtype, .step = run->step,
+                    .out = t->out + bytes_of(t->dtype, run->at)};
+    return read_run(job, run->count, run->piece->map);
+}
+
+lc_status lc_file_load(const lc_file *f, const lc_file_entry *e, int dtype, uint8_t *out) {
+    int64_t n = 1;
+    for (int d = 0; d < e->ndim; d++) n *= e->dim[d]; /* checked at opening */
+    if (e->pieces) return lc_file_runs(e, load_run, &(run_target){e, dtype, out});
+    read_job job = {.in = f->data + e->offset, .store = e->store, .dtype = dtype, .step = 1, .out = out};
+    return read_run(job, n, f->map);
 }
 
 int lc_file_read(const lc_file *f, int i, int dtype, const lc_handle *into) {
@@ -161,177 +213,6 @@ int lc_file_read(const lc_file *f, int i, int dtype, const lc_handle *into) {
     size_t bytes;
     LC_TRY(lc_host_span(into, &out, &bytes));
     lc_storage_written(t->storage);
-    lc_status status = read_pieces(f, e, dtype, out, n);
+    lc_status status = lc_file_load(f, e, dtype, out);
     return status == LC_OK ? LC_OK : lc_fail_in(status, "tensor '%s': ", e->name);
-}
-
-/* ---- writing safetensors
- * --------------------------------------------------------------------------------------------- */
-
-typedef struct save_entry {
-    const char *name;
-    const lc_handle *tensor;
-    int dtype, bytes_each, place; /* place: the order given */
-    uint64_t bytes;
-} save_entry;
-
-typedef struct text_buffer {
-    char *text;
-    size_t length, room;
-} text_buffer;
-
-static lc_status append(text_buffer *b, const char *s, size_t n) {
-    if (b->room - b->length < n) {
-        size_t room = (b->room + n) * 2;
-        char *grown = lc_resize(b->text, room, 1);
-        if (!grown) return LC_ENOMEM;
-        b->text = grown;
-        b->room = room;
-    }
-    memcpy(b->text + b->length, s, n);
-    b->length += n;
-    return LC_OK;
-}
-
-static lc_status append_string(text_buffer *b, const char *s) {
-    LC_TRY(append(b, "\"", 1));
-    for (; *s; s++) {
-        char escaped[8];
-        if (*s == '"' || *s == '\\')
-            snprintf(escaped, sizeof escaped, "\\%c", *s);
-        else if ((unsigned char)*s < 32)
-            snprintf(escaped, sizeof escaped, "\\u%04x", (unsigned)*s);
-        else
-            snprintf(escaped, sizeof escaped, "%c", *s);
-        LC_TRY(append(b, escaped, strlen(escaped)));
-    }
-    return append(b, "\"", 1);
-}
-
-static const char *safetensors_dtype(int dtype) {
-    switch (dtype) {
-    case LC_F32: return "F32";
-    case LC_BF16: return "BF16";
-    case LC_F16: return "F16";
-    case LC_F64: return "F64";
-    case LC_I32: return "I32";
-    case LC_I64: return "I64";
-    case LC_U8: return "U8";
-    default: return NULL;
-    }
-}
-
-static lc_status append_entry(text_buffer *b, const save_entry *e, uint64_t begin) {
-    char part[128];
-    LC_TRY(append_string(b, e->name));
-    int n = snprintf(part, sizeof part, ":{\"dtype\":\"%s\",\"shape\":[", safetensors_dtype(e->dtype));
-    LC_TRY(append(b, part, (size_t)n));
-    for (int d = 0; d < lc_ndim(e->tensor); d++) {
-        n = snprintf(part, sizeof part, d ? ",%d" : "%d", (int)lc_dim(e->tensor, d));
-        LC_TRY(append(b, part, (size_t)n));
-    }
-    n = snprintf(part, sizeof part, "],\"data_offsets\":[%llu,%llu]}", (unsigned long long)begin,
-                 (unsigned long long)(begin + e->bytes));
-    return append(b, part, (size_t)n);
-}
-
-static lc_status check_metadata(const char *metadata) {
-    lc_doc *d;
-    LC_TRY(lc_json_parse("metadata", metadata, strlen(metadata), &d));
-    bool good = d->node[0].kind == LC_DOC_OBJECT;
-    for (int32_t i = d->node[0].first; good && i >= 0; i = d->node[i].next) good = d->node[i].kind == LC_DOC_STRING;
-    lc_doc_free(d);
-    return good ? LC_OK : lc_fail(LC_EARG, "the metadata of a safetensors file is a JSON object of strings");
-}
-
-/* Widest elements first, so that every tensor stands aligned; then the order given. */
-static int by_width(const void *a, const void *b) {
-    const save_entry *x = a, *y = b;
-    if (x->bytes_each != y->bytes_each) return y->bytes_each - x->bytes_each;
-    return x->place - y->place;
-}
-
-static int by_entry_name(const void *a, const void *b) {
-    return strcmp(((const save_entry *)a)->name, ((const save_entry *)b)->name);
-}
-
-static lc_status gather(int n, const char *const *names, const lc_handle *tensors, save_entry *entry) {
-    for (int i = 0; i < n; i++) {
-        const lc_tensor *t = lc_get(&tensors[i]);
-        if (!t) return lc_fail_in(LC_ESTALE, "tensor %d to be saved: ", i);
-        if (!names[i] || strcmp(names[i], "__metadata__") == 0 || lc_utf8_invalid(names[i], strlen(names[i])) >= 0)
-            return lc_fail(LC_EARG, "tensor %d has a name that a safetensors file cannot hold: '%s'", i,
-                           names[i] ? names[i] : "");
-        if (!safetensors_dtype(t->dtype))
-            return lc_fail(LC_EDTYPE, "'%s' cannot be saved: safetensors does not hold %s", names[i],
-                           lc_dtype_name(t->dtype));
-        entry[i] =
-            (save_entry){names[i], &tensors[i], t->dtype, lc_dtype_traits(t->dtype)->bytes, i, lc_tensor_bytes(t)};
-    }
-    if (n > 0) qsort(entry, (size_t)n, sizeof *entry, by_entry_name);
-    for (int i = 1; i < n; i++)
-        if (strcmp(entry[i - 1].name, entry[i].name) == 0)
-            return lc_fail(LC_EARG, "two tensors to be saved have the name '%s'", entry[i].name);
-    if (n > 0) qsort(entry, (size_t)n, sizeof *entry, by_width);
-    return LC_OK;
-}
-
-static lc_status build_header(text_buffer *b, const save_entry *entry, int n, const char *metadata) {
-    uint64_t at = 0;
-    LC_TRY(append(b, "\0\0\0\0\0\0\0\0{", 9));
-    if (metadata) {
-        LC_TRY(append(b, "\"__metadata__\":", 15));
-        LC_TRY(append(b, metadata, strlen(metadata)));
-    }
-    for (int i = 0; i < n; i++) {
-        if (i > 0 || metadata) LC_TRY(append(b, ",", 1));
-        LC_TRY(append_entry(b, &entry[i], at));
-        at += entry[i].bytes;
-    }
-    LC_TRY(append(b, "}", 1));
-    while (b->length % 8) LC_TRY(append(b, " ", 1));
-    for (int i = 0; i < 8; i++) b->text[i] = (char)((uint64_t)(b->length - 8) >> 8 * i);
-    return LC_OK;
-}
-
-static lc_status write_tensor(lc_aside *a, const save_entry *e) {
-    void *data;
-    size_t bytes;
-    if (e->bytes == 0) return LC_OK;
-    if (lc_device_of(e->tensor) == 0 && lc_is_contiguous(e->tensor)) {
-        LC_TRY(lc_host_span(e->tensor, &data, &bytes));
-        return lc_aside_write(a, data, bytes);
-    }
-    data = malloc((size_t)e->bytes);
-    if (!data) return lc_fail(LC_ENOMEM, "no memory for a copy of '%s' (%.0f bytes)", e->name, (double)e->bytes);
-    lc_status status = lc_to_host(e->tensor, data, (double)e->bytes);
-    if (status == LC_OK) status = lc_aside_write(a, data, (size_t)e->bytes);
-    free(data);
-    return status;
-}
-
-static lc_status write_all(const char *path, const text_buffer *header, const save_entry *entry, int n) {
-    lc_aside a;
-    LC_TRY(lc_aside_begin(&a, path));
-    lc_status status = lc_aside_write(&a, header->text, header->length);
-    for (int i = 0; status == LC_OK && i < n; i++) status = write_tensor(&a, &entry[i]);
-    if (status == LC_OK) return lc_aside_commit(&a);
-    lc_aside_abandon(&a);
-    return status;
-}
-
-int lc_safetensors_save(const char *path, int n, const char *const *names, const lc_handle *tensors,
-                        const char *metadata) {
-    if (!path || n < 0 || (n > 0 && (!names || !tensors)))
-        return lc_fail(LC_EARG, "lc_safetensors_save: expected a path, names and tensors");
-    if (metadata) LC_TRY(check_metadata(metadata));
-    text_buffer header = {0};
-    save_entry *entry = lc_alloc(n > 0 ? (size_t)n : 1, sizeof *entry);
-    if (!entry) return LC_ENOMEM;
-    lc_status status = gather(n, names, tensors, entry);
-    if (status == LC_OK) status = build_header(&header, entry, n, metadata);
-    if (status == LC_OK) status = write_all(path, &header, entry, n);
-    free(header.text);
-    free(entry);
-    return status;
 }

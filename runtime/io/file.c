@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -144,8 +145,10 @@ static bool begins(const struct lc_file *f, const char *with) {
 
 static lc_status parse_by_content(struct lc_file *f) {
     if (begins(f, "GGUF")) return lc_gguf_parse(f);
-    if (begins(f, "PK\003\004"))
-        return lc_fail(LC_EPARSE, "a zip file (a PyTorch checkpoint?); expected safetensors or GGUF");
+    bool braced = f->bytes > 8 && f->data[8] == '{'; /* a header's length may begin like anything */
+    if (begins(f, "PK\003\004")) return lc_torch_parse(f);
+    if (!braced && f->bytes > 1 && ((f->data[0] == 0x80 && f->data[1] <= 5) || begins(f, "c") || begins(f, "(")))
+        return lc_torch_parse(f);
     if (begins(f, "version https://git-lfs"))
         return lc_fail(LC_EPARSE, "a Git LFS pointer, not the data; fetch it with `git lfs pull`");
     return lc_safetensors_parse(f);
@@ -171,10 +174,61 @@ lc_status lc_file_open_memory(const void *data, size_t bytes, const char *name, 
     return open_file(f, name, out);
 }
 
+/* A file of a distributed checkpoint, which its metadata names. */
+typedef struct part_folder {
+    const char *path;
+    struct lc_file *file;
+} part_folder;
+
+static lc_status open_part(void *ctx, const char *name, const uint8_t **data, size_t *bytes, lc_mapping **map) {
+    part_folder *folder = ctx;
+    struct lc_file *f = folder->file;
+    if (!name[0] || strchr(name, '/') || strcmp(name, ".") == 0 || strcmp(name, "..") == 0)
+        return lc_fail(LC_EPARSE, "the metadata names the file '%.200s', which does not lie in the folder", name);
+    size_t length = strlen(folder->path) + strlen(name) + 2;
+    char *path = lc_alloc(length, 1);
+    lc_mapping **more = lc_resize(f->part, (size_t)f->parts + 1, sizeof *more);
+    if (more) f->part = more;
+    lc_status status = path && more ? LC_OK : LC_ENOMEM;
+    if (status == LC_OK) snprintf(path, length, "%s/%s", folder->path, name);
+    if (status == LC_OK) status = lc_mapping_open(path, map);
+    free(path);
+    if (status != LC_OK) return status;
+    f->part[f->parts++] = *map;
+    *data = (*map)->data ? (*map)->data : (const uint8_t *)"";
+    *bytes = (*map)->bytes;
+    return LC_OK;
+}
+
+static lc_status open_folder(struct lc_file **out, const char *path) {
+    size_t length = strlen(path) + sizeof "/.metadata";
+    char *inner = lc_alloc(length, 1);
+    struct lc_file *f = lc_alloc(1, sizeof *f);
+    lc_status status = inner && f ? LC_OK : LC_ENOMEM;
+    if (status == LC_OK) snprintf(inner, length, "%s/.metadata", path);
+    if (status == LC_OK && lc_path_kind(inner) != 1)
+        status = lc_fail(LC_EIO, "cannot read %s: it is a folder (without the .metadata of a distributed checkpoint)", path);
+    if (status == LC_OK) status = lc_mapping_open(inner, &f->map);
+    if (status == LC_OK) {
+        f->data = f->map->data ? f->map->data : (const uint8_t *)"";
+        f->bytes = f->map->bytes;
+        status = lc_torch_parts_parse(f, open_part, &(part_folder){path, f});
+        if (status == LC_OK) status = lc_file_check_names(f);
+        if (status != LC_OK) lc_fail_in(status, "%s: ", path);
+    }
+    free(inner);
+    if (status == LC_OK)
+        *out = f;
+    else
+        lc_file_close(f);
+    return status;
+}
+
 int lc_file_open(lc_file **out, const char *path) {
     if (!out || !path) return lc_fail(LC_EARG, "lc_file_open: expected a path");
     *out = NULL;
     lc_mapping *map;
+    if (lc_path_kind(path) == 2) return open_folder(out, path);
     LC_TRY(lc_mapping_open(path, &map));
     struct lc_file *f = lc_alloc(1, sizeof *f);
     if (!f) {
@@ -192,6 +246,8 @@ void lc_file_close(lc_file *f) {
     for (int i = 0; f->entry && i < f->count; i++) {
         free(f->entry[i].name);
         free(f->entry[i].dim);
+        for (int k = 0; k < f->entry[i].pieces; k++) free(f->entry[i].piece[k].start);
+        free(f->entry[i].piece);
     }
     for (int i = 0; f->meta && i < f->metas; i++) {
         free(f->meta[i].key);
@@ -201,6 +257,10 @@ void lc_file_close(lc_file *f) {
     free(f->meta);
     free(f->slot);
     lc_doc_free(f->doc);
+    lc_doc_free(f->extra);
+    if (f->drop_keep) f->drop_keep(f->keep);
+    for (int i = 0; i < f->parts; i++) lc_mapping_drop(f->part[i]);
+    free(f->part);
     lc_mapping_drop(f->map);
     free(f);
 }
@@ -258,6 +318,8 @@ double lc_file_bytes(const lc_file *f, int i) {
     const lc_file_entry *e = entry_at(f, i);
     return e ? (double)e->bytes : -1;
 }
+
+const lc_doc *lc_file_extra(const lc_file *f) { return f ? f->extra : NULL; }
 
 /* ---- metadata
  * -------------------------------------------------------------------------------------------------------- */

@@ -333,15 +333,22 @@ local function meta_value(f, i)
   return out
 end
 
+-- What a PyTorch file holds beside tensors.
+local function extra_values(self)
+  local d = C.lc_file_extra(open_handle(self))
+  return d ~= nil and to_value(d, 0) or {}
+end
+
 -- One value of the file's metadata, nil when there is none; without a key, all short ones.
 function File:meta(key)
   local f = open_handle(self)
   if key ~= nil then
     local i = C.lc_file_meta_find(f, key)
-    if i < 0 then return nil end
+    if i < 0 then return extra_values(self)[key] end
     return meta_value(f, i)
   end
-  local out = {}
+  local out = extra_values(self)
+  if getmetatable(out) then out = {} end -- an empty array's mark
   for i = 0, C.lc_file_meta_count(f) - 1 do
     if C.lc_file_meta_kind(f, i) ~= ARRAY or C.lc_file_meta_size(f, i) <= 64 then
       out[ffi.string(C.lc_file_meta_key(f, i))] = meta_value(f, i)
