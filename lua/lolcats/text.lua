@@ -1,33 +1,92 @@
--- text: tokenizers and the sampler. lc.tokenizer opens a tokenizer.json, a folder that holds one, a GGUF file, or one
--- that is open already.
+-- text: tokenizers and the sampler. lc.tokenizer opens a tokenizer.json, a tokenizer.model (of SentencePiece or tiktoken),
+-- a folder that holds one, a GGUF file, or one that is open already.
 local core = require "lolcats.core.text"
 local bridge = require "lolcats.core.ffi"
 local files = require "lolcats.files"
 local text = {sample = core.sample}
 
--- lc.tokenizer(path | file): an object with encode(text[, {special, parse}]), decode(ids[, {skip_special}]), id(s),
--- token(id), size.
-function text.tokenizer(source)
+local OPTIONS = {style = true, added_tokens = true, add_bos = true, add_eos = true}
+local FLAGS = {"special", "single_word", "lstrip", "rstrip", "normalized"}
+
+local function optional_json(folder, name)
+  local path = files.join(folder, name)
+  return files.is_file(path) and files.read_json(path) or {}
+end
+
+local function on(v)
+  if type(v) == "boolean" then return v end
+end
+
+local function to_added(id, entry)
+  local token = {id = id, content = entry.content}
+  for _, name in ipairs(FLAGS) do token[name] = on(entry[name]) end
+  return token
+end
+
+-- What Hugging Face keeps beside a tokenizer.model: tokens added later, and whether texts begin or end with one. Sorted
+-- by id, since tokens that the model lacks get the next free ones.
+local function beside(folder)
+  local config, old = optional_json(folder, "tokenizer_config.json"), optional_json(folder, "added_tokens.json")
+  local by_id, list = {}, {}
+  for content, id in pairs(old) do by_id[id] = {id = id, content = content, normalized = false} end
+  if type(config.added_tokens_decoder) == "table" then
+    for id, entry in pairs(config.added_tokens_decoder) do by_id[tonumber(id)] = to_added(tonumber(id), entry) end
+  end
+  for _, token in pairs(by_id) do list[#list + 1] = token end
+  table.sort(list, function(a, b) return a.id < b.id end)
+  return {added_tokens = #list > 0 and list or nil, add_bos = on(config.add_bos_token), add_eos = on(config.add_eos_token)}
+end
+
+local function open(path, options)
+  local how
+  if not path:match("%.json$") then
+    how = beside(files.dirname(path))
+    for key, value in pairs(options) do how[key] = value end
+  elseif next(options) then
+    how = options
+  end
+  return core.open(path, how and next(how) and files.to_json(how) or nil)
+end
+
+local NAMES = {"tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"}
+
+local function open_folder(folder, options)
+  for _, name in ipairs(NAMES) do
+    local path = files.join(folder, name)
+    -- a SentencePiece model as its library runs it is not in the tokenizer.json
+    if files.is_file(path) and not (options.style == "sentencepiece" and name:match("%.json$")) then
+      return open(path, options)
+    end
+  end
+  for _, name in ipairs(files.list(folder)) do
+    if name:match("%.gguf$") then
+      local file = files.open_tensors(folder)
+      return core.from_file(file)
+    end
+  end
+  bridge.raise("EIO", "tokenizer", folder .. ": there is no tokenizer.json and no tokenizer.model")
+end
+
+-- lc.tokenizer(path | file[, options]): an object with encode(text[, {special, parse}]), decode(ids[, {skip_special}]),
+-- id(s), token(id), size. options, for a tokenizer.model: style = "hf" (as Hugging Face's tools run it) or
+-- "sentencepiece" (as its own library does), add_bos, add_eos, added_tokens (a list as in tokenizer.json); what is not
+-- given is looked up in the files beside it.
+function text.tokenizer(source, options)
   if type(source) == "table" and source.handle then return core.from_file(source) end
   if type(source) ~= "string" then
     bridge.fail("tokenizer: a path or an open GGUF file is needed; got %s", type(source))
   end
-  local path = source
-  if files.is_folder(path) then
-    local inside = files.join(path, "tokenizer.json")
-    if not files.is_file(inside) then
-      local file = files.open_tensors(path)
-      if file.format ~= "gguf" then bridge.raise("EIO", "tokenizer", path .. ": there is no tokenizer.json") end
-      return core.from_file(file)
-    end
-    path = inside
-  elseif path:match("%.gguf$") then
-    local file = files.open_tensors(path)
+  for key in pairs(options or {}) do
+    if not OPTIONS[key] then bridge.fail("tokenizer: no option '%s'", tostring(key)) end
+  end
+  if files.is_folder(source) then return open_folder(source, options or {}) end
+  if source:match("%.gguf$") then
+    local file = files.open_tensors(source)
     local tokenizer = core.from_file(file)
     file:close()
     return tokenizer
   end
-  return core.open(path)
+  return open(source, options or {})
 end
 
 return text

@@ -112,7 +112,9 @@ lc_status lc_tok_finish(lc_tokenizer *t) {
 
 void lc_tokenizer_free(lc_tokenizer *t) {
     if (!t) return;
-    for (int32_t i = 0; i < t->n_norm; i++) lc_tok_pattern_drop(&t->norm[i].pattern), free(t->norm[i].text);
+    for (int32_t i = 0; i < t->n_norm; i++)
+        lc_tok_pattern_drop(&t->norm[i].pattern), lc_tok_charsmap_drop(&t->norm[i].map), free(t->norm[i].text);
+    lc_tok_charsmap_drop(&t->spm.map);
     for (int32_t i = 0; i < t->n_pre; i++) lc_tok_pattern_drop(&t->pre[i].pattern);
     for (int32_t i = 0; i < t->n_dec; i++) lc_tok_pattern_drop(&t->dec[i].pattern), free(t->dec[i].text);
     for (int32_t i = 0; i < t->n_post; i++) free(t->post[i]);
@@ -122,19 +124,11 @@ void lc_tokenizer_free(lc_tokenizer *t) {
                          t->post,         t->lossy.p,     t->norm_buf[0].p, t->norm_buf[1].p, t->pre_buf[0].p,
                          t->pre_buf[1].p, t->word.p,      t->affixed.p,     t->pieces.p,      t->normal_pieces.p,
                          t->spans[0].p,   t->spans[1].p,  t->ids.p,         t->post_ids.p,    t->cached,
-                         t->cache_text.p, t->cache_ids.p, t->symbol,        t->heap};
+                         t->cache_text.p, t->cache_ids.p, t->symbol,        t->heap,
+                         t->user.p,       t->spm.type,    t->spm.halves,    t->spm.unk_surface, t->unigram.score,
+                         t->unigram.edge, t->unigram.piece, t->unigram.best, t->unigram.path.p};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     free(t);
-}
-
-int lc_tokenizer_open(lc_tokenizer **out, const char *path) {
-    char *data;
-    double length;
-    *out = NULL;
-    LC_TRY(lc_read_file(path, &data, &length));
-    lc_status status = lc_tok_from_json(out, path, data, (size_t)length);
-    lc_free(data);
-    return status;
 }
 
 /* ---- encoding ---------------------------------------------------------------------------------------------------- */
@@ -143,7 +137,7 @@ static lc_status encode_plain(lc_tokenizer *t, const char *s, size_t n, bool at_
     const char *text;
     lc_tok_spans *words;
     LC_TRY(lc_tok_pretokenize(t, s, n, at_start, &text, &words));
-    for (size_t i = 0; i < words->len; i++) LC_TRY(lc_tok_bpe(t, text + words->p[i].at, words->p[i].len));
+    for (size_t i = 0; i < words->len; i++) LC_TRY(lc_tok_word(t, text + words->p[i].at, words->p[i].len));
     return LC_OK;
 }
 

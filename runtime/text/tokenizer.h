@@ -1,12 +1,14 @@
 /* tokenizer.h: what the files of the tokenizer share; internal to runtime/text. A text goes through these stages, which
  * are those of Hugging Face's pipeline, because tokenizer.json describes that pipeline and ids must be equal to its:
  *
- *   added tokens cut out (tokenizer_added.c) -> normalizers, added tokens again on the normalized text ->
- * pre-tokenizers, which leave words (tokenizer_pre.c) -> BPE of each word (tokenizer_bpe.c) -> post-processor's
- * template (tokenizer.c)
+ *   added tokens cut out (tokenizer_added.c) -> normalizers (tokenizer_pre.c, tokenizer_charsmap.c), added tokens again
+ * on the normalized text -> pre-tokenizers, which leave words (tokenizer_pre.c) -> BPE (tokenizer_bpe.c) or Unigram
+ * (tokenizer_unigram.c) of each word -> post-processor's template (tokenizer.c)
  *
- * and back through the decoders (tokenizer_decode.c). tokenizer_load.c builds one from tokenizer.json, tokenizer_gguf.c
- * from a GGUF's metadata. A tokenizer holds scratch buffers: one thread at a time. */
+ * and back through the decoders (tokenizer_decode.c). Built from tokenizer.json by tokenizer_load.c, from a GGUF's
+ * metadata by tokenizer_gguf.c, from SentencePiece's tokenizer.model by tokenizer_spm.c, from tiktoken's by
+ * tokenizer_tiktoken.c; tokenizer_open.c tells them apart. A SentencePiece model runs either as Hugging Face runs it, or
+ * as its own library does. A tokenizer holds scratch buffers: one thread at a time. */
 #ifndef LC_TOKENIZER_H
 #define LC_TOKENIZER_H
 
@@ -87,6 +89,16 @@ lc_status lc_tok_search_next(const lc_tok_pattern *p, const char *s, size_t n, l
 lc_status lc_tok_regex_translate(const char *regex, size_t n,
                                  lc_tok_buf *out); /* Oniguruma (Ruby) to PCRE2; for tests */
 
+/* ---- SentencePiece's character map (tokenizer_charsmap.c): a double-array trie of rules, and what they write ---- */
+typedef struct lc_tok_charsmap {
+    char *blob; /* or NULL */
+    size_t units, text_len;
+    const char *text;
+} lc_tok_charsmap;
+lc_status lc_tok_charsmap_set(lc_tok_charsmap *m, const char *blob, size_t n); /* copies; empty: no map */
+void lc_tok_charsmap_drop(lc_tok_charsmap *m);
+lc_status lc_tok_charsmap_apply(const lc_tok_charsmap *m, const char *s, size_t n, lc_tok_buf *out); /* Hugging Face's */
+
 /* ---- components ---- */
 typedef enum {
     LC_NORM_NFC,
@@ -98,11 +110,15 @@ typedef enum {
     LC_NORM_REPLACE,
     LC_NORM_STRIP,
     LC_NORM_STRIP_ACCENTS,
-    LC_NORM_BYTES
+    LC_NORM_BYTES,
+    LC_NORM_NMT,
+    LC_NORM_CHARSMAP, /* as Hugging Face applies it */
+    LC_NORM_SPM       /* all of SentencePiece's own normalizer; its rules are lc_tokenizer.spm's */
 } lc_tok_norm_kind;
 typedef struct lc_tok_norm {
     lc_tok_norm_kind kind;
     lc_tok_pattern pattern;
+    lc_tok_charsmap map;
     char *text;
     size_t text_len;
     bool left, right;
@@ -167,6 +183,39 @@ typedef struct lc_tok_trie {
     int32_t root[256];
 } lc_tok_trie;
 
+/* What SentencePiece's own library needs besides; types are those of its file, and of GGUF's token_type. */
+enum { LC_PIECE_NORMAL = 1, LC_PIECE_UNKNOWN, LC_PIECE_CONTROL, LC_PIECE_USER, LC_PIECE_UNUSED, LC_PIECE_BYTE };
+typedef struct lc_tok_spm {
+    bool own;                              /* runs as that library does */
+    bool prefix, strip, escape, suffix;    /* add_dummy_prefix, remove_extra_whitespaces, escape_whitespaces */
+    char *unk_surface;                     /* what the unknown token is decoded to; NULL: " U+2047 " */
+    uint8_t *type;                         /* [size] or NULL */
+    lc_tok_charsmap map;
+    struct lc_tok_halves {
+        int32_t a, b;
+    } * halves; /* [size] or NULL: of what an unused piece was last made, for taking it apart again */
+} lc_tok_spm;
+
+/* The Unigram model: a trie of all pieces as a hash table of edges, and the best path through a word. */
+typedef struct lc_tok_unigram {
+    bool on, single;  /* single: sums are rounded to float, as SentencePiece does */
+    double *score;    /* [size] */
+    double unk_score; /* of a character that is no piece */
+    double user_score; /* a byte of a user-defined piece; SentencePiece only */
+    struct lc_tok_edge {
+        uint32_t node, byte, to;
+    } * edge; /* to 0: an empty slot */
+    uint32_t edge_mask, edges, nodes;
+    int32_t *piece; /* [nodes] id that ends at a node, -1 */
+    struct lc_tok_best {
+        double score;
+        int32_t id;
+        uint32_t from;
+    } * best;
+    size_t best_room;
+    lc_tok_pieces path;
+} lc_tok_unigram;
+
 enum { LC_TOK_CACHE_SLOTS = 1 << 15, LC_TOK_CACHE_WORD = 48, LC_TOK_LOW_CHARS = 0x800, LC_TOK_CUT_BITS = 1 << 16 };
 typedef struct lc_tok_cached {
     uint32_t hash, text, ids;
@@ -194,6 +243,9 @@ struct lc_tokenizer {
     lc_tok_added *added;
     int32_t n_added, added_room;
     lc_tok_trie raw, normal;
+    lc_tok_trie user; /* SentencePiece's user-defined pieces, which stay whole */
+    lc_tok_spm spm;
+    lc_tok_unigram unigram;
     int32_t *added_of; /* [size] index into added, -1 */
 
     lc_tok_norm *norm;
@@ -238,7 +290,28 @@ lc_status lc_tok_add_post(lc_tokenizer *t, const int32_t *items); /* copies; end
 lc_status lc_tok_add_split(lc_tokenizer *t, const char *regex, lc_tok_behavior behavior, bool invert);
 lc_status lc_tok_add_byte_level(lc_tokenizer *t, bool prefix_space, bool use_regex);
 lc_status lc_tok_finish(lc_tokenizer *t); /* tables that need the whole */
+/* For every piece that can be cut into two others, a merge; by_id: ranks are ids (tiktoken), else by score, best first.
+ * Equal scores: the leftmost pair first (SentencePiece), or the order of Hugging Face's converter. Pieces whose `skip`
+ * is set are not made. */
+typedef enum { LC_MERGES_BY_ID, LC_MERGES_LEFTMOST, LC_MERGES_CONVERTED } lc_tok_merge_order;
+lc_status lc_tok_merges_derive(lc_tokenizer *t, const float *score, const uint8_t *skip, lc_tok_merge_order order);
+lc_status lc_tok_sentencepiece_steps(lc_tokenizer *t, bool prefix); /* normalizers and decoders of a Llama */
+lc_status lc_tok_unigram_start(lc_tokenizer *t, const double *score, const uint8_t *skip);
+/* What opening a file may be told: a JSON object with style ("hf" or "sentencepiece"), added_tokens (as in
+ * tokenizer.json), add_bos, add_eos. `how` may be NULL. */
+typedef struct lc_tok_options {
+    const struct lc_doc *d; /* or NULL */
+    bool own;
+    int add_bos, add_eos; /* -1: as the file says */
+} lc_tok_options;
 lc_status lc_tok_from_json(lc_tokenizer **out, const char *name, const char *json, size_t n);
+lc_status lc_tok_from_spm(lc_tokenizer **out, const char *name, const char *data, size_t n, const lc_tok_options *how);
+lc_status lc_tok_from_tiktoken(lc_tokenizer **out, const char *name, const char *data, size_t n,
+                               const lc_tok_options *how);
+lc_status lc_tok_from_bytes(lc_tokenizer **out, const char *name, const char *data, size_t n,
+                            const lc_tok_options *how); /* any kind of file */
+bool lc_tok_base64(const char *s, size_t n, bool alphabet, lc_tok_buf *out, lc_status *status);
+lc_status lc_tok_added_from_doc(lc_tokenizer *t, const struct lc_doc *d, int32_t list); /* a list of added_tokens */
 extern const char lc_tok_gpt2_regex[];
 
 /* ---- running ---- */
@@ -246,9 +319,15 @@ lc_status lc_tok_normalize(lc_tokenizer *t, const char *s, size_t n, const char 
 /* Cuts s into words, which are spans of *text (either s or a scratch buffer). */
 lc_status lc_tok_pretokenize(lc_tokenizer *t, const char *s, size_t n, bool at_start, const char **text,
                              lc_tok_spans **words);
-lc_status lc_tok_bpe(lc_tokenizer *t, const char *word, size_t n); /* appends to t->ids */
+lc_status lc_tok_word(lc_tokenizer *t, const char *word, size_t n); /* by the model; appends to t->ids */
+lc_status lc_tok_bpe(lc_tokenizer *t, const char *word, size_t n);
+lc_status lc_tok_unigram_word(lc_tokenizer *t, const char *word, size_t n);
+lc_status lc_tok_spm_normalize(const lc_tokenizer *t, const char *s, size_t n, lc_tok_buf *out);
+lc_status lc_tok_spm_decode(const lc_tokenizer *t, const int32_t *ids, int32_t count, lc_tok_buf *out);
 lc_status lc_tok_tables(lc_tokenizer *t);                          /* of the BPE; by lc_tok_finish */
 lc_status lc_tok_added_index(lc_tokenizer *t);
+lc_status lc_tok_trie_add(lc_tok_trie *trie, const char *s, size_t n, int32_t token); /* roots set to -1 before */
+int32_t lc_tok_trie_longest(const lc_tok_trie *trie, const char *s, size_t n, size_t *len); /* -1: none starts here */
 lc_status lc_tok_cut_added(lc_tokenizer *t, const lc_tok_trie *trie, const char *s, size_t n, bool parse_special,
                            lc_tok_pieces *out);
 lc_status lc_tok_decode(lc_tokenizer *t, const int32_t *ids, int32_t count, bool skip_special, lc_tok_buf *out);

@@ -37,7 +37,7 @@ static int32_t trie_child(const lc_tok_trie *trie, int32_t node, unsigned char b
     return *at;
 }
 
-static lc_status trie_add(lc_tok_trie *trie, const char *s, size_t n, int32_t token) {
+lc_status lc_tok_trie_add(lc_tok_trie *trie, const char *s, size_t n, int32_t token) {
     int32_t node = -1;
     for (size_t i = 0; i < n; i++) {
         LC_TRY(LC_TOK_ROOM(trie, 1)); /* before the link is taken: it may point into the array */
@@ -76,7 +76,7 @@ lc_status lc_tok_added_index(lc_tokenizer *t) {
             lc_tok_added *a = &t->added[i];
             if (a->special == (pass != 0)) continue;
             if (!a->normalized) {
-                LC_TRY(trie_add(&t->raw, t->text.p + a->content.at, a->content.len, i));
+                LC_TRY(lc_tok_trie_add(&t->raw, t->text.p + a->content.at, a->content.len, i));
                 continue;
             }
             const char *s;
@@ -87,13 +87,13 @@ lc_status lc_tok_added_index(lc_tokenizer *t) {
                 LC_TRY(lc_tok_put(&t->text, s, n));
                 LC_TRY(lc_tok_put(&t->text, "", 1));
             }
-            LC_TRY(trie_add(&t->normal, t->text.p + a->normal.at, a->normal.len, i));
+            LC_TRY(lc_tok_trie_add(&t->normal, t->text.p + a->normal.at, a->normal.len, i));
         }
     }
     return LC_OK;
 }
 
-static int32_t longest(const lc_tok_trie *trie, const char *s, size_t n, size_t *len) {
+int32_t lc_tok_trie_longest(const lc_tok_trie *trie, const char *s, size_t n, size_t *len) {
     int32_t node = -1, best = -1, *link;
     for (size_t i = 0; i < n; i++) {
         node = trie_child(trie, node, (unsigned char)s[i], &link);
@@ -128,7 +128,7 @@ lc_status lc_tok_cut_added(lc_tokenizer *t, const lc_tok_trie *trie, const char 
     while (at < n && trie->len) {
         while (at < n && trie->root[(unsigned char)s[at]] < 0) at++;
         if (at == n) break;
-        int32_t which = longest(trie, s + at, n - at, &len);
+        int32_t which = lc_tok_trie_longest(trie, s + at, n - at, &len);
         if (which < 0) {
             at++;
             continue;

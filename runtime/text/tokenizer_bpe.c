@@ -146,7 +146,8 @@ lc_status lc_tok_tables(lc_tokenizer *t) {
     t->cached = lc_alloc(LC_TOK_CACHE_SLOTS, sizeof *t->cached);
     if (!t->cached) return LC_ENOMEM;
     if (!t->merge) LC_TRY(lc_tok_merges_start(t, 0));
-    if (!t->prefix && !t->suffix) LC_TRY(mark_joinable(t));
+    /* what an unused piece is taken apart into depends on the whole word */
+    if (!t->prefix && !t->suffix && !t->spm.halves && !t->unigram.on) LC_TRY(mark_joinable(t));
     return LC_OK;
 }
 
@@ -228,8 +229,14 @@ static const lc_tok_merge *merge_at(const lc_tokenizer *t, int32_t left, int32_t
     return m->a == UINT32_MAX ? NULL : m;
 }
 
+static void note_halves(lc_tokenizer *t, const lc_tok_merge *m) {
+    if (t->spm.halves && t->spm.type[m->made] == LC_PIECE_UNUSED)
+        t->spm.halves[m->made] = (struct lc_tok_halves){(int32_t)m->a, (int32_t)m->b};
+}
+
 static void push_pair(lc_tokenizer *t, int32_t left, int32_t right) {
     const lc_tok_merge *m = merge_at(t, left, right);
+    if (m) note_halves(t, m);
     if (m) heap_push(t, (struct lc_tok_pending){(uint64_t)m->rank << 32 | (uint32_t)left, (int32_t)m->made});
 }
 
@@ -240,6 +247,7 @@ static lc_status merge_symbols(lc_tokenizer *t, int32_t count) {
     t->heap_len = 0;
     for (int32_t i = 0; i + 1 < count; i++) {
         const lc_tok_merge *m = merge_at(t, i, i + 1);
+        if (m) note_halves(t, m);
         if (m)
             t->heap[t->heap_len++] = (struct lc_tok_pending){(uint64_t)m->rank << 32 | (uint32_t)i, (int32_t)m->made};
     }
@@ -262,6 +270,14 @@ static lc_status merge_symbols(lc_tokenizer *t, int32_t count) {
     return LC_OK;
 }
 
+/* An unused piece comes out as the pieces that it was made of. Those are shorter, so this ends. */
+static lc_status put_used(lc_tokenizer *t, int32_t id) {
+    if (!t->spm.halves || t->spm.type[id] != LC_PIECE_UNUSED || t->spm.halves[id].a < 0)
+        return lc_tok_put_id(&t->ids, id);
+    LC_TRY(put_used(t, t->spm.halves[id].a));
+    return put_used(t, t->spm.halves[id].b);
+}
+
 /* Plain BPE of one piece; appends to t->ids. */
 static lc_status bpe_piece(lc_tokenizer *t, const char *s, size_t n) {
     int32_t count;
@@ -269,7 +285,7 @@ static lc_status bpe_piece(lc_tokenizer *t, const char *s, size_t n) {
     if (!count) return LC_OK;
     if (count > 1) LC_TRY(merge_symbols(t, count));
     LC_TRY(LC_TOK_ROOM(&t->ids, (size_t)count));
-    for (int32_t i = 0; i >= 0; i = t->symbol[i].next) t->ids.p[t->ids.len++] = t->symbol[i].id;
+    for (int32_t i = 0; i >= 0; i = t->symbol[i].next) LC_TRY(put_used(t, t->symbol[i].id));
     if (t->symbol_room > 1 << 20) { /* one giant word should not keep its memory */
         free(t->symbol), free(t->heap);
         t->symbol = NULL, t->heap = NULL, t->symbol_room = t->heap_room = 0;
@@ -362,4 +378,30 @@ lc_status lc_tok_bpe(lc_tokenizer *t, const char *word, size_t n) {
     size_t from = t->ids.len;
     LC_TRY(bpe_whole(t, word, n, false));
     return cache_put(t, word, n, hash, from);
+}
+
+/* A word by the tokenizer's model. User-defined pieces stay whole and join nothing. */
+lc_status lc_tok_word(lc_tokenizer *t, const char *s, size_t n) {
+    size_t done = 0, len;
+    if (t->unigram.on) {
+        if (!n || n > LC_TOK_CACHE_WORD) return n ? lc_tok_unigram_word(t, s, n) : LC_OK;
+        uint32_t hash = (uint32_t)lc_tok_hash(s, n);
+        lc_status status = LC_OK;
+        if (cache_get(t, s, n, hash, &status)) return status;
+        size_t from = t->ids.len;
+        LC_TRY(lc_tok_unigram_word(t, s, n));
+        return cache_put(t, s, n, hash, from);
+    }
+    for (size_t at = 0; at < n && t->user.len;) {
+        int32_t id = lc_tok_trie_longest(&t->user, s + at, n - at, &len);
+        if (id < 0) {
+            lc_tok_char(s + at, &len);
+            at += len;
+            continue;
+        }
+        LC_TRY(lc_tok_bpe(t, s + done, at - done));
+        LC_TRY(lc_tok_put_id(&t->ids, id));
+        done = at += len;
+    }
+    return lc_tok_bpe(t, s + done, n - done);
 }

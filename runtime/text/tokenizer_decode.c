@@ -196,6 +196,7 @@ static lc_status run(lc_tokenizer *t, const int32_t *ids, int32_t count, bool sk
 }
 
 lc_status lc_tok_decode(lc_tokenizer *t, const int32_t *ids, int32_t count, bool skip_special, lc_tok_buf *out) {
+    if (t->spm.own) return lc_tok_spm_decode(t, ids, count, out);
     strings x[2] = {{{0}, {0}}, {{0}, {0}}};
     lc_status status = run(t, ids, count, skip_special, x, out);
     for (int i = 0; i < 2; i++) free(x[i].text.p), free(x[i].part.p);

@@ -32,8 +32,6 @@ static const struct pre {
              {"qwen2", qwen2, false, false, false},     {"deepseek-r1-qwen", qwen2, false, false, false},
              {"stablelm2", qwen2, false, false, false}, {"tekken", tekken, false, true, true}};
 
-enum { TYPE_NORMAL = 1, TYPE_UNKNOWN, TYPE_CONTROL, TYPE_USER, TYPE_UNUSED, TYPE_BYTE };
-
 typedef struct loader {
     lc_tokenizer *t;
     const lc_file *f;
@@ -83,7 +81,7 @@ static lc_status token_text(loader *x, int list_at, int32_t i, const char **s, s
 }
 
 static int type_of(const loader *x, int32_t id) {
-    return x->types < 0 ? TYPE_NORMAL : (int)lc_file_meta_number(x->f, x->types, id);
+    return x->types < 0 ? LC_PIECE_NORMAL : (int)lc_file_meta_number(x->f, x->types, id);
 }
 
 /* ---- the model --------------------------------------------------------------------------------------------------- */
@@ -142,55 +140,24 @@ static lc_status listed_merges(loader *x) {
     return status;
 }
 
-typedef struct scored {
-    double score;
-    int32_t id;
-} scored;
-
-static int by_score(const void *a, const void *b) {
-    const scored *x = a, *y = b;
-    return x->score > y->score ? -1 : x->score < y->score ? 1 : (x->id > y->id) - (x->id < y->id);
-}
-
-/* Calls for each split of a piece: counts them, or adds them as merges when `rank` says how. */
-static lc_status splits(loader *x, int32_t id, const uint32_t *rank, size_t *count) {
-    const char *s = x->t->text.p + x->t->token[id].at;
-    size_t n = x->t->token[id].len, len;
-    if (lc_tok_vocab_find(x->t, s, n) != id) return LC_OK; /* a text that stands twice: the first counts */
-    for (size_t at = n ? (lc_tok_char(s, &len), len) : n; at < n; lc_tok_char(s + at, &len), at += len) {
-        int32_t a = lc_tok_vocab_find(x->t, s, at), b = lc_tok_vocab_find(x->t, s + at, n - at);
-        if (a < 0 || b < 0) continue;
-        ++*count;
-        if (rank) LC_TRY(lc_tok_merge_add(x->t, a, b, *rank, id));
-    }
-    return LC_OK;
-}
-
 static bool can_be_made(const loader *x, int32_t id) {
     int type = type_of(x, id);
-    return type == TYPE_NORMAL || type == TYPE_USER || type == TYPE_UNUSED;
+    return type == LC_PIECE_NORMAL || type == LC_PIECE_USER || type == LC_PIECE_UNUSED;
 }
 
 static lc_status scored_merges(loader *x) {
     if (x->scores < 0) return lc_fail(LC_EPARSE, "tokenizer.ggml.scores is missing");
-    scored *order = lc_alloc((size_t)x->count, sizeof *order);
-    if (!order) return LC_ENOMEM;
-    int32_t n = 0;
-    size_t count = 0, added = 0;
-    lc_status status = LC_OK;
+    float *score = lc_alloc((size_t)x->count, sizeof *score);
+    uint8_t *skip = lc_alloc((size_t)x->count, 1);
+    lc_status status = score && skip ? LC_OK : LC_ENOMEM;
     for (int32_t i = 0; i < x->count && status == LC_OK; i++) {
-        if (!can_be_made(x, i)) continue;
-        order[n++] = (scored){lc_file_meta_number(x->f, x->scores, i), i};
-        status = splits(x, i, NULL, &count);
+        double v = lc_file_meta_number(x->f, x->scores, i);
+        if (!(v - v == 0)) status = lc_fail(LC_EPARSE, "tokenizer.ggml.scores, entry %d: it is not finite", (int)i);
+        score[i] = (float)v;
+        skip[i] = !can_be_made(x, i);
     }
-    qsort(order, (size_t)n, sizeof *order, by_score);
-    if (status == LC_OK) status = lc_tok_merges_start(x->t, count);
-    uint32_t rank = 0;
-    for (int32_t i = 0; i < n && status == LC_OK; i++) {
-        if (i && order[i].score != order[i - 1].score) rank = (uint32_t)i; /* equal scores: the leftmost goes first */
-        status = splits(x, order[i].id, &rank, &added);
-    }
-    lc_free(order);
+    if (status == LC_OK) status = lc_tok_merges_derive(x->t, score, skip, LC_MERGES_LEFTMOST);
+    lc_free(score), lc_free(skip);
     return status;
 }
 
@@ -199,9 +166,9 @@ static lc_status scored_merges(loader *x) {
 static lc_status added_tokens(loader *x) {
     for (int32_t i = 0; i < x->count; i++) {
         int type = type_of(x, i);
-        if (type != TYPE_CONTROL && type != TYPE_USER && type != TYPE_UNKNOWN) continue;
+        if (type != LC_PIECE_CONTROL && type != LC_PIECE_USER && type != LC_PIECE_UNKNOWN) continue;
         const char *s = x->t->text.p + x->t->token[i].at;
-        lc_tok_added a = {.special = type != TYPE_USER};
+        lc_tok_added a = {.special = type != LC_PIECE_USER};
         if (lc_tok_vocab_find(x->t, s, x->t->token[i].len) != i) continue;
         lc_tok_buf copy = {0}; /* the text moves while it grows */
         lc_status status = lc_tok_put(&copy, s, x->t->token[i].len);
@@ -251,41 +218,11 @@ static lc_status byte_level(loader *x) {
     return add_template(x, pre->bos);
 }
 
-static lc_status text_copy(const char *s, char **out, size_t *n) {
-    *out = lc_strdup(s);
-    *n = strlen(s);
-    return *out ? LC_OK : LC_ENOMEM;
-}
-
 static lc_status sentencepiece(loader *x) {
-    static const char space[] = "\xE2\x96\x81";
-    bool prefix = number(x, "tokenizer.ggml.add_space_prefix", 1) != 0;
-    lc_tok_norm *norm;
-    lc_tok_dec *dec;
     LC_TRY(scored_merges(x));
     x->t->byte_fallback = x->t->fuse_unk = true;
     x->t->unk = id_of(x, "tokenizer.ggml.unknown_token_id");
-    if (prefix) {
-        LC_TRY(lc_tok_add_norm(x->t, &norm));
-        norm->kind = LC_NORM_PREPEND;
-        LC_TRY(text_copy(space, &norm->text, &norm->text_len));
-    }
-    LC_TRY(lc_tok_add_norm(x->t, &norm));
-    norm->kind = LC_NORM_REPLACE;
-    LC_TRY(lc_tok_pattern_literal(&norm->pattern, " ", 1));
-    LC_TRY(text_copy(space, &norm->text, &norm->text_len));
-    LC_TRY(lc_tok_add_dec(x->t, &dec));
-    dec->kind = LC_DEC_REPLACE;
-    LC_TRY(lc_tok_pattern_literal(&dec->pattern, space, 3));
-    LC_TRY(text_copy(" ", &dec->text, &dec->text_len));
-    LC_TRY(lc_tok_add_dec(x->t, &dec));
-    dec->kind = LC_DEC_BYTE_FALLBACK;
-    LC_TRY(lc_tok_add_dec(x->t, &dec));
-    dec->kind = LC_DEC_FUSE;
-    if (prefix) {
-        LC_TRY(lc_tok_add_dec(x->t, &dec));
-        dec->kind = LC_DEC_STRIP, dec->the_char = ' ', dec->start = 1;
-    }
+    LC_TRY(lc_tok_sentencepiece_steps(x->t, number(x, "tokenizer.ggml.add_space_prefix", 1) != 0));
     return add_template(x, true);
 }
 

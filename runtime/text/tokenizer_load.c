@@ -87,6 +87,16 @@ static lc_status unsupported(const loader *x, const char *what, int32_t type) {
     return lc_fail(LC_EPARSE, "%s '%.*s' is not supported", what, (int)(n > 60 ? 60 : n), s);
 }
 
+static lc_status charsmap(const char *s, size_t n, lc_tok_charsmap *map) {
+    lc_tok_buf blob = {0};
+    lc_status status;
+    if (!lc_tok_base64(s, n, false, &blob, &status))
+        status = lc_fail(LC_EPARSE, "normalizer Precompiled: its character map is not base64");
+    if (status == LC_OK) status = lc_tok_charsmap_set(map, blob.p, blob.len);
+    free(blob.p);
+    return status;
+}
+
 /* ---- normalizers ------------------------------------------------------------------------------------------------- */
 
 static lc_status normalizer(loader *x, int32_t node) {
@@ -95,7 +105,8 @@ static lc_status normalizer(loader *x, int32_t node) {
         lc_tok_norm_kind kind;
     } plain[] = {{"NFC", LC_NORM_NFC},        {"NFD", LC_NORM_NFD},         {"NFKC", LC_NORM_NFKC},
                  {"NFKD", LC_NORM_NFKD},      {"Lowercase", LC_NORM_LOWER}, {"StripAccents", LC_NORM_STRIP_ACCENTS},
-                 {"ByteLevel", LC_NORM_BYTES}};
+                 {"ByteLevel", LC_NORM_BYTES},
+                 {"Nmt", LC_NORM_NMT}};
     if (is_null(x, node)) return LC_OK;
     int32_t type = get(x, node, "type");
     if (is(x, type, "Sequence")) {
@@ -125,6 +136,11 @@ static lc_status normalizer(loader *x, int32_t node) {
         k->kind = LC_NORM_STRIP;
         k->left = flag(x, node, "strip_left", true), k->right = flag(x, node, "strip_right", true);
         return LC_OK;
+    }
+    if (is(x, type, "Precompiled")) {
+        k->kind = LC_NORM_CHARSMAP;
+        LC_TRY(need_text(x, node, "precompiled_charsmap", "normalizer Precompiled", &s, &n));
+        return charsmap(s, n, &k->map);
     }
     return unsupported(x, "normalizer", type);
 }
@@ -461,11 +477,49 @@ static lc_status affix(loader *x, int32_t model, const char *key, char **out) {
     return *out ? LC_OK : LC_ENOMEM;
 }
 
+/* [["<unk>", 0.0], ["a", -3.2], ..] */
+static lc_status scored_pieces(loader *x, int32_t vocab, double *score) {
+    int32_t id = 0;
+    for (int32_t i = x->d->node[vocab].first; i >= 0; i = x->d->node[i].next, id++) {
+        const lc_doc_node *pair = &x->d->node[i];
+        bool good = pair->kind == LC_DOC_ARRAY && pair->count == 2;
+        const lc_doc_node *s = good ? &x->d->node[pair->first] : NULL, *v = good ? &x->d->node[s->next] : NULL;
+        if (!good || s->kind != LC_DOC_STRING || v->kind != LC_DOC_NUMBER)
+            return lc_fail(LC_EPARSE, "model.vocab, entry %d: it is not [text, score]", (int)id);
+        score[id] = v->number;
+        LC_TRY(lc_tok_vocab_add(x->t, x->d->text + s->str, s->str_len, id));
+    }
+    return LC_OK;
+}
+
+static lc_status unigram(loader *x, int32_t node) {
+    lc_tokenizer *t = x->t;
+    int32_t vocab = get(x, node, "vocab"), unk = get(x, node, "unk_id");
+    if (vocab < 0 || x->d->node[vocab].kind != LC_DOC_ARRAY)
+        return lc_fail(LC_EPARSE, "the Unigram model has no list \"vocab\"");
+    int32_t count = x->d->node[vocab].count;
+    if (!is_null(x, unk)) LC_TRY(need_id(x, unk, "unk_id", &t->unk));
+    if (t->unk >= count) return lc_fail(LC_EPARSE, "unk_id is %d in a vocabulary of %d", (int)t->unk, (int)count);
+    LC_TRY(lc_tok_vocab_start(t, count, count - 1));
+    double *score = lc_alloc((size_t)count + 1, sizeof *score), low = 0;
+    if (!score) return LC_ENOMEM;
+    lc_status status = scored_pieces(x, vocab, score);
+    if (status == LC_OK) status = lc_tok_unigram_start(t, score, NULL);
+    for (int32_t i = 0; i < count; i++)
+        if (!i || score[i] < low) low = score[i];
+    lc_free(score);
+    t->unigram.unk_score = low - 10;
+    t->byte_fallback = flag(x, node, "byte_fallback", false);
+    return status;
+}
+
 static lc_status model(loader *x, int32_t node) {
     lc_tokenizer *t = x->t;
-    int32_t type = get(x, node, "type"), dropout = get(x, node, "dropout");
+    int32_t type = get(x, node, "type"), dropout = get(x, node, "dropout"), vocab = get(x, node, "vocab");
     size_t n;
     if (node < 0 || x->d->node[node].kind != LC_DOC_OBJECT) return lc_fail(LC_EPARSE, "it has no object \"model\"");
+    if (is(x, type, "Unigram") || (is_null(x, type) && vocab >= 0 && x->d->node[vocab].kind == LC_DOC_ARRAY))
+        return unigram(x, node);
     if (!is_null(x, type) && !is(x, type, "BPE")) return unsupported(x, "model", type);
     if (!is_null(x, dropout) && x->d->node[dropout].number != 0)
         return lc_fail(LC_EPARSE, "model BPE with dropout is not supported: ids would be random");
@@ -493,6 +547,24 @@ static lc_status added_tokens(loader *x, int32_t list) {
                           .rstrip = flag(x, i, "rstrip", false)};
         a.normalized = flag(x, i, "normalized", !a.special);
         LC_TRY(lc_tok_add_token(x->t, s, n, &a));
+    }
+    return LC_OK;
+}
+
+/* Added tokens that stand in a file beside the tokenizer's; their ids must be those they would get. */
+lc_status lc_tok_added_from_doc(lc_tokenizer *t, const struct lc_doc *d, int32_t list) {
+    loader x = {t, d};
+    if (list < 0) return LC_OK;
+    LC_TRY(added_tokens(&x, list));
+    for (int32_t i = d->node[list].first; i >= 0; i = d->node[i].next) {
+        int32_t node = get(&x, i, "id"), id;
+        size_t n;
+        if (is_null(&x, node)) continue;
+        LC_TRY(need_id(&x, node, "an added token", &id));
+        const char *s = text_of(&x, get(&x, i, "content"), &n);
+        if (n && lc_tokenizer_id(t, s) != id)
+            return lc_fail(LC_EPARSE, "added token '%.*s' should have id %d, but gets %d", (int)(n > 60 ? 60 : n), s,
+                           (int)id, (int)lc_tokenizer_id(t, s));
     }
     return LC_OK;
 }

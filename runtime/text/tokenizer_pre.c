@@ -63,7 +63,19 @@ static void strip(const lc_tok_norm *k, const char **s, size_t *n) {
     }
 }
 
-static lc_status normalize_one(const lc_tok_norm *k, const char *s, size_t n, lc_tok_buf *out) {
+/* SentencePiece's nmt rules as the reference has them: control characters go, odd spaces become spaces. */
+static lc_status nmt(const char *s, size_t n, lc_tok_buf *out) {
+    for (size_t at = 0, len; at < n; at += len) {
+        uint32_t c = lc_tok_char(s + at, &len);
+        if ((c >= 1 && c <= 8) || c == 0xB || (c >= 0xE && c <= 0x1F) || c == 0x7F || c == 0x8F || c == 0x9F) continue;
+        bool space = c == 9 || c == 10 || c == 12 || c == 13 || c == 0x1680 || (c >= 0x200B && c <= 0x200F) ||
+                     c == 0x2028 || c == 0x2029 || c == 0x2581 || c == 0xFEFF || c == 0xFFFD;
+        LC_TRY(space ? lc_tok_put(out, " ", 1) : lc_tok_put(out, s + at, len));
+    }
+    return LC_OK;
+}
+
+static lc_status normalize_one(const lc_tokenizer *t, const lc_tok_norm *k, const char *s, size_t n, lc_tok_buf *out) {
     switch (k->kind) {
     case LC_NORM_NFC:
     case LC_NORM_NFD:
@@ -82,6 +94,9 @@ static lc_status normalize_one(const lc_tok_norm *k, const char *s, size_t n, lc
     case LC_NORM_BYTES:
         for (size_t i = 0; i < n; i++) LC_TRY(lc_tok_put_char(out, lc_tok_byte_char((unsigned char)s[i])));
         return LC_OK;
+    case LC_NORM_NMT: return nmt(s, n, out);
+    case LC_NORM_CHARSMAP: return lc_tok_charsmap_apply(&k->map, s, n, out);
+    case LC_NORM_SPM: return lc_tok_spm_normalize(t, s, n, out);
     }
     return lc_fail(LC_EBUG, "unknown normalizer %d", (int)k->kind);
 }
@@ -91,7 +106,7 @@ lc_status lc_tok_normalize(lc_tokenizer *t, const char *s, size_t n, const char 
     for (int32_t i = 0; i < t->n_norm; i++) {
         lc_tok_buf *b = &t->norm_buf[i & 1];
         b->len = 0;
-        LC_TRY(normalize_one(&t->norm[i], s, n, b));
+        LC_TRY(normalize_one(t, &t->norm[i], s, n, b));
         if (b->len > limit)
             return lc_fail(LC_EPARSE, "%s: its normalizers blow a text up from %zu to %zu bytes", t->name, n, b->len);
         s = b->p ? b->p : "", n = b->len;

@@ -420,7 +420,10 @@ static void refusals(void **state) {
     expect_refusal("", "test");
     expect_refusal("[]", "object");
     expect_refusal("{\"model\": 3}", "model");
-    expect_refusal("{\"model\": {\"type\": \"Unigram\"}}", "model 'Unigram' is not supported");
+    expect_refusal("{\"model\": {\"type\": \"WordPiece\"}}", "model 'WordPiece' is not supported");
+    expect_refusal("{\"model\": {\"type\": \"Unigram\"}}", "no list \"vocab\"");
+    expect_refusal("{\"model\": {\"type\": \"Unigram\", \"vocab\": [[\"a\", 0], [\"b\"]]}}", "entry 1");
+    expect_refusal("{\"model\": {\"type\": \"Unigram\", \"unk_id\": 1, \"vocab\": [[\"a\", 0]]}}", "unk_id is 1");
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"merges\": []}}", "vocab");
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": -1}, \"merges\": []}}", "token id");
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0.5}, \"merges\": []}}", "token id");
@@ -431,7 +434,10 @@ static void refusals(void **state) {
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": [\"a\"]}}", "two texts");
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": [], \"dropout\": 0.1}}",
                    "dropout");
-    expect_refusal("{\"normalizer\": {\"type\": \"Precompiled\"}, " OK_MODEL "}", "normalizer 'Precompiled'");
+    expect_refusal("{\"normalizer\": {\"type\": \"Precompiled\"}, " OK_MODEL "}", "precompiled_charsmap");
+    expect_refusal("{\"normalizer\": {\"type\": \"Precompiled\", \"precompiled_charsmap\": \"/////w==\"}, " OK_MODEL "}",
+                   "character map: a trie of 4294967295 bytes");
+    expect_refusal("{\"normalizer\": {\"type\": \"BertNormalizer\"}, " OK_MODEL "}", "normalizer 'BertNormalizer'");
     expect_refusal("{\"pre_tokenizer\": {\"type\": \"UnicodeScripts\"}, " OK_MODEL "}",
                    "pre-tokenizer 'UnicodeScripts'");
     expect_refusal("{\"decoder\": {\"type\": \"CTC\"}, " OK_MODEL "}", "decoder 'CTC'");

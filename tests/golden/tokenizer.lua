@@ -1,5 +1,5 @@
--- tokenizer.lua: texts to ids and ids to texts, exactly. Tokenizers that come as a file this library does not read
--- are skipped by name.
+-- tokenizer.lua: texts to ids and ids to texts, exactly. A case's `library` says how a tokenizer.model is run: as Hugging
+-- Face's tools would, or as SentencePiece or tiktoken do, which take special-token text for plain text.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 
@@ -25,6 +25,23 @@ local function encode_cases(c, tok, cases)
     end
 end
 
+-- SentencePiece puts out no control tokens; ids_special are the same with BOS in front. tiktoken's are with special-token
+-- text recognized, and its texts are those without BOS.
+local function plain_cases(c, tok, cases, tiktoken)
+    for i, e in ipairs(cases) do
+        local label = ("text %d (%q) "):format(i - 1, #e.text > 40 and e.text:sub(1, 40) .. "..." or e.text)
+        local ids = tok:encode(e.text, { special = false, parse = false })
+        c.check(label .. "ids", joined(ids) == joined(e.ids), joined(ids))
+        for n, piece in ipairs(e.pieces or {}) do
+            c.check(label .. "piece", ids[n] and tok:token(ids[n]) == piece, ("%q"):format(piece))
+        end
+        local with = tok:encode(e.text, { special = true, parse = tiktoken })
+        c.check(label .. "ids with special tokens", joined(with) == joined(e.ids_special), joined(with))
+        local text = tok:decode(tiktoken and { unpack(with, 2) } or ids)
+        c.check(label .. "decoded", text == e.decoded, ("%q"):format(text))
+    end
+end
+
 local function decode_cases(c, tok, cases)
     for i, e in ipairs(cases) do
         local text = tok:decode(e.ids, { skip_special = false })
@@ -39,9 +56,15 @@ return function(dir, T)
                 local json = files.read_json(dir .. "/" .. file)
                 local path = json.tokenizer and T.data(json.tokenizer)
                 if not path then c.skip("its tokenizer is not here") end
-                if not path:match "%.json$" then c.skip("tokenizer.model files are not read yet") end
-                local tok = lc.tokenizer(path)
-                if file:match "%.decode%.json$" then decode_cases(c, tok, json.cases) else encode_cases(c, tok, json.cases) end
+                local library = json.library:match "^%a+"
+                local tok = lc.tokenizer(path, { style = library == "sentencepiece" and library or nil })
+                if file:match "%.decode%.json$" then
+                    decode_cases(c, tok, json.cases)
+                elseif library == "tokenizers" then
+                    encode_cases(c, tok, json.cases)
+                else
+                    plain_cases(c, tok, json.cases, library == "tiktoken")
+                end
             end)
         end
     end

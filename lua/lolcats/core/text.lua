@@ -15,9 +15,10 @@ local function wrap(out, path)
   return setmetatable({handle = ffi.gc(out[0], C.lc_tokenizer_free), path = path}, Tokenizer)
 end
 
-function M.open(path)
+-- how: options as JSON text, or nil; see lc_tokenizer_open_with.
+function M.open(path, how)
   local out = ffi.new("lc_tokenizer *[1]")
-  check(C.lc_tokenizer_open(out, path), "tokenizer")
+  check(C.lc_tokenizer_open_with(out, path, how), "tokenizer")
   return wrap(out, path)
 end
 
