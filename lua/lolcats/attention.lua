@@ -51,25 +51,36 @@ end
 --- state (dtype of the state, where another one), cache (dtype of the cached keys and values).
 function M.hybrid_state(layer, batch, heads, groups, dim, opts)
     local a = layer.student
-    local map = a.map
-    if a.generic or map.custom then return { rows = 0 } end
-    local f = require("lolcats.feature_map").width(map, a.fq.layer:size(3))
+    local ready = a.generic or not a.map.fused -- features come ready, and are cached beside the keys
+    local f = ready and M.feature_width(layer, heads, dim, opts) or
+        require("lolcats.feature_map").width(a.map, a.fq.layer:size(3))
     local state = {
         state = lc.keep(lc.zeros({ batch, heads, f, dim }, { dtype = opts.state or opts.dtype, device = opts.device })),
         zsum = lc.keep(lc.zeros({ batch, heads, f }, { dtype = opts.dtype, device = opts.device })),
     }
     if a.window > 0 then
-        state.cache = lc.keep(lc.zeros({ batch, 2, groups, 2 * a.window, dim },
-                                       { dtype = opts.cache or opts.dtype, device = opts.device }))
+        local shape = { batch, 2, groups, 2 * a.window, dim }
+        if ready then shape = { batch, 2 * a.window * (2 * groups * dim + heads * f) } end
+        state.cache = lc.keep(lc.zeros(shape, { dtype = opts.cache or opts.dtype, device = opts.device }))
     end
     return state
+end
+
+--- Features that a layer's map makes of one row, found by asking it.
+function M.feature_width(layer, heads, dim, opts)
+    return lc.no_grad(lc.scope, function()
+        local where = { dtype = opts.dtype, device = opts.device }
+        local ctx = { side = "q", layer = layer.index, pos = lc.zeros({ 1 }, { dtype = "i32", device = opts.device }),
+                      hidden = lc.zeros({ 1, 1, layer.proj.q_proj.weight:size(2) }, where) }
+        return layer.student.fq:features(lc.zeros({ 1, heads, 1, dim }, where), ctx):size(4)
+    end)
 end
 
 --- Whether the rows of opts.state can be taken apart: those of caches and of the fused op can.
 function M.has_rows(layers, opts)
     for i, layer in ipairs(layers) do
         local a = not opts.teacher and layer.student
-        if opts.state.layers[i].rows or (a and (a.window_only or a.generic or a.map.custom)) then return false end
+        if opts.state.layers[i].rows or (a and a.window_only) then return false end
     end
     return true
 end
@@ -89,11 +100,11 @@ end
 --- The student's attention of one layer. a: {map, fq, fk, factors, kind, window, affine, window_only, generic}.
 function M.hybrid(a, q, k, v, ctx)
     if a.window_only then return M.window_only(a, q, k, v, ctx) end
-    if a.map.custom or a.generic then return M.generic(a, q, k, v, ctx) end
+    if a.generic or not a.map.fused then return M.generic(a, q, k, v, ctx) end
     local st = ctx.state or {}
     local fq, fk = a.fq, a.fk
     local args = {
-        mq = fq.layer, mk = fk.layer, map = a.map.op, full = a.map.full, skip = a.map.skip,
+        mq = fq:weights(q:size(2)), mk = fk:weights(q:size(2)), map = a.map.op, full = a.map.full, skip = a.map.skip,
         window = a.window, kind = a.window > 0 and a.kind or nil, affine = a.affine, start = ctx.start,
         state = st.state, zsum = st.zsum, cache = st.cache, pos = ctx.state and ctx.pos_tensor or nil,
     }
@@ -106,9 +117,11 @@ end
 function M.generic(a, q, k, v, ctx)
     local fq, fk = M.features(a, q, k, ctx)
     if fq.dtype ~= q.dtype then fq, fk = fq:to(q.dtype), fk:to(q.dtype) end
-    if ctx.state then return M.recurrent(a, q, k, v, fq, fk, ctx) end
+    local st = ctx.state or {}
+    if ctx.state and not st.state then return M.recurrent(a, q, k, v, fq, fk, ctx) end
     local args = { mq = fq, mk = fk, map = "none", window = a.window, kind = a.window > 0 and a.kind or nil,
-                   affine = a.affine, start = ctx.start }
+                   affine = a.affine, start = ctx.start, state = st.state, zsum = st.zsum, cache = st.cache,
+                   pos = ctx.state and ctx.pos_tensor or nil }
     if a.window > 0 then args.factors = a.factors end
     return (lc.hybrid_attention(q, k, v, args))
 end
@@ -117,8 +130,13 @@ end
 function M.features(a, q, k, ctx)
     local fine = q.dtype == "f64" and "f64" or "f32"
     if q.dtype ~= fine then q, k = q:to(fine), k:to(fine) end
+    local pos = ctx.pos
+    if not pos then
+        local seen = ctx.seen or 0
+        pos = lc.arange(seen, seen + q:size(3), 1, { dtype = "i32", device = q.device })
+    end
     local function side(name)
-        return { side = name, pos = ctx.pos, layer = ctx.layer, hidden = ctx.hidden }
+        return { side = name, pos = pos, layer = ctx.layer, hidden = ctx.hidden }
     end
     return a.fq:features(q, side "q"), a.fk:features(M.repeat_heads(k, q:size(2)), side "k")
 end
@@ -192,7 +210,8 @@ function M.quadratic(a, q, k, v, fq, fk)
 end
 
 --- One chunk of t positions after ctx.seen earlier ones, with a state of constant size: the keys, values and features
---- of the current window, and the sums over everything before it. Without gradient; any map, any split into chunks.
+--- of the current window, and the sums over everything before it. Any map, any split into chunks. Gradients reach this
+--- chunk's inputs; what the state holds is a constant to them.
 function M.recurrent(a, q, k, v, fq, fk, ctx)
     if ctx.start then
         lc.fail("the recurrent form of a custom feature map takes no left padding; give the rows one by one")
@@ -224,7 +243,7 @@ function M.recurrent(a, q, k, v, fq, fk, ctx)
         local p = (s - s:amax(-1, { keep = true })):exp() * gamma
         y = (y + p:matmul(values)) / (z + p:sum(-1, { keep = true }))
     end
-    M.fold(a, st, keys, values, feats, first, n + t)
+    lc.no_grad(M.fold, a, st, keys:detach(), values:detach(), feats:detach(), first, n + t)
     return y
 end
 

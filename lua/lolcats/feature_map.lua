@@ -3,6 +3,8 @@
 -- the name under which the fused attention op computes them itself. Also reads and writes the source of custom maps.
 local lc = require "lolcats"
 local files = require "lolcats.files"
+local kernels = require "lolcats.maps.kernels"
+local activations = require "lolcats.maps.activations"
 
 local M = {}
 
@@ -31,7 +33,8 @@ function Instance.parameters(self)
         if type(name) == "string" and is_param(v) then out[#out + 1] = { name = name, tensor = v } end
     end
     table.sort(out, function(a, b)
-        if (a.name == "layer") ~= (b.name == "layer") then return a.name == "layer" end
+        local x, y = a.name:match "^layer" ~= nil, b.name:match "^layer" ~= nil
+        if x ~= y then return x end
         return a.name < b.name
     end)
     return out
@@ -40,7 +43,9 @@ end
 --- Features of x [b, h, t, d]; checks what came back, since a custom map is a user's code.
 function Instance.features(self, x, ctx)
     local map = getmetatable(self).map
-    local y = map.forward(self, x, ctx or {})
+    ctx = ctx or {}
+    ctx.pos = ctx.pos or lc.arange(0, x:size(3), 1, { dtype = "i32", device = x.device })
+    local y = map.forward(self, x, ctx)
     if not lc.is_tensor(y) then
         lc.fail("feature map '%s': forward must return a tensor, it returned a %s", map.name, type(y))
     end
@@ -53,30 +58,31 @@ function Instance.features(self, x, ctx)
 end
 
 --- A new instance for `heads` query heads of size `dim`. like: an instance whose values it copies (the k side of a
---- layer starts as a copy of the q side). dtype and device are those of the frozen weights.
+--- layer starts as a copy of the q side). where: {dtype, device} of the frozen weights, options. Tensors that the map
+--- names in `buffers` are kept and saved with the others, but not trained.
 function Map:instance(heads, dim, where, like)
     local inst = setmetatable({}, self.meta)
-    inst.options = where and where.options or {}
-    if like then
-        for _, p in ipairs(like:parameters()) do
-            inst[p.name] = lc.param(lc.no_grad(function() return p.tensor:detach():clone() end))
+    where = where or {}
+    inst.options = where.options or {}
+    local function own(name, t)
+        local fixed = self.buffers and self.buffers[name]
+        local moved = (where.dtype and t.dtype ~= where.dtype) or (where.device and t.device ~= where.device)
+        if like then
+            t = lc.no_grad(function() return t:detach():clone() end)
+        elseif moved then
+            t = lc.no_grad(function() return t:detach():to { dtype = where.dtype, device = where.device } end)
         end
+        if not fixed then inst[name] = t.requires_grad and t or lc.param(t) else inst[name] = lc.keep(t) end
+    end
+    if like then
+        for _, p in ipairs(like:parameters()) do own(p.name, p.tensor) end
         for k, v in pairs(like) do
             if inst[k] == nil and not is_param(v) then inst[k] = v end
         end
         return inst
     end
-    if self.init then self.init(inst, heads, dim, where or {}) end
-    where = where or {}
-    for _, p in ipairs(inst:parameters()) do
-        local t = p.tensor
-        if (where.dtype and t.dtype ~= where.dtype) or (where.device and t.device ~= where.device) then
-            t = lc.no_grad(function() return t:detach():to { dtype = where.dtype, device = where.device } end)
-            inst[p.name] = lc.param(t)
-        elseif not t.requires_grad then
-            inst[p.name] = lc.param(t)
-        end
-    end
+    if self.init then self.init(inst, heads, dim, where) end
+    for _, p in ipairs(inst:parameters()) do own(p.name, p.tensor) end
     return inst
 end
 
@@ -110,93 +116,53 @@ end
 
 function M.is_map(v) return type(v) == "table" and getmetatable(v) == Map end
 
--- ---- activations of the built-in maps -------------------------------------------------------------------------------
-local activation = {}
-
-function activation.softmax_dim(x, full)
-    if not full then return x:softmax(-1) end
-    return lc.cat({ x:softmax(-1), (-x):softmax(-1) }, -1)
-end
-
-function activation.exp_dim(x, full)
-    local hi = (x - x:amax(-1, { keep = true })):exp()
-    if not full then return hi end
-    return lc.cat({ hi, (x:amin(-1, { keep = true }) - x):exp() }, -1)
-end
-
-function activation.pos_elu(x) return x:elu() + 1 end
-function activation.relu(x) return x:relu() end
-
-local doubles = { softmax_dim = true, exp_dim = true }
+-- ---- built-in maps: a learned kernel, then an activation ------------------------------------------------------------
 -- Maps that do not change when all inputs of a row shift alike. The bias is one number a head, so it cancels in them:
 -- it stays a parameter, for checkpoints have it, but is left out of the arithmetic, and its gradient is exactly 0
 -- instead of rounding noise.
 local shift_free = { softmax_dim = true, exp_dim = true }
-local FEATURE_EPS = 1e-12
+local FEATURE_EPS = activations.FEATURE_EPS
 
 local function builtin_init(self, heads, dim, where)
     local map = getmetatable(self).map
-    local f = map.feature_dim or (map.half and math.floor(dim / 2)) or dim
-    if map.skip and f ~= dim then
-        lc.fail("feature map '%s': a skip connection needs feature_dim = head_dim (%d), got %d", map.name, dim, f)
-    end
+    local f = kernels.outputs(map, dim)
     local opts = { dtype = where.dtype, device = where.device }
-    local start = map.start
-    if start == "identity" then
-        -- with a skip connection the identity is already there
-        local one = map.skip and lc.zeros({ dim, f }, opts) or lc.eye(dim, f, opts)
-        self.layer = lc.param(one:unsqueeze(1):expand(heads, dim, f):clone())
-    elseif start == "kaiming" then
-        local bound = math.sqrt(6 / (dim * f)) -- the fan-in that PyTorch takes of a 3-d weight
-        self.layer = lc.param(lc.empty({ heads, dim, f }, opts):uniform_(-bound, bound))
-    elseif start == "normal" then
-        self.layer = lc.param(lc.empty({ heads, dim, f }, opts):normal_())
-    else
-        lc.fail("feature map '%s': init is 'identity', 'kaiming' or 'normal', not '%s'", map.name, tostring(start))
-    end
-    if map.with_bias then
-        local bound = math.sqrt(6 / heads)
-        self.bias = lc.param(lc.empty({ 1, heads, 1, 1 }, opts):uniform_(-bound, bound))
-    end
+    kernels.init(self, map, heads, dim, f, opts)
+    if map.row.init then map.row.init(self, map, heads, f, opts, dim) end
 end
 
 --- The bias that takes part in the arithmetic, or nil.
 function Instance.effective_bias(self)
-    if shift_free[getmetatable(self).map.op] then return nil end
+    local map = getmetatable(self).map
+    if shift_free[map.op] and map.with_bias ~= "feature" then return nil end
     return rawget(self, "bias")
 end
 
-local function builtin_forward(self, x)
-    local map = getmetatable(self).map
-    local y = x:matmul(self.layer)
-    local bias = self:effective_bias()
-    if bias then y = y + bias end
-    if map.skip then y = y + x end
-    return activation[map.op](y, map.full):clamp { min = FEATURE_EPS }
+--- The kernel [heads, d, f] as the fused op takes it; one that all heads share is repeated without a copy.
+function Instance.weights(self, heads)
+    local w = self.layer
+    if w:size(1) == heads then return w end
+    return w:expand(heads, w:size(2), w:size(3))
 end
 
--- name -> activation, defaults
-local BUILTIN = {
-    hedgehog = { op = "softmax_dim", half = true,
-                 doc = "softmax of xW and of -xW; feature_dim defaults to head_dim / 2" },
-    t2r = { op = "relu", bias = true, doc = "relu(xW + b)" },
-    softmax_dim = { op = "softmax_dim", doc = "softmax of xW, and of -xW when full" },
-    exp_dim = { op = "exp_dim", doc = "exp(xW - max), and exp(min - xW) when full" },
-    pos_elu = { op = "pos_elu", doc = "1 + elu(xW)" },
-    relu = { op = "relu", doc = "relu(xW)" },
-}
+local function builtin_forward(self, x, ctx)
+    local map = getmetatable(self).map
+    return map.row.forward(kernels.apply(self, map, x), self, map, ctx, x)
+end
 
 --- Names of the built-in maps, sorted.
 function M.names()
     local out = {}
-    for k in pairs(BUILTIN) do out[#out + 1] = k end
+    for k in pairs(activations.rows) do out[#out + 1] = k end
     table.sort(out)
     return out
 end
 
---- A built-in map by name with its options: feature_dim, full, bias, skip, init ("identity", "kaiming", "normal").
+--- A built-in map by name with its options: feature_dim, full, bias (true: one number a head; "feature": one a
+--- feature), skip, init ("identity", "zero", "kaiming", "normal"), kernel ("untied", "tied", "adapter", "none"),
+--- hidden_dim (of the adapter).
 function M.builtin(name, opts)
-    local row = BUILTIN[name]
+    local row = activations.rows[name]
     if not row then
         lc.fail("there is no feature map '%s'; built in: %s; or give a map made by lc.feature_map, or a file that " ..
                 "returns one", tostring(name), table.concat(M.names(), ", "))
@@ -207,17 +173,21 @@ function M.builtin(name, opts)
         if row[key] ~= nil then return row[key] end
         return default
     end
-    local map = M.feature_map {
-        custom = false, name = name, doc = row.doc, op = row.op, half = row.half,
-        full = pick("full", true), with_bias = pick("bias", false), skip = pick("skip", false),
+    local kernel = kernels.name(pick("kernel", "untied"), name)
+    local bias = pick("bias", false)
+    -- the fused op knows the reference's activations over one matrix a head with one bias a head
+    local fused = row.op and (kernel == "untied" or (kernel == "tied" and not bias)) and bias ~= "feature"
+    return M.feature_map {
+        custom = false, name = name, doc = row.doc, row = row, op = row.op, fused = fused or false, half = row.half, few = row.few,
+        signed = row.signed, buffers = row.buffers, kernel = kernel, hidden_dim = opts.hidden_dim,
+        full = pick("full", true), with_bias = bias, skip = pick("skip", false),
         feature_dim = opts.feature_dim, start = opts.init or "identity",
         init = builtin_init, forward = builtin_forward, feature_eps = FEATURE_EPS,
     }
-    return map
 end
 
 --- Features that the op makes of f learned outputs.
-function M.width(map, f) return (doubles[map.op] and map.full) and 2 * f or f end
+function M.width(map, f) return (map.row and map.row.doubles and map.full) and 2 * f or f end
 
 -- ---- maps in files --------------------------------------------------------------------------------------------------
 --- Runs the text of a map file, which must return what lc.feature_map returned.
@@ -330,5 +300,5 @@ end
 --- lc.check: see map_check.lua.
 function M.check(map, opts) return require("lolcats.map_check").check(map, opts) end
 
-M.activation, M.FEATURE_EPS = activation, FEATURE_EPS
+M.FEATURE_EPS = FEATURE_EPS
 return M
