@@ -258,7 +258,6 @@ void lc_file_close(lc_file *f) {
     free(f->slot);
     lc_doc_free(f->doc);
     lc_doc_free(f->extra);
-    if (f->drop_keep) f->drop_keep(f->keep);
     for (int i = 0; i < f->parts; i++) lc_mapping_drop(f->part[i]);
     free(f->part);
     lc_mapping_drop(f->map);

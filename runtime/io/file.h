@@ -62,8 +62,6 @@ struct lc_file {
     lc_doc *extra;     /* PyTorch: the values that are no tensors */
     lc_mapping **part; /* the files of a distributed checkpoint */
     int parts;
-    void *keep; /* what the entries point into beside the file; dropped by drop_keep */
-    void (*drop_keep)(void *);
 };
 
 /* The readers fill an empty file from f->data. On failure the caller closes it. */
