@@ -55,12 +55,15 @@ local elsewhere = {
   train = {"lolcats.train"},
   data = {"lolcats.data", "data"},
   recipe = {"lolcats.recipe", "load"},
+  configs = {"lolcats.configs"},
   adamw = {"lolcats.optim", "adamw"},
   adam = {"lolcats.optim", "adam"},
   sgd = {"lolcats.optim", "sgd"},
+  adafactor = {"lolcats.optim", "adafactor"},
   constant = {"lolcats.optim", "constant"},
   linear_decay = {"lolcats.optim", "linear_decay"},
   cosine = {"lolcats.optim", "cosine"},
+  timm_cosine = {"lolcats.optim", "timm_cosine"},
   plateau = {"lolcats.optim", "plateau"},
 }
 

@@ -1,6 +1,6 @@
--- optim.lua: optimizers (AdamW, Adam, SGD) over one flat buffer of parameters, gradient clipping, and learning-rate schedules:
--- constant, linear and cosine with warm-up by Hugging Face's formulas, plateau by PyTorch's ReduceLROnPlateau. Each can hand
--- out its whole state as plain values and take it back, which is what an exact resume needs.
+-- optim.lua: optimizers (AdamW, Adam, SGD, Adafactor) over one flat buffer of parameters, gradient clipping, and learning-rate
+-- schedules: constant, linear and cosine with warm-up by Hugging Face's formulas, timm's cosine, plateau by PyTorch's
+-- ReduceLROnPlateau. Each can hand out its whole state as plain values and take it back, which is what an exact resume needs.
 local lc = require "lolcats"
 local nn = require "lolcats.nn"
 
@@ -52,6 +52,7 @@ function Optim:attach(params)
     self.params = named(params)
     self.flat = nn.flatten(self.params)
     self.count = 0
+    if self.on_attach then self.on_attach(self) end
     return self
 end
 
@@ -85,6 +86,7 @@ end
 --- Tensors of the state by name, each a view of a whole buffer.
 function Optim:tensors()
     local flat = attached(self)
+    if self.own_tensors then return self.own_tensors(self) end
     return { m = flat.m, v = flat.v }
 end
 
@@ -156,6 +158,42 @@ M.sgd = maker("sgd", { lr = 1e-2, momentum = 0, dampening = 0, weight_decay = 0,
     self.apply = sgd_step
 end)
 
+--- Adafactor as Hugging Face's with relative_step off. Options: lr, eps ({1e-30, 1e-3}), clip_threshold (1), decay_rate (-0.8),
+--- beta1 (0: no first moment), weight_decay (0), scale_parameter (true). Use as lc.adamw.
+M.adafactor = maker("adafactor", {
+    lr = 1e-3, eps = { 1e-30, 1e-3 }, clip_threshold = 1, decay_rate = -0.8, beta1 = 0, weight_decay = 0, scale_parameter = true,
+}, function(self, set, what)
+    if type(set.eps) ~= "table" or #set.eps ~= 2 then lc.fail("%s: eps are two numbers like {1e-30, 1e-3}", what) end
+    check_number(what, "clip_threshold", set.clip_threshold, 0)
+    check_number(what, "beta1", set.beta1, 0, 1)
+    if type(set.decay_rate) ~= "number" or not (set.decay_rate < 0) then lc.fail("%s: decay_rate must be below 0", what) end
+    local step = require "lolcats.train.adafactor"
+    self.args = { eps = set.eps, clip_threshold = set.clip_threshold, decay_rate = set.decay_rate, weight_decay = set.weight_decay,
+                  beta1 = set.beta1 > 0 and set.beta1 or nil, scale_parameter = set.scale_parameter }
+    self.on_attach, self.own_tensors, self.apply = step.attach, step.tensors, step.step
+end)
+
+local OPTIMIZERS = { sgd = M.sgd, adam = M.adam, adamw = M.adamw, adamw_torch = M.adamw, adamw_torch_fused = M.adamw,
+                     adafactor = M.adafactor }
+
+local function names_of(t)
+    local out = {}
+    for k in pairs(t) do out[#out + 1] = k end
+    table.sort(out)
+    return table.concat(out, ", ")
+end
+
+--- An optimizer by the name that a configuration gives it: sgd, adam, adamw (adamw_torch, adamw_torch_fused), adafactor. Options that
+--- are not given have PyTorch's defaults: a weight_decay of 0.01 for AdamW.
+function M.named(name, opts)
+    local make = OPTIMIZERS[name]
+    if not make then lc.fail("there is no optimizer '%s'; there are %s", tostring(name), names_of(OPTIMIZERS)) end
+    local set = {}
+    for k, v in pairs(opts or {}) do set[k] = v end
+    if make == M.adamw and set.weight_decay == nil then set.weight_decay = 0.01 end
+    return make(set)
+end
+
 -- ---- schedules ----------------------------------------------------------------------------------------------------
 -- A schedule turns the number of updates done (from 0) into the next one's learning rate. `start(base, total)` is called once;
 -- `observe(metric)` after each evaluation; state() and restore(t) carry what rate() depends on.
@@ -215,6 +253,33 @@ M.cosine = schedule("cosine", { warmup = 0, total = false, cycles = 0.5 }, funct
     return math.max(0, 0.5 * (1 + math.cos(math.pi * self.opts.cycles * 2 * progress)))
 end, true)
 
+--- timm's cosine: from the learning rate to lr_min over cycles of t_initial updates (the run's, without), each cycle_mul times as long
+--- as the one before and cycle_decay times as high; after cycle_limit cycles (0: never) lr_min. Before them warmup_t updates that lead up
+--- from warmup_lr_init; with warmup_prefix the cycles begin after those.
+M.timm_cosine = schedule("timm_cosine", {
+    t_initial = false, lr_min = 0, cycle_mul = 1, cycle_decay = 1, cycle_limit = 0, warmup_t = 0, warmup_lr_init = 0, warmup_prefix = false,
+    total = false,
+}, function(self, t)
+    local o, base = self.opts, self.base
+    if base == 0 then return 0 end
+    if t < o.warmup_t then return (o.warmup_lr_init + t * (base - o.warmup_lr_init) / o.warmup_t) / base end
+    if o.warmup_prefix then t = t - o.warmup_t end
+    local length, mul = o.t_initial or self.total, o.cycle_mul
+    local cycle, span, at
+    if mul == 1 then
+        cycle, span = math.floor(t / length), length
+        at = t - length * cycle
+    else
+        cycle = math.floor(math.log(1 - t / length * (1 - mul)) / math.log(mul))
+        span = mul ^ cycle * length
+        at = t - (1 - mul ^ cycle) / (1 - mul) * length
+    end
+    if o.cycle_limit > 0 and cycle >= o.cycle_limit then return o.lr_min / base end
+    local gamma = o.cycle_decay ^ cycle
+    local low = o.lr_min * gamma
+    return (low + 0.5 * (base * gamma - low) * (1 + math.cos(math.pi * at / span))) / base
+end, true)
+
 local Plateau = setmetatable({}, { __index = Schedule })
 Plateau.__index = Plateau
 
@@ -265,6 +330,33 @@ function M.plateau(opts)
     if set.mode ~= "min" and set.mode ~= "max" then lc.fail("lc.plateau: mode is 'min' or 'max', not '%s'", tostring(set.mode)) end
     check_number("lc.plateau", "factor", set.factor, 0, 1)
     return setmetatable({ kind = "plateau", opts = set, bad = 0, cool = 0 }, Plateau)
+end
+
+-- Names of schedules in configurations; for each what its keys are called here.
+local WARM = { num_warmup_steps = "warmup", num_training_steps = "total" }
+local PLATEAU_KEYS, TIMM_KEYS = {}, { t_mul = "cycle_mul", decay_rate = "cycle_decay" }
+for word in ("factor patience mode threshold threshold_mode cooldown min_lr eps"):gmatch "%S+" do PLATEAU_KEYS[word] = word end
+for word in ("t_initial lr_min cycle_mul cycle_decay cycle_limit warmup_t warmup_lr_init warmup_prefix"):gmatch "%S+" do
+    TIMM_KEYS[word] = word
+end
+local WAVES = { num_warmup_steps = "warmup", num_training_steps = "total", num_cycles = "cycles" }
+local SCHEDULES = {
+    none = { M.constant, {} }, constant = { M.constant, { num_warmup_steps = "warmup" } },
+    linear = { M.linear_decay, WARM }, linear_warmup = { M.linear_decay, WARM },
+    cosine = { M.cosine, WAVES }, cosine_warmup = { M.cosine, WAVES }, timm_cosine = { M.timm_cosine, TIMM_KEYS },
+}
+
+--- A schedule by the name that a configuration gives it (plateau, reduce_lr_on_plateau, cosine_warmup, linear_warmup, linear,
+--- timm_cosine, none) with that configuration's keys; keys of another schedule are left out.
+function M.named_schedule(name, opts)
+    local row = SCHEDULES[name or "none"]
+    if name == "plateau" or name == "reduce_lr_on_plateau" then row = { M.plateau, PLATEAU_KEYS } end
+    if not row then lc.fail("there is no schedule '%s'; there are plateau, reduce_lr_on_plateau, %s", tostring(name), names_of(SCHEDULES)) end
+    local set = {}
+    for k, v in pairs(opts or {}) do
+        if row[2][k] then set[row[2][k]] = v end
+    end
+    return row[1](set)
 end
 
 --- A schedule from what a recipe may write: a schedule, or one of the names "constant", "linear", "cosine", "plateau".
