@@ -84,7 +84,8 @@ typedef struct transfer {
     void *easy;
     curl_list *headers;
     bytes head, body;
-    char error[256]; /* why it ended without the whole answer; written by libcurl, too */
+    char error[256];   /* why it ended without the whole answer */
+    char said[256];    /* what libcurl says of it */
     char *path;
     int fd;
     bool to_file;    /* the status is one whose body belongs into the file */
@@ -252,7 +253,7 @@ static lc_status set_up(lc_http *h, transfer *t, const char *method, const char 
     curl_easy_setopt(t->easy, OPT_NOBODY, strcmp(method, "HEAD") == 0 ? 1L : 0L);
     curl_easy_setopt(t->easy, OPT_HTTPHEADER, t->headers);
     curl_easy_setopt(t->easy, OPT_USERAGENT, h->agent);
-    curl_easy_setopt(t->easy, OPT_ERRORBUFFER, t->error);
+    curl_easy_setopt(t->easy, OPT_ERRORBUFFER, t->said);
     curl_easy_setopt(t->easy, OPT_PRIVATE, t);
     curl_easy_setopt(t->easy, OPT_WRITEFUNCTION, on_body);
     curl_easy_setopt(t->easy, OPT_WRITEDATA, t);
@@ -325,8 +326,8 @@ static void take_ended(lc_http *h) {
         curl_easy_getinfo(m->easy, INFO_PRIVATE, &t);
         if (!t->whole_head && result == 0) place_body(t); /* an answer without a body */
         curl_easy_getinfo(t->easy, INFO_STATUS, &t->status);
-        if (result != 0 && !t->error[0]) snprintf(t->error, sizeof t->error, "%s", curl_easy_strerror(result));
-        if (result == 0 && !t->failed) t->error[0] = 0;
+        if (result != 0 && !t->failed)
+            snprintf(t->error, sizeof t->error, "%s", t->said[0] ? t->said : curl_easy_strerror(result));
         curl_multi_remove_handle(h->multi, t->easy);
         t->ended = true;
     }

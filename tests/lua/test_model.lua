@@ -120,7 +120,7 @@ t.test("missing, misshapen and NaN weights are named", function()
 end)
 
 t.test("names that are no model say what was tried", function()
-    t.errors(function() lc.load "no/such" end, "Hugging Face cache")
+    t.errors(function() lc.load("no/such", { offline = true }) end, "Hugging Face cache")
     t.errors(function() lc.load "nothing-here" end, "no such folder or file")
     t.errors(function() lc.load(scratch) end, "config.json")
     t.errors(function() lc.load(scratch .. "/plain", { dtype = "q9" }) end, "q9")
