@@ -108,6 +108,12 @@ typedef struct lc_backend {
     const char *(*last_error)(void);
     /* NULL, or: on 1 begins to time kernels, on 0 ends it, waits, and returns the device's seconds of each op, LC_OP_COUNT of them. */
     const double *(*timing)(int device, int on);
+    /* NULL, or graphs: from record_begin to record_end the device's kernels are recorded instead of run, and copies from and to the
+     * host fail. record_end gives what was recorded (graph NULL: forgets it); replay runs it again, on the same memory. */
+    int (*record_begin)(int device);
+    int (*record_end)(int device, void **graph);
+    int (*replay)(int device, void *graph);
+    void (*forget)(int device, void *graph);
     const lc_kernel *kernels; /* LC_OP_COUNT of them */
 } lc_backend;
 

@@ -112,6 +112,11 @@ const char *lc_device_describe(int device);
 int lc_device_find(const char *name);      /* loads the plugin at first mention; -1 with a message */
 int lc_device_sync(int device);
 int lc_load_plugin(const char *path);
+typedef struct lc_graph lc_graph;
+int lc_graph_begin(int device);            /* its kernels are recorded, not run; LC_ENOKERNEL: it records none */
+int lc_graph_end(lc_graph **out);          /* NULL: forgets what was recorded */
+int lc_graph_run(lc_graph *g);             /* all of it once more, on the memory that it was recorded with */
+void lc_graph_free(lc_graph *g);
 const char *lc_plugin_why(const char *kind); /* why the plugin of that kind is not in use; "" when it is */
 int lc_threads(int n);                     /* sets the number of CPU threads (0: only ask); returns it */
 const char *lc_cpu_isa(const char *force); /* "generic" "avx2" "avx512" "avx512bf16"; NULL: only ask */

@@ -17,6 +17,8 @@ static struct { char *p; size_t bytes; } blocks[MAX_BLOCKS];
 static int block_count;
 static size_t in_use, limit;
 static const lc_kernel *cpu[2];
+struct mock_graph;
+static struct mock_graph *recording;
 static lc_kernel table[LC_OP_COUNT];
 
 static size_t whole_pages(size_t n) { return (n + 4095) & ~(size_t)4095; }
@@ -58,6 +60,7 @@ static void mock_release(int device, void *p, size_t bytes) {
 
 static int mock_copy(int device, void *to, const void *from, size_t bytes) {
     (void)device;
+    if (recording) return 1;
     int a = find_block(to), b = find_block(from);
     if (a >= 0 && set_access(to, PROT_READ | PROT_WRITE)) return 1;
     if (b >= 0 && a != b && set_access(from, PROT_READ)) return 1;
@@ -94,7 +97,33 @@ static int has_half(const lc_kargs *k) {
     return 0;
 }
 
+/* ---- graphs: calls kept whole, and made again ---- */
+typedef struct mock_call {
+    lc_kargs k;
+    int op;
+    double f[12]; /* as many as an op may have: lc_args */
+    int32_t i[24];
+    lc_view *list;
+} mock_call;
+typedef struct mock_graph {
+    int count;
+    mock_call call[4096];
+} mock_graph;
+
+static int record(const lc_kargs *k, int op) {
+    if (recording->count == 4096 || k->s) return LC_K_UNSUPPORTED;
+    mock_call *c = &recording->call[recording->count++];
+    c->k = *k;
+    c->op = op;
+    memcpy(c->f, k->f, sizeof c->f);
+    memcpy(c->i, k->i, sizeof c->i);
+    c->list = k->n_list ? malloc((size_t)k->n_list * sizeof *c->list) : NULL;
+    if (c->list) memcpy(c->list, k->list, (size_t)k->n_list * sizeof *c->list);
+    return LC_K_OK;
+}
+
 static int run_kernel(const lc_kargs *k, int op, int half_is_fine) {
+    if (recording) return record(k, op);
     if (has_half(k) && !half_is_fine) return LC_K_UNSUPPORTED;
     if (access_all(k, PROT_READ | PROT_WRITE)) {
         access_all(k, PROT_NONE);
@@ -111,6 +140,34 @@ static size_t ask_work(const lc_kargs *k, int op) {
     size_t n = c->work(k);
     access_all(k, PROT_NONE);
     return n;
+}
+
+static int mock_record_begin(int device) {
+    (void)device;
+    return !(recording = calloc(1, sizeof *recording));
+}
+static void mock_forget(int device, void *graph) {
+    (void)device;
+    mock_graph *g = graph;
+    for (int i = 0; i < g->count; i++) free(g->call[i].list);
+    free(g);
+}
+static int mock_record_end(int device, void **graph) {
+    if (graph) *graph = recording;
+    else mock_forget(device, recording);
+    recording = NULL;
+    return 0;
+}
+static int mock_replay(int device, void *graph) {
+    (void)device;
+    mock_graph *g = graph;
+    for (int i = 0; i < g->count; i++) {
+        mock_call *c = &g->call[i];
+        lc_fault fault = {0, 0, 0};
+        c->k.f = c->f, c->k.i = c->i, c->k.list = c->list, c->k.fault = &fault;
+        if (run_kernel(&c->k, c->op, 1)) return 1;
+    }
+    return 0;
 }
 
 /* One pair of functions an op, since a kernel is not told its op. */
@@ -154,6 +211,7 @@ int lc_plugin_open(const lc_host *host, lc_backend *out, const char **why) {
     fill_table();
     *out = (lc_backend){.abi = lc_kernel_abi() ^ (getenv("LOLCATS_MOCK_STALE") ? 1u : 0u), .kind = "mock", .count = mock_count,
                         .describe = mock_describe, .alloc = mock_alloc, .release = mock_release, .upload = mock_copy,
-                        .download = mock_copy, .copy = mock_copy, .sync = mock_sync, .last_error = mock_error, .kernels = table};
+                        .download = mock_copy, .copy = mock_copy, .sync = mock_sync, .last_error = mock_error, .kernels = table,
+                        .record_begin = mock_record_begin, .record_end = mock_record_end, .replay = mock_replay, .forget = mock_forget};
     return 0;
 }

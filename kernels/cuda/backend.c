@@ -76,8 +76,12 @@ int lc_cuda_select(int device) {
 static int cuda_count(void) { return device_count; }
 static const char *cuda_describe(int device) { return devices[device].text; }
 
+static int not_recorded(const char *what) {
+    return lc_cuda_recording ? lc_cuda_fail(what, "a graph is being recorded, which is for work on the device alone") : 0;
+}
+
 static int cuda_sync(int device) {
-    if (lc_cuda_select(device)) return 1;
+    if (lc_cuda_select(device) || not_recorded("waiting for the device")) return 1;
     if (lc_cuda_check(cudaStreamSynchronize(lc_cuda_now->stream), "waiting for the device")) return 1;
     return told_fault(lc_cuda_now);
 }
@@ -141,7 +145,7 @@ static int staged_upload(lc_cuda_device *d, char *to, const char *from, size_t b
 }
 
 static int cuda_upload(int device, void *to, const void *from, size_t bytes) {
-    if (lc_cuda_select(device)) return 1;
+    if (lc_cuda_select(device) || not_recorded("copy to the device")) return 1;
     if (bytes > LC_STAGE / 4) {
         if (!make_stages(lc_cuda_now)) return staged_upload(lc_cuda_now, to, from, bytes);
         cudaGetLastError(); /* no pinned memory to be had: the driver's way will do */
@@ -150,7 +154,7 @@ static int cuda_upload(int device, void *to, const void *from, size_t bytes) {
 }
 
 static int cuda_download(int device, void *to, const void *from, size_t bytes) {
-    if (lc_cuda_select(device)) return 1;
+    if (lc_cuda_select(device) || not_recorded("copy from the device")) return 1;
     if (lc_cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, lc_cuda_now->stream), "copy from the device")) return 1;
     return cuda_sync(device);
 }
@@ -215,6 +219,10 @@ int lc_plugin_open(const lc_host *host, lc_backend *out, const char **why) {
     b.memory = cuda_memory;
     b.last_error = cuda_last_error;
     b.timing = lc_cuda_timings;
+    b.record_begin = lc_cuda_record_begin;
+    b.record_end = lc_cuda_record_end;
+    b.replay = lc_cuda_replay;
+    b.forget = lc_cuda_forget;
     b.kernels = lc_cuda_table;
     *out = b;
     return 0;

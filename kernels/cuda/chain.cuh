@@ -21,7 +21,8 @@ inline lc_chain lc_chains[LC_CUDA_DEVICES];
 
 static inline bool chain_goes_on(bool apart) {
     lc_chain *d = &lc_chains[lc_cuda_now->index];
-    bool follows = lc_cuda_now->op_count - d->op <= 1; /* else another op came between, with launches of its own */
+    bool follows = lc_cuda_now->op_count - d->op <= 1 && !lc_cuda_now->chain_ends; /* else launches came between */
+    lc_cuda_now->chain_ends = 0;
     d->op = lc_cuda_now->op_count;
     if (apart && follows && lc_cuda_now->major >= 9 && d->launches < CHAIN_LAUNCHES && d->count < CHAIN_WRITES) {
         d->launches++;

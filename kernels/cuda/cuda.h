@@ -35,6 +35,7 @@ typedef struct lc_cuda_device {
     cudaEvent_t staged[2];    /* when the device has read it */
     int16_t last_op[LC_CUDA_LAST_OPS]; /* a ring, for errors that come late */
     uint32_t op_count;
+    int chain_ends;           /* the next launch waits for all before it (chain.cuh) */
 } lc_cuda_device;
 
 #define LC_CUDA_BLAS_WORK ((size_t)64 << 20)
@@ -47,6 +48,13 @@ extern const lc_host *lc_cuda_host;
 extern int lc_cuda_timing;
 void lc_cuda_time_op(int op, int after);
 const double *lc_cuda_timings(int device, int on);
+
+/* Graphs (graph.c). While one is recorded nothing may wait for the device or copy from or to the host. */
+extern int lc_cuda_recording;
+int lc_cuda_record_begin(int device);
+int lc_cuda_record_end(int device, void **graph);
+int lc_cuda_replay(int device, void *graph);
+void lc_cuda_forget(int device, void *graph);
 
 /* Makes a device current, and ready at its first use; 0, or LC_K_DEVICE with the text recorded. */
 int lc_cuda_select(int device);

@@ -67,10 +67,32 @@ function Session:feed(ids, want)
     end
     if #ids == 0 then lc.fail("there is nothing to read: the prompt has no tokens") end
     for _, id in ipairs(ids) do self.ids[#self.ids + 1] = id end
+    if self.stepper and #ids == 1 and want then
+        self.stepper.ids:fill_(ids[1])
+        self.broken = true
+        local result = want((lc.no_grad(self.stepper.step, self.stepper)))
+        self.broken = nil
+        return result
+    end
     self.broken = true -- until it is read whole; an interruption leaves a state that fits no text
     local result = lc.no_grad(lc.scope, feed_inner, self, ids, want)
     self.broken = nil
     return result
+end
+
+--- Calls f(...), in which tokens are read one by one, with steps that a device may record.
+function Session:stepping(f, ...)
+    if self.model.device == "cpu" then return f(...) end
+    local ids = lc.keep(lc.zeros({ 1, 1 }, { dtype = "i32", device = self.model.device }))
+    self.stepper = require("lolcats.decode").new(self.model, self.state, ids, function(x)
+        return self.model:lm_head(x):reshape(-1):to "f32"
+    end)
+    local function done(ok, ...)
+        self.stepper = nil
+        if not ok then error((...), 0) end
+        return ...
+    end
+    return done(pcall(f, ...))
 end
 
 --- Makes the session stand right before the last of `ids` and returns the ids still to be read. What was read before
@@ -237,18 +259,20 @@ function Session:continue(rest, opts, prompt_tokens)
     t0 = lc.now()
     local limit = opts.max_new or 256
     info.reason = "length"
-    while #out < limit do
-        if stops[id] then info.reason, info.stop_id = "end", id break end
-        out[#out + 1] = id
-        if opts.on_token then opts.on_token(id) end
-        self.pending = id
-        if stream then
-            local piece, hit = hold(stream.add(id))
-            emit(piece)
-            if hit then info.reason = "stop" break end
+    self:stepping(function()
+        while #out < limit do
+            if stops[id] then info.reason, info.stop_id = "end", id break end
+            out[#out + 1] = id
+            if opts.on_token then opts.on_token(id) end
+            self.pending = id
+            if stream then
+                local piece, hit = hold(stream.add(id))
+                emit(piece)
+                if hit then info.reason = "stop" break end
+            end
+            if #out < limit then id = self:feed({}, pick) end
         end
-        if #out < limit then id = self:feed({}, pick) end
-    end
+    end)
     if stream and info.reason ~= "stop" then
         local piece, hit = hold(stream.finish(), true)
         emit(piece)

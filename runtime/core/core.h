@@ -70,6 +70,11 @@ void lc_storage_release(lc_storage *s);
 void lc_storage_written(lc_storage *s);                 /* bumps the version, drops prepared copies */
 lc_status lc_scratch(int device, size_t bytes, void **out, size_t *granted); /* cached memory without a header */
 void lc_scratch_release(int device, void *p, size_t granted);
+/* Memory that stays with a graph: what a device's blocks given back from begin to end become, to be taken again in between only. */
+typedef struct lc_keep lc_keep;
+lc_status lc_keep_begin(int device);
+lc_keep *lc_keep_end(void);
+void lc_keep_free(lc_keep *k);                          /* to the cache; NULL is fine */
 void lc_scope_adopt(lc_tensor *t);                      /* into the current scope's list */
 void lc_scope_forget(lc_tensor *t);
 

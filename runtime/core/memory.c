@@ -20,6 +20,13 @@ static struct pool {
     double live, cached, peak, limit;
 } pools[LC_MAX_DEVICES];
 
+/* Blocks given back while a graph is recorded (graph.c): they count as live until it is freed. */
+struct lc_keep {
+    int device;
+    free_list list[CLASSES];
+};
+static lc_keep *keeping;
+
 double lc_debt = 0;
 
 /* ---- size classes ---------------------------------------------------------------------------------------------------- */
@@ -36,6 +43,8 @@ static int class_of(size_t bytes, size_t *granted) {
     *granted = q * step * 64;
     return 8 + shift * 8 + (int)(q - 9);
 }
+
+static size_t class_bytes(int k) { return k < 8 ? (size_t)(k + 1) * 64 : (size_t)(9 + k % 8) << (k / 8 - 1 + 6); }
 
 /* ---- the system below ------------------------------------------------------------------------------------------------ */
 static void *system_alloc(int device, size_t bytes) {
@@ -67,11 +76,27 @@ static bool exact_memory(void) {
     return on;
 }
 
+static bool push_block(free_list *l, void *p) {
+    if (l->count == l->room) {
+        int32_t room = l->room ? 2 * l->room : 16;
+        void **item = realloc(l->item, (size_t)room * sizeof *item);
+        if (!item) return false;
+        l->item = item;
+        l->room = room;
+    }
+    l->item[l->count++] = p;
+    return true;
+}
+
 lc_status lc_scratch(int device, size_t bytes, void **out, size_t *granted) {
     struct pool *p = &pools[device];
     int k = class_of(bytes, granted);
-    if (exact_memory()) *granted = bytes;
     if (k >= CLASSES) return lc_fail(LC_ENOMEM, "an allocation of %.1f GB", (double)bytes / 1e9);
+    if (keeping && keeping->device == device && keeping->list[k].count) {
+        *out = keeping->list[k].item[--keeping->list[k].count];
+        return LC_OK;
+    }
+    if (exact_memory()) *granted = bytes;
     free_list *l = &p->list[k];
     if (l->count) {
         *out = l->item[--l->count];
@@ -99,32 +124,41 @@ lc_status lc_scratch(int device, size_t bytes, void **out, size_t *granted) {
 void lc_scratch_release(int device, void *ptr, size_t granted) {
     struct pool *p = &pools[device];
     size_t again;
-    free_list *l = &p->list[class_of(granted, &again)];
+    int k = class_of(granted, &again);
+    if (keeping && keeping->device == device && again == granted && push_block(&keeping->list[k], ptr)) return;
     p->live -= (double)granted;
-    if (exact_memory()) {
-        system_free(device, ptr, granted);
-        return;
+    if (exact_memory() || !push_block(&p->list[k], ptr)) system_free(device, ptr, granted);
+    else p->cached += (double)granted;
+}
+
+lc_status lc_keep_begin(int device) {
+    if (exact_memory()) return lc_fail(LC_ENOKERNEL, "with LOLCATS_EXACT_MEMORY no block may stay with a graph");
+    keeping = lc_alloc(1, sizeof *keeping);
+    if (!keeping) return LC_ENOMEM;
+    memset(keeping, 0, sizeof *keeping);
+    keeping->device = device;
+    return LC_OK;
+}
+
+lc_keep *lc_keep_end(void) {
+    lc_keep *k = keeping;
+    keeping = NULL;
+    return k;
+}
+
+void lc_keep_free(lc_keep *k) {
+    for (int i = 0; k && i < CLASSES; i++) {
+        while (k->list[i].count) lc_scratch_release(k->device, k->list[i].item[--k->list[i].count], class_bytes(i));
+        free(k->list[i].item);
     }
-    if (l->count == l->room) {
-        int32_t room = l->room ? 2 * l->room : 16;
-        void **item = realloc(l->item, (size_t)room * sizeof *item);
-        if (!item) {
-            system_free(device, ptr, granted);
-            return;
-        }
-        l->item = item;
-        l->room = room;
-    }
-    l->item[l->count++] = ptr;
-    p->cached += (double)granted;
+    free(k);
 }
 
 int lc_trim(int device) {
     if (device < 0 || device >= LC_MAX_DEVICES) return lc_fail(LC_EDEVICE, "no device %d", device);
     struct pool *p = &pools[device];
     for (int k = 0; k < CLASSES; k++) {
-        size_t bytes = k < 8 ? (size_t)(k + 1) * 64 : (size_t)(9 + k % 8) << (k / 8 - 1 + 6);
-        while (p->list[k].count) system_free(device, p->list[k].item[--p->list[k].count], bytes);
+        while (p->list[k].count) system_free(device, p->list[k].item[--p->list[k].count], class_bytes(k));
     }
     p->cached = 0;
     return LC_OK;

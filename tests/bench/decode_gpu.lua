@@ -3,6 +3,7 @@
 --   lolcats tests/bench/decode_gpu.lua [--model random:mistral-7b] [--batches 1,8,64,256] [--state bf16] [--json]
 local lc = require "lolcats"
 local log = require "lolcats.log"
+local decode = require "lolcats.decode"
 
 local args = lc.args {
     "Time decoding and prefill on a GPU.",
@@ -15,6 +16,7 @@ local args = lc.args {
     { "prefill", 2048, "tokens of the prefill" },
     { "positions", { 1000, 100000 }, "positions whose cost is compared; empty: none" },
     { "teacher", false, "also the softmax model at batch 1" },
+    { "eager", false, "no step is recorded as a graph" },
     { "profile", false, "also the time of each op, at every batch size" },
     { "json", false, "one JSON object on stdout" },
 }
@@ -28,12 +30,11 @@ local function ids(b, t)
     return (lc.rand({ b, t }, { device = device }) * (vocab - 1)):floor():to "i32"
 end
 
--- One step: ids [b, 1] in, the likeliest next ids out, nothing read back.
-local function step(m, state, now)
-    return lc.no_grad(lc.scope, function()
-        local x = m:forward(now, { state = state })
-        return m:lm_head(x:select(2, -1)):argmax(-1):reshape(-1, 1)
-    end)
+-- Steps on ids [b, 1]: the likeliest next ids take their place, nothing is read back.
+local function stepper(m, state, now)
+    local steps = decode.new(m, state, now, function(x) now:copy_(m:lm_head(x):argmax(-1):reshape(-1, 1)) end)
+    steps.records = steps.records and not args.eager
+    return steps
 end
 
 -- What a step must read of states and caches, in GB; of a window's cache three quarters, on average over a block.
@@ -48,7 +49,7 @@ local function carried_gb(state)
     return n / 1e9
 end
 
-local function decode(m, batch, at, steps)
+local function time_decoding(m, batch, at, steps)
     local state = m:new_state(batch, { state_dtype = args.state })
     local now = lc.keep(ids(batch, 1))
     lc.no_grad(lc.scope, function() m:forward(ids(batch, args.prompt), { state = state }) end)
@@ -56,17 +57,14 @@ local function decode(m, batch, at, steps)
         state.seen = at
         state.pos:fill_(at)
     end
+    local steps_of = stepper(m, state, now)
     local function go(n)
-        for _ = 1, n do
-            local next_ids = lc.keep(step(m, state, now))
-            now:drop()
-            now = next_ids
-        end
+        for _ = 1, n do steps_of:step() end
         lc.sync(device)
     end
     go(8)
     local t0 = lc.now() -- what the host needs by itself: two steps, which no queue is too short for
-    for _ = 1, 2 do step(m, state, now) end
+    for _ = 1, 2 do steps_of:step() end
     local host = (lc.now() - t0) / 2
     lc.sync(device)
     t0 = lc.now()
@@ -74,6 +72,7 @@ local function decode(m, batch, at, steps)
     local s = (lc.now() - t0) / steps
     local gb = carried_gb(state)
     if args.profile and not at then
+        steps_of = stepper(m, state, now) -- its first step is not recorded
         io.stderr:write((lc.profile(function() t0 = lc.now(); go(1) end)), ("one step with the profile: %.2f ms\n"):format((lc.now() - t0) * 1e3))
     end
     now:drop()
@@ -85,7 +84,7 @@ end
 local result, rows = { model = args.model, device = device, dtype = args.dtype, state = args.state, batches = {}, positions = {} }, {}
 for _, b in ipairs(args.batches) do
     lc.reset_peak(device)
-    local ok, s, gb, host = pcall(decode, student, tonumber(b), nil, args.steps)
+    local ok, s, gb, host = pcall(time_decoding, student, tonumber(b), nil, args.steps)
     if ok then
         result.batches[#result.batches + 1] = { batch = b, ms = s * 1e3, host_ms = host * 1e3, tok_s = b / s, carried_gb = gb, peak_gib = lc.memory("peak", device) / 2 ^ 30 }
         rows[#rows + 1] = { "decode, batch " .. b, ("%.2f"):format(s * 1e3), ("%.2f"):format(host * 1e3), ("%.0f"):format(b / s),
@@ -95,12 +94,12 @@ for _, b in ipairs(args.batches) do
     end
 end
 for _, at in ipairs(args.positions) do
-    local s = decode(student, 1, tonumber(at), args.steps)
+    local s = time_decoding(student, 1, tonumber(at), args.steps)
     result.positions[#result.positions + 1] = { position = at, ms = s * 1e3 }
     rows[#rows + 1] = { "decode, position " .. at, ("%.2f"):format(s * 1e3), "", ("%.0f"):format(1 / s), "", "" }
 end
 if args.teacher then
-    local s = decode(model, 1, nil, args.steps)
+    local s = time_decoding(model, 1, nil, args.steps)
     result.teacher_ms = s * 1e3
     rows[#rows + 1] = { "softmax decode, batch 1", ("%.2f"):format(s * 1e3), "", ("%.0f"):format(1 / s), "", "" }
 end

@@ -58,6 +58,64 @@ t.test("a transfer step, a LoRA step and a decode give the CPU's numbers", funct
   for name, x in pairs(want) do t.close(got[name], x, 1e-5, name) end
 end)
 
+t.test("what is recorded runs again, on memory of its own", function()
+  local at = {device = "mock:0"}
+  local x = lc.keep(lc.zeros({1000}, at))
+  local graph, why = lc.record("mock:0", function(a)
+    local y = (x * 2 + a):exp()       -- temporaries go back while recording, and are taken again by what follows
+    local z = (y - 1):abs()
+    return z, (y + z):sum()
+  end, lc.keep(lc.full({1000}, 0.5, at)))
+  t.ok(graph, why)
+  local before = lc.memory("live", "mock:0")
+  for i = 1, 4 do
+    x:fill_(i * 0.1)
+    local other = lc.keep({lc.full({1000}, 7, at), lc.full({1000}, 8, at)}) -- must not take the graph's memory
+    graph:run()
+    local want = (lc.full({1000}, i * 0.1) * 2 + 0.5):exp()
+    t.close(graph.results[1]:to "cpu", (want - 1):abs(), 1e-6)
+    t.close(graph.results[2]:item(), (want + (want - 1):abs()):sum():item(), 1e-2)
+    t.close(other[1]:to "cpu", lc.full({1000}, 7), 0)
+    t.close(other[2]:to "cpu", lc.full({1000}, 8), 0)
+  end
+  graph = nil
+  collectgarbage()
+  collectgarbage()
+  t.ok(lc.memory("live", "mock:0") < before, "a graph's memory comes back")
+  t.errors(function() lc.record("mock:0", function() return lc.tensor({1, 2}, at) end) end, "")
+  t.errors(function() lc.record("mock:0", function() lc.record("mock:0", function() end) error "inner" end) end, "inner")
+  local none, reason = lc.record("cpu", function() end)
+  t.ok(not none and reason:find "records no graphs", reason)
+end)
+
+t.test("decoding by recorded steps gives what single calls give", function()
+  lc.manual_seed(3)
+  local student = lc.linearize(lc.model(CONFIG, {dtype = "f32", device = "mock:0"}), {map = "hedgehog", window = 8})
+  local function run(recorded)
+    local ids = lc.keep(lc.zeros({2, 1}, {dtype = "i32", device = "mock:0"}))
+    local state, out = student:new_state(2), {}
+    student:forward(rows(2, 5), {state = state})
+    local steps = require("lolcats.decode").new(student, state, ids, function(x)
+      local logits = student:lm_head(x)
+      ids:copy_(logits:argmax(-1):reshape(-1, 1))
+      return logits
+    end)
+    steps.records = recorded
+    for i = 1, 30 do out[i] = lc.keep(steps:step():to "cpu") end
+    t.eq(steps.graph ~= nil, recorded)
+    t.eq(state.seen, 35)
+    student:drop_state(state)
+    return lc.stack(out)
+  end
+  t.close(run(true), run(false), 0)
+  local session = student:session()
+  local _, a = session:generate({1, 2, 3}, {max_new = 20})
+  local again = student:session({teacher = true})
+  t.eq(#a, 20)
+  local _, b = again:generate({1, 2, 3}, {max_new = 5, teacher = true})
+  t.eq(#b, 5)
+end)
+
 t.test("operands on two devices are refused", function()
   t.errors(function() return lc.ones(2) + lc.ones({2}, {device = "mock:0"}) end, "different devices")
   t.errors(function() return lc.ones({2}, {device = "mock:0"}) + lc.ones({2}, {device = "mock:1"}) end, "different devices")

@@ -123,7 +123,8 @@ function Model:context(ids, opts)
     opts = opts or {}
     local b, t = ids:size(1), ids:size(2)
     local seen = opts.state and opts.state.seen or 0
-    local pos = lc.arange(seen, seen + t, 1, { dtype = "i32", device = self.device })
+    local pos = opts.fixed and opts.state.pos:narrow(1, 1, 1)
+        or lc.arange(seen, seen + t, 1, { dtype = "i32", device = self.device })
     local ctx = { b = b, t = t, seen = seen, state = opts.state, teacher = opts.teacher }
     if opts.start then
         ctx.start = opts.start
@@ -228,7 +229,8 @@ end
 -- ---- what callers use -----------------------------------------------------------------------------------------------
 --- Final hidden states [b, t, H], after the last norm, of token ids. opts: start, state, hidden (a table to fill with
 --- each layer's output), teacher = true (a student computes with its teacher's softmax attention), tokens_at_once (with a
---- state: rows are read in slices of about so many tokens).
+--- state: rows are read in slices of about so many tokens), fixed = true (for a step that is recorded: one token a row, its position
+--- as state.pos says, where it stays).
 function Model:forward(ids, opts)
     opts = opts or {}
     if opts.state and lc.grad_enabled() then -- a state has no gradient
@@ -246,7 +248,7 @@ function Model:forward(ids, opts)
         x = lc.scope(self.layer_forward, self, layer, x, ctx)
         if opts.hidden then opts.hidden[layer.index] = x else before:drop() end
     end
-    if opts.state then self:advance(opts.state, ctx.t) end
+    if opts.state and not opts.fixed then self:advance(opts.state, ctx.t) end
     return lc.rms_norm(x, self.norm, self.config.rms_norm_eps)
 end
 

@@ -1,0 +1,35 @@
+-- lc.record: work on a device recorded once and run again with one call, which spares the host its calls and the device
+-- the gaps between them.
+local bridge = require "lolcats.core.ffi"
+local scope = require "lolcats.core.scope"
+local tensor = require "lolcats.core.tensor"
+local ffi, C = bridge.ffi, bridge.C
+local M = {}
+
+local out = ffi.new("lc_graph *[1]")
+
+local Graph = {}
+Graph.__index = Graph
+
+--- Runs it: what the function's ops did, on the same memory, with the same plain numbers.
+function Graph:run() bridge.check(C.lc_graph_run(self.handle), "record") end
+
+--- lc.record(device, f, ...): calls f with the device recording: ops do nothing yet, and copies from and to the host
+--- fail. Returns a graph, whose run() does the work and whose `results` are f's, or nil and the reason where the device
+--- records none. Plain numbers are recorded as they are; what changes from run to run must lie on the device. Tensors
+--- that f reads must live as long as the graph, and are written and read where they lie.
+function M.record(device, f, ...)
+  if C.lc_graph_begin(tensor.device_id(device)) ~= 0 then return nil, ffi.string(C.lc_error_message()) end
+  local results = { pcall(scope.no_grad, scope.scope, f, ...) }
+  if not results[1] then
+    C.lc_graph_end(nil)
+    error(results[2], 0)
+  end
+  local graph = setmetatable({ results = { unpack(results, 2) } }, Graph)
+  scope.keep(graph.results)
+  if C.lc_graph_end(out) ~= 0 then return nil, ffi.string(C.lc_error_message()) end
+  graph.handle = ffi.gc(out[0], C.lc_graph_free)
+  return graph
+end
+
+return M
