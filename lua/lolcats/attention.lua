@@ -97,8 +97,9 @@ function M.rows_of(state, first, n, like)
     return part
 end
 
---- The student's attention of one layer. a: {map, fq, fk, factors, kind, window, affine, window_only, generic}.
+--- The student's attention of one layer. a: {map, fq, fk, factors, kind, window, affine, window_only, generic, compat}.
 function M.hybrid(a, q, k, v, ctx)
+    if a.compat then return M.reference(a, q, k, v, ctx) end
     if a.window_only then return M.window_only(a, q, k, v, ctx) end
     if a.generic or not a.map.fused then return M.generic(a, q, k, v, ctx) end
     local st = ctx.state or {}
@@ -151,28 +152,109 @@ function M.window_only(a, q, k, v, ctx)
                                            affine = a.affine, factors = a.factors, start = ctx.start }))
 end
 
+-- The reference's terrace as it is: quadratic where a text is read at once, the plain sliding window where it goes on
+-- token by token; the two do not agree.
+function M.reference(a, q, k, v, ctx)
+    if ctx.start then lc.fail('compat = "reference" has no left padding (the reference ignores it); give rows one by one') end
+    local y
+    if ctx.state then y = M.hybrid(setmetatable({ kind = "sliding", compat = false }, { __index = a }), q, k, v, ctx) end
+    if ctx.state and ctx.seen > 0 then return y end
+    local fq, fk
+    if a.window_only then
+        local s = q.shape
+        fq = lc.zeros({ s[1], s[2], s[3], 1 }, { dtype = q.dtype, device = q.device })
+        fk = fq
+    else
+        fq, fk = M.features(a, q, k, ctx)
+        if fq.dtype ~= q.dtype then fq, fk = fq:to(q.dtype), fk:to(q.dtype) end
+    end
+    return (M.quadratic(a, q, k, v, fq, fk))
+end
+
 -- ---- plain twins ----------------------------------------------------------------------------------------------------
 -- First key of the softmax window of query position i, both as float tensors or numbers.
 local function window_start(i, kind, w)
-    if kind == "sliding" then return (i - (w - 1)):clamp { min = 0 } end
+    if kind ~= "terrace" then return (i - (w - 1)):clamp { min = 0 } end
     return ((i / w):floor() - 1):clamp { min = 0 } * w
 end
 
 local function window_start_number(i, kind, w)
     if w == 0 then return i end
-    if kind == "sliding" then return math.max(0, i - w + 1) end
+    if kind ~= "terrace" then return math.max(0, i - w + 1) end
     return math.max(0, math.floor(i / w) - 1) * w
 end
 
--- Queries at positions first_q.. against keys at first_k..: masks as uint8, 1 = not seen.
-local function masks(tq, tk, first_q, first_k, kind, w, like)
-    local opts = { dtype = like.dtype == "f64" and "f64" or "f32", device = like.device }
-    local i = lc.arange(first_q, first_q + tq, 1, opts):reshape(tq, 1)
-    local j = lc.arange(first_k, first_k + tk, 1, opts):reshape(1, tk)
-    local future = j:gt(i:expand(tq, tk))
-    if w == 0 then return future, nil, nil end
-    local start = window_start(i, kind, w):expand(tq, tk)
-    return future, j:lt(start), j:ge(start)
+-- Queries at positions i against keys at positions j (float tensors that broadcast to [.., tq, tk]): masks as uint8, 1 =
+-- left out. future: not seen at all; outside, inside: what the softmax and the linear part leave out. total: length of
+-- the whole row, which only the reference's terrace looks at.
+local function masks(a, i, j, total)
+    local tq, tk = i:size(-2), j:size(-1)
+    local future = j:gt(i)
+    local w = a.window
+    if w == 0 then return { future = future } end
+    local shift = a.compat and a.kind == "terrace" and total and math.ceil(total / w) * w - total or 0
+    local start = window_start(shift > 0 and i + shift or i, a.kind, w)
+    local outside = (shift > 0 and j + shift or j):lt(start)
+    if a.sinks then outside = (j:ge(a.sinks):to(i.dtype) * outside:to(i.dtype)):gt(0) end
+    local inside = outside:eq(0)
+    -- its masks of one block are twice the same: both parts see every key
+    if a.compat and a.kind == "terrace" and total and total <= w then inside = nil end
+    return { future = future, outside = outside, inside = inside, tq = tq, tk = tk }
+end
+
+local function range(first, n, like)
+    return lc.arange(first, first + n, 1, { dtype = like.dtype == "f64" and "f64" or "f32", device = like.device })
+end
+
+--- Masks of a tile: `rows` queries from `at` on (from 0) against the first n keys of rows of t. how: start (left padding;
+--- the result's `real` is 1 for rows that are no padding), teacher_window (`teacher`: what that leaves out).
+function M.tile_masks(a, at, rows, n, t, like, how)
+    local i, j = range(at, rows, like):reshape(rows, 1), range(0, n, like):reshape(1, n)
+    local pad = how.start
+    if pad then
+        pad = pad:to(i.dtype):reshape(pad:size(1), 1, 1, 1)
+        i, j = i - pad, j - pad
+    end
+    local m = masks(a, i, j, t)
+    if how.teacher_window and how.teacher_window > 0 then m.teacher = j:lt(i - (how.teacher_window - 1)) end
+    if pad then -- padding sees itself, so that its sums are not empty
+        local hidden = (j:lt(0):to(i.dtype) * j:ne(i):to(i.dtype) + m.future:to(i.dtype)):gt(0)
+        m.future, m.real = hidden, i:ge(0):to(i.dtype):squeeze(-1)
+    end
+    return m
+end
+
+-- The two parts of the weights: exp of the window's scores and the features' products, with their factors. s: scaled
+-- scores [b, h, tq, tk], f: the products of the features. Where the window is 0 there is only the second.
+local function parts(a, s, f, m, factors)
+    local g = f:masked_fill(m.future, 0)
+    if a.window == 0 then return nil, g end
+    if m.inside then g = g:masked_fill(m.inside, 0) end
+    local gamma = factors:sigmoid()
+    if a.affine then g = g * (1 - gamma) end
+    s = s:masked_fill(m.future, -math.huge):masked_fill(m.outside, -math.huge)
+    return (s - s:amax(-1, { keep = true })):exp() * gamma, g
+end
+
+-- Another way to join them, with a normaliser each: the linear weights count against the sum over all keys, and what is
+-- left goes to the window's softmax.
+local function scale_weights(s, f, m)
+    local all = f:masked_fill(m.future, 0)
+    local before = all:masked_fill(m.inside, 0)
+    local z = all:sum(-1, { keep = true })
+    z = z + z:eq(0):to(z.dtype) * 1e-12
+    local window = s:masked_fill(m.future, -math.huge):masked_fill(m.outside, -math.huge):softmax(-1)
+    before = before / z
+    return before + window * (1 - before:sum(-1, { keep = true }))
+end
+
+--- The student's attention weights [b, h, tq, tk] under masks of M.tile_masks. s: scaled scores, fq and fk: features.
+function M.weights(a, s, fq, fk, m, factors)
+    local f = fq:matmul(fk:transpose(-1, -2))
+    if a.kind == "scale" then return scale_weights(s, f, m) end
+    local p, g = parts(a, s, f, m, factors)
+    if not p then return g / (g:sum(-1, { keep = true }) + 1e-12) end
+    return (p + g) / (p:sum(-1, { keep = true }) + g:sum(-1, { keep = true }))
 end
 
 --- Quadratic softmax attention; returns the output and the weights [b, h, t, t]. window: keys that a query sees, itself
@@ -180,32 +262,20 @@ end
 function M.quadratic_softmax(q, k, v, window)
     local h, t, d = q:size(2), q:size(3), q:size(4)
     k, v = M.repeat_heads(k, h), M.repeat_heads(v, h)
-    local future, outside = masks(t, t, 0, 0, "sliding", window or 0, q)
-    local s = (q:matmul(k:transpose(-1, -2)) * d ^ -0.5):masked_fill(future, -math.huge)
-    if outside then s = s:masked_fill(outside, -math.huge) end
+    local m = M.tile_masks({ window = 0 }, 0, t, t, t, q, { teacher_window = window })
+    local s = (q:matmul(k:transpose(-1, -2)) * d ^ -0.5):masked_fill(m.future, -math.huge)
+    if m.teacher then s = s:masked_fill(m.teacher, -math.huge) end
     local a = s:softmax(-1)
     return a:matmul(v), a
 end
 
 --- The hybrid in its quadratic form on ready features; returns the output and the weights [b, h, t, t].
---- a: {kind, window, affine, factors}. The row maximum takes part in the gradient, as in the definition.
+--- a: {kind, window, affine, factors, sinks, compat}. The row maximum takes part in the gradient, as in the definition.
 function M.quadratic(a, q, k, v, fq, fk)
     local h, t, d = q:size(2), q:size(3), q:size(4)
     k, v = M.repeat_heads(k, h), M.repeat_heads(v, h)
-    local future, outside, inside = masks(t, t, 0, 0, a.kind, a.window, q)
-    local g = fq:matmul(fk:transpose(-1, -2)):masked_fill(future, 0)
-    local weights
-    if a.window == 0 then
-        weights = g / (g:sum(-1, { keep = true }) + 1e-12)
-    else
-        local gamma = a.factors:sigmoid()
-        g = g:masked_fill(inside, 0)
-        if a.affine then g = g * (1 - gamma) end
-        local s = (q:matmul(k:transpose(-1, -2)) * d ^ -0.5):masked_fill(future, -math.huge)
-        s = s:masked_fill(outside, -math.huge)
-        local p = (s - s:amax(-1, { keep = true })):exp() * gamma
-        weights = (p + g) / (p:sum(-1, { keep = true }) + g:sum(-1, { keep = true }))
-    end
+    local m = M.tile_masks(a, 0, t, t, t, q, {})
+    local weights = M.weights(a, q:matmul(k:transpose(-1, -2)) * d ^ -0.5, fq, fk, m, a.factors)
     return weights:matmul(v), weights
 end
 
@@ -214,62 +284,78 @@ end
 --- chunk's inputs; what the state holds is a constant to them.
 function M.recurrent(a, q, k, v, fq, fk, ctx)
     if ctx.start then
-        lc.fail("the recurrent form of a custom feature map takes no left padding; give the rows one by one")
+        lc.fail("this form of attention takes no left padding together with a state; give the rows one by one")
     end
     local st, n = ctx.state, ctx.seen
     local h, t, d = q:size(2), q:size(3), q:size(4)
-    local rep_k, rep_v = M.repeat_heads(k, h), M.repeat_heads(v, h)
-    local first = window_start_number(n, a.kind, a.window)
-    local keys, values, feats = rep_k, rep_v, fk
+    local keys, values, feats = M.repeat_heads(k, h), M.repeat_heads(v, h), fk
+    local places = range(n, t, q)
     if st.k then
-        keys, values, feats = lc.cat({ st.k, rep_k }, 3), lc.cat({ st.v, rep_v }, 3), lc.cat({ st.f, fk }, 3)
+        keys, values, feats = lc.cat({ st.k, keys }, 3), lc.cat({ st.v, values }, 3), lc.cat({ st.f, fk }, 3)
+        places = lc.cat({ st.places, places }, 1)
     end
-    local tk = keys:size(3)
-    local future, outside, inside = masks(t, tk, n, first, a.kind, a.window, q)
-    local g = fq:matmul(feats:transpose(-1, -2)):masked_fill(future, 0)
-    if inside then g = g:masked_fill(inside, 0) end
-    local y, z = g:matmul(values), g:sum(-1, { keep = true })
-    if st.sum then
-        y = y + fq:matmul(st.sum)
-        z = z + fq:matmul(st.zsum:unsqueeze(-1))
-    end
-    if a.window == 0 then
-        y = y / (z + 1e-12)
+    local m = masks(a, range(n, t, q):reshape(t, 1), places:reshape(1, -1))
+    local f = fq:matmul(feats:transpose(-1, -2))
+    local s = a.window > 0 and q:matmul(keys:transpose(-1, -2)) * d ^ -0.5
+    local y, z, before, all
+    if st.sum then before, all = fq:matmul(st.sum), fq:matmul(st.zsum:unsqueeze(-1)) end
+    if a.kind == "scale" then
+        local g = f:masked_fill(m.future, 0)
+        local total, far = g:sum(-1, { keep = true }), g:masked_fill(m.inside, 0)
+        y, z = far:matmul(values), far:sum(-1, { keep = true })
+        if all then y, z, total = y + before, z + all, total + all end
+        total = total + total:eq(0):to(total.dtype) * 1e-12
+        local window = s:masked_fill(m.future, -math.huge):masked_fill(m.outside, -math.huge):softmax(-1)
+        y = y / total + window:matmul(values) * (1 - z / total)
     else
-        local gamma = a.factors:sigmoid()
-        if a.affine then y, z = y * (1 - gamma), z * (1 - gamma) end
-        local s = (q:matmul(keys:transpose(-1, -2)) * d ^ -0.5):masked_fill(future, -math.huge)
-        s = s:masked_fill(outside, -math.huge)
-        local p = (s - s:amax(-1, { keep = true })):exp() * gamma
-        y = (y + p:matmul(values)) / (z + p:sum(-1, { keep = true }))
+        local p, g = parts(a, s, f, m, a.factors)
+        y, z = g:matmul(values), g:sum(-1, { keep = true })
+        if all then
+            local lambda = p and a.affine and 1 - a.factors:sigmoid()
+            if lambda then before, all = before * lambda, all * lambda end
+            y, z = y + before, z + all
+        end
+        if p then y, z = y + p:matmul(values), z + p:sum(-1, { keep = true }) else z = z + 1e-12 end
+        y = y / z
     end
-    lc.no_grad(M.fold, a, st, keys:detach(), values:detach(), feats:detach(), first, n + t)
+    lc.no_grad(M.fold, a, st, keys:detach(), values:detach(), feats:detach(), places, n + t)
     return y
 end
 
--- Moves what has left the window of the next query into the sums, keeps the rest.
-function M.fold(a, st, keys, values, feats, first, seen)
-    local next_first = window_start_number(seen, a.kind, a.window)
-    local out, tk = next_first - first, keys:size(3)
+-- Moves what has left the window of the next query into the sums, keeps the rest; sinks stay.
+function M.fold(a, st, keys, values, feats, places, seen)
+    local next_first, sinks = window_start_number(seen, a.kind, a.window), a.window > 0 and a.sinks or 0
+    local list = places:totable()
+    local n, first, last = #list, nil, 0 -- what leaves is one run: after the sinks, before the window
+    for i = 1, n do
+        if list[i] >= sinks and list[i] < next_first then
+            first, last = first or i, i
+        end
+    end
     local function replace(name, x)
         local old = st[name]
         st[name] = x and lc.keep(x) or nil
         if old then old:drop() end
     end
-    if out > 0 then
-        local f, v = feats:narrow(3, 1, out), values:narrow(3, 1, out)
+    local function rest(x, dim)
+        if not first then return x:clone() end
+        local parts_left = {}
+        if first > 1 then parts_left[1] = x:narrow(dim, 1, first - 1) end
+        if last < n then parts_left[#parts_left + 1] = x:narrow(dim, last + 1, n - last) end
+        return #parts_left > 0 and lc.cat(parts_left, dim) or nil
+    end
+    if first then
+        local f, v = feats:narrow(3, first, last - first + 1), values:narrow(3, first, last - first + 1)
         local sum, zsum = f:transpose(-1, -2):matmul(v), f:sum(3)
         if st.sum then sum, zsum = sum + st.sum, zsum + st.zsum end
         replace("sum", sum)
         replace("zsum", zsum)
     end
-    if tk > out then
-        replace("k", keys:narrow(3, out + 1, tk - out):clone())
-        replace("v", values:narrow(3, out + 1, tk - out):clone())
-        replace("f", feats:narrow(3, out + 1, tk - out):clone())
-    else
-        replace("k"); replace("v"); replace("f")
-    end
+    local k, v, f, p = rest(keys, 3), rest(values, 3), rest(feats, 3), rest(places, 1)
+    replace("k", k)
+    replace("v", v)
+    replace("f", f)
+    replace("places", p)
 end
 
 return M
