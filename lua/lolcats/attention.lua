@@ -51,6 +51,7 @@ end
 --- state (dtype of the state, where another one), cache (dtype of the cached keys and values).
 function M.hybrid_state(layer, batch, heads, groups, dim, opts)
     local a = layer.student
+    if a.sinks or a.kind == "scale" or a.precision then return { rows = 0 } end -- the recurrent twin keeps its own
     local ready = a.generic or not a.map.fused -- features come ready, and are cached beside the keys
     local f = ready and M.feature_width(layer, heads, dim, opts) or
         require("lolcats.feature_map").width(a.map, a.fq.layer:size(3))
@@ -100,6 +101,7 @@ end
 --- The student's attention of one layer. a: {map, fq, fk, factors, kind, window, affine, window_only, generic, compat}.
 function M.hybrid(a, q, k, v, ctx)
     if a.compat then return M.reference(a, q, k, v, ctx) end
+    if a.sinks or a.kind == "scale" or a.precision then return require("lolcats.attention_forms").hybrid(a, q, k, v, ctx) end
     if a.window_only then return M.window_only(a, q, k, v, ctx) end
     if a.generic or not a.map.fused then return M.generic(a, q, k, v, ctx) end
     local st = ctx.state or {}
@@ -220,6 +222,7 @@ function M.tile_masks(a, at, rows, n, t, like, how)
     if pad then -- padding sees itself, so that its sums are not empty
         local hidden = (j:lt(0):to(i.dtype) * j:ne(i):to(i.dtype) + m.future:to(i.dtype)):gt(0)
         m.future, m.real = hidden, i:ge(0):to(i.dtype):squeeze(-1)
+        if m.outside then m.outside = (m.outside:to(i.dtype) * j:ne(i):to(i.dtype)):gt(0) end
     end
     return m
 end

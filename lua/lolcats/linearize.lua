@@ -5,13 +5,14 @@ local lc = require "lolcats"
 local files = require "lolcats.files"
 local maps = require "lolcats.feature_map"
 local attention = require "lolcats.attention"
+local tiles = require "lolcats.attention_tiles"
 local lora = require "lolcats.lora"
 local llama = require "lolcats.models.llama"
 
 local M = {}
 
 local START_FACTOR = -2.1972245773362196 -- -ln 9: sigmoid = 0.1
-local KINDS = { terrace = true, sliding = true, linear = true }
+local KINDS = { terrace = true, sliding = true, linear = true, scale = true }
 local FORMAT, VERSION = "lolcats-student", 1
 
 -- A student is a model with more methods.
@@ -22,7 +23,8 @@ Student.__tostring = llama.Model.__tostring
 -- ---- making a student -----------------------------------------------------------------------------------------------
 local KNOWN = { map = true, window = true, kind = true, feature_dim = true, window_factor = true, affine = true,
                 skip = true, bias = true, full = true, init = true, softmax_layers = true, train_window_factor = true,
-                map_options = true }
+                map_options = true, compat = true, attention = true, kernel = true, hidden_dim = true, tie_qk = true,
+                precision = true, sinks = true }
 
 local function settings(teacher, opts)
     for k in pairs(opts) do
@@ -34,7 +36,13 @@ local function settings(teacher, opts)
         end
     end
     local kind = opts.kind or (opts.window == 0 and "linear") or "terrace"
-    if not KINDS[kind] then lc.fail("kind: 'terrace', 'sliding' or 'linear', not '%s'", tostring(kind)) end
+    if not KINDS[kind] then lc.fail("kind: 'terrace', 'sliding', 'linear' or 'scale', not '%s'", tostring(kind)) end
+    if opts.precision and opts.precision ~= "bf16" then lc.fail("precision: 'bf16' or nothing, not '%s'", tostring(opts.precision)) end
+    local s = opts.sinks
+    if s and (type(s) ~= "number" or s < 0 or s % 1 ~= 0) then lc.fail("sinks: a number of tokens, got %s", tostring(s)) end
+    if s and s > 0 and (kind == "linear" or kind == "scale" or opts.compat) then
+        lc.fail("sinks go with the windows 'terrace' and 'sliding', without compat")
+    end
     local window = kind == "linear" and 0 or opts.window or 64
     if type(window) ~= "number" or window < 0 or window ~= math.floor(window) or (kind ~= "linear" and window == 0) then
         lc.fail("window: a whole number above 0 (or kind = 'linear'), got %s", tostring(opts.window))
@@ -48,19 +56,64 @@ local function settings(teacher, opts)
     return kind, window, keep
 end
 
---- A student that shares the teacher's frozen weights. opts: map (name, file or lc.feature_map), window (64), kind
---- ("terrace", "sliding", "linear"), feature_dim, full, bias, skip, init ("identity", "kaiming", "normal"),
---- window_factor, affine, softmax_layers (positions of layers that keep their softmax attention),
---- train_window_factor, map_options (plain values that a custom map finds as self.options).
+-- What compat asks for: "reference" stands for all quirks, else their names with commas between.
+local QUIRKS = {
+    terrace = "terrace blocks counted from the end of a text, both parts on all keys up to one window, decoding by a " ..
+              "sliding window",
+    rope = "rotary frequencies rounded to bfloat16 as soon as LoRA is attached",
+}
+
+local function quirks_of(compat)
+    local out = {}
+    if not compat then return out end
+    for name in (compat == "reference" and "terrace,rope" or tostring(compat)):gmatch "[^,%s]+" do
+        if not QUIRKS[name] then lc.fail("compat: 'reference', 'terrace' or 'rope', not '%s'", name) end
+        out[name] = true
+    end
+    return out
+end
+
+local function say_quirk(name) io.stderr:write("compat: ", QUIRKS[name], ", as in the reference\n") end
+
+-- Options under a name of the reference's: what the name says, which opts may not contradict, and the rest of opts.
+local function by_name(opts)
+    if not opts.attention then return opts end
+    local found, out = require("lolcats.attention_types").find(opts.attention), {}
+    for k, v in pairs(opts) do out[k] = v end
+    for k, v in pairs(found.options) do
+        if k ~= "softmax" then
+            if opts[k] ~= nil and opts[k] ~= v and k ~= "train_window_factor" then
+                lc.fail("attention '%s' means %s = %s; %s was given too", opts.attention, k, tostring(v), tostring(opts[k]))
+            end
+            out[k] = v
+        end
+    end
+    return out, found
+end
+
+--- A student that shares the teacher's frozen weights. opts: map (name, file or lc.feature_map), attention (one of the
+--- reference's names: see attention_types.lua), window (64), kind ("terrace", "sliding", "linear", or "scale": window
+--- and linear part with a normaliser each), sinks (first tokens that every query keeps in its window), kernel ("untied",
+--- "tied", "adapter", "none"), hidden_dim, tie_qk (one map for q and k), feature_dim, full, bias, skip, init ("identity",
+--- "kaiming", "normal"), window_factor, affine, softmax_layers (positions of layers that keep their softmax attention),
+--- train_window_factor, precision, map_options (plain values that a map finds as self.options), compat ("reference", or some
+--- of "terrace,rope": quirks of the reference that published checkpoints and figures have; see QUIRKS).
 function M.linearize(teacher, opts)
     opts = opts or {}
     if type(teacher) ~= "table" or not teacher.layers then
         lc.fail("lc.linearize wants a model, got a %s", type(teacher))
     end
     if teacher.is_student then lc.fail("this model is linearized already") end
+    local named
+    opts, named = by_name(opts)
     local kind, window, keep = settings(teacher, opts)
+    if named and named.options.softmax then
+        for i = 1, #teacher.layers do keep[i] = true end
+    end
+    local quirks = quirks_of(opts.compat)
     local map = maps.resolve(opts.map, { feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias,
-                                         skip = opts.skip, init = opts.init })
+                                         skip = opts.skip, init = opts.init, kernel = opts.kernel,
+                                         hidden_dim = opts.hidden_dim })
     teacher:freeze()
     local student = setmetatable(teacher:share(), Student)
     student.is_student, student.teacher, student.map = true, teacher, map
@@ -70,8 +123,9 @@ function M.linearize(teacher, opts)
     for i, layer in ipairs(student.layers) do
         if not keep[i] then
             local fq = map:instance(h, d, how)
-            local a = { map = map, fq = fq, fk = map:instance(h, d, how, fq), kind = kind, window = window,
-                        affine = opts.affine or false }
+            local a = { map = map, fq = fq, fk = opts.tie_qk and fq or map:instance(h, d, how, fq), kind = kind, window = window,
+                        affine = opts.affine or false, precision = opts.precision,
+                        sinks = opts.sinks and opts.sinks > 0 and opts.sinks or nil, compat = quirks.terrace and kind == "terrace" or nil }
             if window > 0 then
                 local value = opts.window_factor or START_FACTOR
                 local factors = lc.full({ 1, h, 1, 1 }, value, where)
@@ -85,10 +139,25 @@ function M.linearize(teacher, opts)
         kind = kind, window = window, map = map.name, feature_dim = opts.feature_dim, full = opts.full,
         bias = opts.bias, skip = opts.skip, init = opts.init, affine = opts.affine, window_factor = opts.window_factor,
         softmax_layers = opts.softmax_layers, train_window_factor = opts.train_window_factor,
-        map_options = opts.map_options,
+        map_options = opts.map_options, compat = opts.compat, attention = opts.attention, kernel = opts.kernel,
+        hidden_dim = opts.hidden_dim, tie_qk = opts.tie_qk, precision = opts.precision, sinks = opts.sinks,
     }
+    student.is_long = named and named.long or nil
+    student.rounds_rope = quirks.rope
+    if quirks.terrace and kind == "terrace" then say_quirk "terrace" end
     for _, p in ipairs(student:map_params()) do p.tensor:set_name(p.name) end
     return student
+end
+
+--- Adds adapters; see lora.lua. With compat the rotary frequencies are rounded from here on.
+function Student:add_lora(opts)
+    lora.add(self, opts)
+    if self.rounds_rope and not self.rope_bf16 then
+        self.rope_bf16 = true
+        self:set_rotary(0)
+        say_quirk "rope"
+    end
+    return self
 end
 
 -- ---- attention transfer ---------------------------------------------------------------------------------------------
@@ -98,15 +167,9 @@ local function pair_loss(a, q, k, v, y_true, ctx, mse, xent)
     if xent == 0 then
         return lc.mse_loss(attention.hybrid(a, q, k, v, ctx), y_true) * mse
     end
-    -- the weights themselves are needed, so this form is quadratic in length
-    local _, a_true = lc.no_grad(attention.quadratic_softmax, q, k, v, ctx.window)
     local fq, fk = attention.features(a, q, k, ctx)
-    local y, a_pred = attention.quadratic(a, q, k, v, fq, fk)
-    local t = a_true:size(-1)
-    local log_p = a_pred:clamp({ min = 1e-12 }):log():log_softmax(-1)
-    local rows = a_true:numel() / t
-    local loss = (log_p * a_true):sum() * (-xent / rows)
-    if mse ~= 0 then loss = loss + lc.mse_loss(y, y_true) * mse end
+    local loss = tiles.xent(a, q, k, fq, fk, ctx) * xent
+    if mse ~= 0 then loss = loss + lc.mse_loss(attention.hybrid(a, q, k, v, ctx), y_true) * mse end
     return loss
 end
 

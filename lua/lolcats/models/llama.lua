@@ -438,7 +438,7 @@ function Model:map_params()
         if a then
             local pre = layer.name .. ".self_attn."
             if a.factors then out[#out + 1] = { name = pre .. "window_factors", tensor = a.factors } end
-            for _, side in ipairs { "q", "k" } do
+            for _, side in ipairs(a.fk == a.fq and { "q" } or { "q", "k" }) do -- one map for both stands under q's name
                 for _, p in ipairs(a["f" .. side]:parameters()) do
                     local sub = a.map.custom and p.name or ("mlp." .. p.name)
                     out[#out + 1] = { name = pre .. "feature_map_" .. side .. "." .. sub, tensor = p.tensor }
