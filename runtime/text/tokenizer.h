@@ -201,7 +201,7 @@ typedef struct lc_tok_unigram {
     bool on, single;  /* single: sums are rounded to float, as SentencePiece does */
     double *score;    /* [size] */
     double unk_score; /* of a character that is no piece */
-    double user_score; /* a byte of a user-defined piece; SentencePiece only */
+    size_t longest;   /* bytes of the longest piece */
     struct lc_tok_edge {
         uint32_t node, byte, to;
     } * edge; /* to 0: an empty slot */

@@ -284,23 +284,20 @@ static lc_status bpe(loader *x) {
 static lc_status unigram(loader *x) {
     lc_tokenizer *t = x->t;
     lc_tok_unigram *u = &t->unigram;
-    double *score = lc_alloc(x->count, sizeof *score), low = INFINITY, high = -INFINITY;
+    double *score = lc_alloc(x->count, sizeof *score), low = INFINITY;
     uint8_t *skip = lc_alloc(x->count, 1);
     lc_status status = score && skip ? LC_OK : LC_ENOMEM;
     for (size_t i = 0; i < x->count && status == LC_OK; i++) {
         const piece *p = &x->piece[i];
         score[i] = p->score;
         skip[i] = t->spm.own && (!is_normal(p->type) || p->type == LC_PIECE_UNUSED);
-        if (t->spm.own && p->type != LC_PIECE_NORMAL) continue;
-        if (score[i] < low) low = score[i];
-        if (score[i] > high) high = score[i];
+        if ((!t->spm.own || p->type == LC_PIECE_NORMAL) && score[i] < low) low = score[i];
     }
     if (status == LC_OK) status = lc_tok_unigram_start(t, score, skip);
     lc_free(score), lc_free(skip);
     u->single = t->spm.own;
     u->unk_score = u->single ? (double)((float)low - 10.0f) : low - 10;
-    u->user_score = high;
-    if (!isfinite(u->unk_score)) u->unk_score = u->user_score = 0;
+    if (!isfinite(u->unk_score)) u->unk_score = 0;
     t->byte_fallback = x->byte_fallback;
     return status;
 }

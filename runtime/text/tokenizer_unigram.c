@@ -42,12 +42,12 @@ static lc_status add_piece(lc_tok_unigram *u, size_t *room, const char *s, size_
         }
         node = e->to;
     }
+    if (n > u->longest) u->longest = n;
     if (n) u->piece[node] = id; /* of equal texts the last counts, as in the reference */
     return LC_OK;
 }
 
-/* score [t->size] by id; pieces that `skip` marks are found nowhere. The caller sets unk_score, single and user_score.
- */
+/* score [t->size] by id; pieces that `skip` marks are found nowhere. The caller sets unk_score and single. */
 lc_status lc_tok_unigram_start(lc_tokenizer *t, const double *score, const uint8_t *skip) {
     lc_tok_unigram *u = &t->unigram;
     size_t room = 0;
@@ -69,12 +69,21 @@ lc_status lc_tok_unigram_start(lc_tokenizer *t, const double *score, const uint8
 static void offer(const lc_tok_unigram *u, size_t from, size_t to, int32_t id, double score) {
     struct lc_tok_best *b = &u->best[to];
     if (b->from != UINT32_MAX && !(score > b->score)) return;
-    *b = (struct lc_tok_best){u->single ? (float)score : score, id, (uint32_t)from};
+    *b = (struct lc_tok_best){score, id, (uint32_t)from};
+}
+
+/* Sums of a long text outgrow a float. Then SentencePiece counts anew from where it is, and so its ties are these. */
+static void count_anew(lc_tok_unigram *u, size_t at, size_t n) {
+    float here = (float)u->best[at].score;
+    size_t end = n - at < u->longest ? n : at + u->longest;
+    for (size_t i = at; i <= end; i++)
+        if (u->best[i].from != UINT32_MAX) u->best[i].score = (float)u->best[i].score - here;
 }
 
 static lc_status fill(lc_tokenizer *t, const char *s, size_t n) {
     lc_tok_unigram *u = &t->unigram;
     for (size_t at = 0, len; at < n; at += len) {
+        if (u->single && u->best[at].score < -100000) count_anew(u, at, n);
         double here = u->best[at].score;
         uint32_t node = 0;
         bool single = false;
@@ -86,8 +95,8 @@ static lc_status fill(lc_tokenizer *t, const char *s, size_t n) {
             if (id < 0) continue;
             size_t size = i + 1 - at;
             bool user = t->spm.own && t->spm.type && t->spm.type[id] == LC_PIECE_USER;
-            double score = user ? (double)((float)size * (float)u->user_score) - 0.1 : u->score[id];
-            offer(u, at, i + 1, id, score + here);
+            double score = user ? (float)(0.1 * (double)size - 0.1) : u->score[id];
+            offer(u, at, i + 1, id, u->single ? (double)((float)score + (float)here) : score + here);
             single = single || size == len;
         }
         if (single) continue;
