@@ -26,7 +26,7 @@ local function read_opts(opts)
     if opts.compute and (not DTYPES[opts.compute] or (compute == "f64") ~= (dtype == "f64")) then
         lc.fail("compute = '%s' does not go with weights in %s", tostring(opts.compute), dtype)
     end
-    return { dtype = dtype, compute = compute, device = device, check = opts.check }
+    return { dtype = dtype, compute = compute, device = device, check = opts.check, part = opts.part }
 end
 
 -- A string or {content = ...}, as tokenizer_config.json has them.
@@ -63,6 +63,25 @@ local function add_ids(set, list)
     for _, id in ipairs(list) do set[id] = true end
 end
 
+-- The config of some layers of a model: part = {first =, last = (positions of layers), embed =, head = (booleans)}. Its
+-- layers keep their names.
+local function cut(c, part)
+    if not part then return c end
+    local n, out = c.num_hidden_layers, {}
+    local first, last = part.first or 1, part.last or n
+    if first < 1 or last > n or first > last + 1 then
+        lc.fail("part: layers %s to %s of a model that has 1 to %d", tostring(first), tostring(last), n)
+    end
+    for k, v in pairs(c) do out[k] = v end
+    out.num_hidden_layers = last - first + 1
+    out.part = { first = first, last = last, embed = part.embed, head = part.head, of = n }
+    if c.windows then
+        out.windows = {}
+        for i = first, last do out.windows[i - first + 1] = c.windows[i] end
+    end
+    return out
+end
+
 -- ---- a Hugging Face folder ------------------------------------------------------------------------------------------
 local function load_folder(dir, opts)
     if not files.exists(dir .. "/config.json") then
@@ -77,10 +96,12 @@ local function load_folder(dir, opts)
         lc.fail("%s has no config.json (and no GGUF file): it is not a model folder", dir)
     end
     local c = config.normalize(files.read_json(dir .. "/config.json"), dir .. "/config.json")
+    c = cut(c, opts.part)
     local file = files.open_tensors(dir)
     local w = weights.load({ file = file, format = "safetensors", path = dir }, c, opts)
     file:close()
     local model_opts = { dtype = opts.compute, device = opts.device, source = opts.source or dir, special = {} }
+    if opts.part then return llama.new(c, w, model_opts) end
     if files.exists(dir .. "/tokenizer.json") then model_opts.tokenizer = lc.tokenizer(dir .. "/tokenizer.json") end
     local tc = optional_json(dir .. "/tokenizer_config.json")
     local gc = optional_json(dir .. "/generation_config.json")
@@ -107,7 +128,12 @@ function M.load_gguf(path, opts)
         local factors = lc.scope(function() return file:tensor("rope_freqs.weight", { dtype = "f32" }):totable() end)
         c.rope_scaling = rope.from_factors(c, factors)
     end
+    c = cut(c, opts.part)
     local w = weights.load({ file = file, format = "gguf", path = path }, c, opts)
+    if opts.part then
+        file:close()
+        return llama.new(c, w, { dtype = opts.compute, device = opts.device, source = opts.source or path, special = {} })
+    end
     local tokenizer = meta "tokenizer.ggml.model" and lc.tokenizer(file) or nil
     local special = { stop = {} }
     add_ids(special.stop, ids_of(c.eos_token_id))
@@ -126,7 +152,8 @@ end
 --- Loads a model. name: a folder, a GGUF or safetensors file, a Hub id in the local cache, "smollm2", or "random:SHAPE"
 --- (random weights of a known shape: see models/shapes.lua). opts: dtype of the weight matrices ("f32", "bf16", "f16",
 --- "f64"), device, compute (dtype of activations: f32 on the CPU, as the weights elsewhere), revision, check = false (do
---- not look for NaN); for a saved student also base, map, trust_code.
+--- not look for NaN), part (some layers only: {first =, last =, embed =, head =}); for a saved student also base, map,
+--- trust_code.
 function M.load(name, opts)
     opts = opts or {}
     local shape = type(name) == "string" and name:match "^random:(.+)$"

@@ -27,7 +27,7 @@ local FEW_ROWS = 8
 local function make_layers(model)
     local w, layers = model.weights, {}
     for i = 1, model.config.num_hidden_layers do
-        local name = "model.layers." .. (i - 1)
+        local name = "model.layers." .. (i - 1 + (model.config.part and model.config.part.first - 1 or 0))
         local attn, mlp = name .. ".self_attn.", name .. ".mlp."
         local layer = { index = i, name = name, proj = {} }
         layer.input_norm = w[name .. ".input_layernorm.weight"]
@@ -480,7 +480,7 @@ function Model:__tostring()
     local c = self.config
     return ("%s: %d layers, hidden %d, heads %d/%d of %d, vocabulary %d, %s on %s%s"):format(
         self.is_student and "linearized " .. c.model_type or c.model_type, c.num_hidden_layers, c.hidden_size,
-        c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, self.embed.dtype, self.device,
+        c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.vocab_size, self.embed and self.embed.dtype or self.dtype, self.device,
         self.source and " (" .. self.source .. ")" or "")
 end
 

@@ -36,10 +36,12 @@ end
 function M.plan(c)
     local H, I, d = c.hidden_size, c.intermediate_size, c.head_dim
     local qd, kd = c.num_attention_heads * d, c.num_key_value_heads * d
-    local plan = { { parts = { { "model.embed_tokens.weight", c.vocab_size } }, cols = H } }
+    local only, plan = c.part, {} -- a part of a model: some layers, with or without what stands before and after them
     local function add(cols, ...)
         plan[#plan + 1] = { parts = { ... }, cols = cols }
     end
+    -- a tied matrix is wanted at both ends
+    if not only or only.embed or (only.head and c.tie_word_embeddings) then add(H, { "model.embed_tokens.weight", c.vocab_size }) end
     -- a matrix or several in one storage, and their biases, which all of them have or none
     local function product(cols, pre, ...)
         local matrices, biases = {}, {}
@@ -50,7 +52,8 @@ function M.plan(c)
         plan[#plan + 1] = { parts = matrices, cols = cols }
         if #biases > 0 then plan[#plan + 1] = { parts = biases } end
     end
-    for i = 0, c.num_hidden_layers - 1 do
+    local first = only and only.first - 1 or 0
+    for i = first, first + c.num_hidden_layers - 1 do
         local pre = "model.layers." .. i .. "."
         local attn, mlp = pre .. "self_attn.", pre .. "mlp."
         add(nil, { pre .. "input_layernorm.weight", H })
@@ -64,6 +67,7 @@ function M.plan(c)
         product(H, mlp, { "gate_proj", I }, { "up_proj", I })
         product(I, mlp, { "down_proj", H })
     end
+    if only and not only.head then return plan end
     add(nil, { "model.norm.weight", H })
     if not c.tie_word_embeddings then add(H, { "lm_head.weight", c.vocab_size }) end
     return plan
