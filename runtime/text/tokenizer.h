@@ -64,6 +64,7 @@ lc_status lc_tok_put_lossy(lc_tok_buf *b, const char *s, size_t n); /* invalid b
 typedef enum { LC_TOK_NUMERIC, LC_TOK_SPACE, LC_TOK_PUNCT, LC_TOK_WORD, LC_TOK_THE_CHAR } lc_tok_class;
 bool lc_tok_is(lc_tok_class c, uint32_t cp);
 bool lc_tok_is_accent(uint32_t cp);
+bool lc_tok_has_no_form(uint32_t cp); /* normalization leaves it and stops at it */
 uint32_t lc_tok_lower(uint32_t c);
 /* Ranges, as PCRE2 class text, that belong to a property but that PCRE2's Unicode 14 does not know; "" when none. */
 const char *lc_tok_late_ranges(const char *property, size_t len);

@@ -15,7 +15,7 @@ static bool is_ascii(const char *s, size_t n) {
     return true;
 }
 
-static lc_status unicode_form(lc_tok_norm_kind kind, const char *s, size_t n, lc_tok_buf *out) {
+static lc_status form_of(lc_tok_norm_kind kind, const char *s, size_t n, lc_tok_buf *out) {
     if (is_ascii(s, n)) return lc_tok_put(out, s, n);
     int options = UTF8PROC_STABLE;
     options |= kind == LC_NORM_NFC || kind == LC_NORM_NFKC ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
@@ -27,6 +27,17 @@ static lc_status unicode_form(lc_tok_norm_kind kind, const char *s, size_t n, lc
     lc_status status = lc_tok_put(out, (const char *)made, (size_t)len);
     free(made);
     return status;
+}
+
+static lc_status unicode_form(lc_tok_norm_kind kind, const char *s, size_t n, lc_tok_buf *out) {
+    size_t done = 0;
+    for (size_t at = 0, len; at < n; at += len) {
+        if (!lc_tok_has_no_form(lc_tok_char(s + at, &len))) continue;
+        LC_TRY(form_of(kind, s + done, at - done, out));
+        LC_TRY(lc_tok_put(out, s + at, len));
+        done = at + len;
+    }
+    return form_of(kind, s + done, n - done, out);
 }
 
 static lc_status lower(const char *s, size_t n, lc_tok_buf *out) {
