@@ -247,6 +247,9 @@ int32_t lc_tokenizer_id(const lc_tokenizer *t, const char *token);       /* exac
 const char *lc_tokenizer_token(const lc_tokenizer *t, int32_t id, int32_t *length); /* as in the file; NULL: no such id */
 int lc_tokenizer_is_special(const lc_tokenizer *t, int32_t id);
 
+/* Does a regular expression match the whole of a text? */
+int lc_regex_match(const char *pattern, const char *text, int *matched);
+
 /* Picks a token from n logits in host memory. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition 1 are off.
  * `recent` are the ids that the repetition penalty looks at. uniform is a number in [0, 1). */
 typedef struct lc_sampling { double temperature, top_p, min_p, repetition; int32_t top_k; } lc_sampling;

@@ -3,7 +3,7 @@
 local core = require "lolcats.core.text"
 local bridge = require "lolcats.core.ffi"
 local files = require "lolcats.files"
-local text = {sample = core.sample}
+local text = {sample = core.sample, regex_match = core.regex_match}
 
 local OPTIONS = {style = true, added_tokens = true, add_bos = true, add_eos = true}
 local FLAGS = {"special", "single_word", "lstrip", "rstrip", "normalized"}

@@ -104,6 +104,15 @@ end
 
 function Tokenizer:is_special(id) return C.lc_tokenizer_is_special(self.handle, id) ~= 0 end
 
+-- ---- regular expressions ------------------------------------------------------------------------------------------
+local matched = ffi.new("int[1]")
+
+-- Does a regular expression match the whole of a text?
+function M.regex_match(pattern, text)
+  check(C.lc_regex_match(pattern, text, matched), "regex_match")
+  return matched[0] ~= 0
+end
+
 -- ---- sampling -----------------------------------------------------------------------------------------------------
 local how = ffi.new("lc_sampling")
 local recent_room, recent_cells = 64, ffi.new("int32_t[64]")
