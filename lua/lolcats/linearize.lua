@@ -179,10 +179,19 @@ end
 --- loss and gradient; 1 / accumulation), mse, xent, start (left padding), plain = true (maps computed in Lua),
 --- backward = false (only the loss). Returns the loss and a table of each layer's.
 function Student:transfer(ids, opts)
+    ids = self:check_ids(ids)
+    return self:transfer_hidden(function()
+        local x = lc.embedding(self.embed, ids)
+        return x.dtype ~= self.dtype and x:to(self.dtype) or x
+    end, opts, ids)
+end
+
+--- The same from hidden states x [b, t, H] on, as the first of this model's layers gets them: a tensor, or a function
+--- that makes it.
+function Student:transfer_hidden(x, opts, ids)
     opts = opts or {}
     local scale, mse, xent = opts.scale or 1, opts.mse or 1000, opts.xent or 0
     if mse == 0 and xent == 0 then lc.fail("transfer: mse and xent are both 0; there is no loss") end
-    ids = self:check_ids(ids)
     local n, last = 0, 0
     for i, layer in ipairs(self.layers) do
         if layer.student then n, last = n + 1, i end
@@ -190,10 +199,9 @@ function Student:transfer(ids, opts)
     if n == 0 then lc.fail("transfer: every layer keeps its softmax attention; there is nothing to teach") end
     local each = {}
     local total = lc.no_grad(lc.scope, function()
-        local ctx = self:context(ids, opts)
+        local ctx = self:context(ids or x, opts)
         local losses = lc.zeros({ #self.layers }, { dtype = self.fine, device = self.device })
-        local x = lc.embedding(self.embed, ids)
-        if x.dtype ~= self.dtype then x = x:to(self.dtype) end
+        local x = type(x) == "function" and x() or x:alias()
         for i = 1, last do
             local before = x
             x = lc.scope(self.transfer_layer, self, self.layers[i], x, ctx, losses, i == last,
@@ -368,5 +376,5 @@ function M.read_trained(student, path)
     return student
 end
 
-M.Student, M.START_FACTOR = Student, START_FACTOR
+M.Student, M.START_FACTOR, M.FORMAT, M.VERSION = Student, START_FACTOR, FORMAT, VERSION
 return M
