@@ -4,14 +4,14 @@
  * all kernels before it have ended. What it reads earlier (a weight) must not be the work of a launch still under way: `apart` says so,
  * and chain_apart() finds out. So every kernel that lets the next one start is launched in this way, and its launch is followed by
  * chain_writes() for all that it writes. A launch by LC_LAUNCH waits for all before it. A chain lasts while op follows op with such
- * launches alone, and now and then an ordinary launch ends it, so that the list of writes stays short. */
+ * launches alone, and an ordinary launch ends it when the list of writes is full. */
 #ifndef LC_CHAIN_CUH
 #define LC_CHAIN_CUH
 
 #include "device.cuh"
 #include "mma.cuh"
 
-enum { CHAIN_LAUNCHES = 32, CHAIN_WRITES = 48 };
+enum { CHAIN_LAUNCHES = 512, CHAIN_WRITES = 64 };
 struct lc_chain {
     int launches, count;
     uint32_t op; /* of the last launch: lc_cuda_device.op_count */
@@ -34,7 +34,9 @@ static inline bool chain_goes_on(bool apart) {
 static inline void chain_writes(const void *p, int64_t bytes) {
     lc_chain *d = &lc_chains[lc_cuda_now->index];
     if (!p || bytes <= 0) return;
-    if (d->count == CHAIN_WRITES) d->count--, d->launches = CHAIN_WRITES; /* the next one waits, whatever it reads */
+    for (int i = 0; i < d->count; i++) /* a step writes the same blocks of memory layer after layer */
+        if (d->at[i].from <= (const char *)p && d->at[i].to >= (const char *)p + bytes) return;
+    if (d->count == CHAIN_WRITES) d->count--, d->launches = CHAIN_LAUNCHES; /* the next one waits, whatever it reads */
     d->at[d->count].from = (const char *)p;
     d->at[d->count++].to = (const char *)p + bytes;
 }

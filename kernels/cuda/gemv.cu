@@ -213,6 +213,7 @@ int lc_cuda_gemv_run(const lc_cuda_gemv *g) {
         if (g->k % lc_dtype_traits(g->w_dtype)->block) return LC_K_UNSUPPORTED;
         LC_QUANTS(g->w_dtype, return run_blocks<Q>(g);)
     }
+    if (lc_cuda_gemv_one(g) == LC_K_OK) return LC_K_OK;
     const int64_t size = dtype_bytes(g->w_dtype);
     if (!in_sixteens(g->w, g->k * size) || !in_sixteens(g->w, g->ld_w * size)) return LC_K_UNSUPPORTED;
     switch (g->w_dtype) {

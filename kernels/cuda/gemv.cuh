@@ -19,5 +19,7 @@ enum { LC_GEMV_ROWS = 8 };
 /* Returns LC_K_UNSUPPORTED, having done nothing, for what it does not take: more than LC_GEMV_ROWS rows, f64, rows that are no
  * multiple of 16 bytes. */
 int lc_cuda_gemv_run(const lc_cuda_gemv *g);
+/* gemv_one.cu: one row of halves, many rows of w; the others are LC_K_UNSUPPORTED. */
+int lc_cuda_gemv_one(const lc_cuda_gemv *g);
 
 #endif

@@ -156,6 +156,25 @@ t.test("few rows of every dtype against weights of every dtype", function()
     end
 end)
 
+t.test("one row of halves: rows in pieces of odd numbers, more tiles than a block holds sums for", function()
+    if device == "cpu" then return end
+    local shapes = emulated and { { 45, 3200 }, { 2200, 1536 } }
+        or { { 4096, 4096 }, { 6144, 4096 }, { 14339, 4096 }, { 4096, 14336 }, { 68001, 2048 }, { 1030, 5632 }, { 2049, 24576 } }
+    for _, s in ipairs(shapes) do
+        for _, dtype in ipairs { "bf16", "f16" } do
+            local where = { dtype = dtype, device = device }
+            local x, w = lc.randn({ 1, s[2] }, where), lc.randn({ s[1], s[2] }, where)
+            local b, add = lc.randn({ s[1] }, where), lc.randn({ 1, s[1] }, where)
+            local got = lc.linear(x, w, b, add, 0.5)
+            local old = lc.set_option("plain_linear", true)
+            local want = lc.linear(x, w, b, add, 0.5)
+            lc.set_option("plain_linear", old)
+            near(got, want, LIMIT[dtype], ("%s [%d, %d]"):format(dtype, s[1], s[2]))
+            if emulated and s[1] > 1000 then break end
+        end
+    end
+end)
+
 -- A GGUF file of random blocks with moderate scales: its type, elements and bytes a block, where the block's halves stand.
 local QUANTS = { { 2, 32, 18, { 0 } }, { 3, 32, 20, { 0, 2 } }, { 6, 32, 22, { 0 } }, { 7, 32, 24, { 0, 2 } }, { 8, 32, 34, { 0 } },
                  { 10, 256, 84, { 80, 82 } }, { 11, 256, 110, { 108 } }, { 12, 256, 144, { 0, 2 } }, { 13, 256, 176, { 0, 2 } },
