@@ -1,6 +1,6 @@
 /* regex.c: whole-text matching of a regular expression that a file brings along (PEFT's target_modules and patterns), by
  * PCRE2, whose syntax covers what is used of Python's. A pattern that takes too many steps is refused. */
-#include "core/core.h"
+#include "../core/core.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>
