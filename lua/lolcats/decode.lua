@@ -11,8 +11,9 @@ Decoder.__index = Decoder
 --- next tokens there. finish(x) makes what is wanted of the last hidden states x [b, H]; it may write ids. The weights must stay
 --- where they are as long as this is used.
 function M.new(model, state, ids, finish)
-    local fits = model.device ~= "cpu" and not state.as_teacher
-    for _, s in ipairs(state.layers) do fits = fits and s.state ~= nil end
+    local fits = model.device and model.device ~= "cpu" and not state.as_teacher
+    for _, s in ipairs(fits and state.layers or {}) do fits = fits and s.state ~= nil end
+    fits = fits and not model:rotary_varies()
     return setmetatable({ model = model, state = state, ids = ids, finish = finish, steps = 0, records = fits }, Decoder)
 end
 

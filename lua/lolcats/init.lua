@@ -35,6 +35,7 @@ local elsewhere = {
   tokenizer = {"lolcats.text", "tokenizer"},
   nn = {"lolcats.nn"},
   lora = {"lolcats.lora"},
+  peft = {"lolcats.peft"},
   hub = {"lolcats.hub"},
   plot = {"lolcats.plot"},
   optim = {"lolcats.optim"},

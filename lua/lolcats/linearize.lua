@@ -287,7 +287,7 @@ end
 --- What was trained, by name: feature maps, window factors, adapters.
 function Student:trained()
     local out = self:map_params()
-    for _, p in ipairs(lora.parameters(self)) do out[#out + 1] = p end
+    for _, p in ipairs(lora.saved(self)) do out[#out + 1] = p end
     return out
 end
 

@@ -149,6 +149,15 @@ function M.load_gguf(path, opts)
     return model
 end
 
+-- A PEFT folder: its base (opts.base, or what the folder names) with the adapter on it.
+local function load_adapter(dir, opts)
+    local peft = require "lolcats.peft"
+    local base = opts.base or peft.base_of(dir)
+    if not base then lc.fail("%s is an adapter and does not name its base model; give it as base =", dir) end
+    if type(base) == "string" then base = M.load(base, { dtype = opts.dtype, device = opts.device, compute = opts.compute }) end
+    return peft.load(base, dir)
+end
+
 --- Loads a model. name: a folder, a GGUF or safetensors file, a Hub id in the local cache, "smollm2", or "random:SHAPE"
 --- (random weights of a known shape: see models/shapes.lua). opts: dtype of the weight matrices ("f32", "bf16", "f16",
 --- "f64"), device, compute (dtype of activations: f32 on the CPU, as the weights elsewhere), revision, check = false (do
@@ -168,6 +177,9 @@ function M.load(name, opts)
     if files.is_dir(path) then
         local linearize = require "lolcats.linearize"
         if linearize.is_saved(path) then return linearize.load(path, opts) end
+        if files.exists(path .. "/adapter_config.json") and not files.exists(path .. "/config.json") then
+            return load_adapter(path, opts)
+        end
         return load_folder(path, how)
     end
     if path:match "%.safetensors$" or path:match "%.safetensors%.index%.json$" then

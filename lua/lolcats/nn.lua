@@ -41,11 +41,20 @@ local function biased(y, p)
     return y + (p.bias.dtype == y.dtype and p.bias or p.bias:to(y.dtype))
 end
 
+-- Dropout of what an adapter reads, while gradients are recorded.
+local function drops(l) return l and l.dropout and lc.grad_enabled() end
+
+local function dropped(x, p, l, add)
+    local low = lc.linear((lc.dropout(x, l.dropout)), l.a:to(x.dtype))
+    return lc.linear(x, p.weight, p.bias, add) + lc.linear(low, l.b:to(x.dtype)) * l.scale
+end
+
 --- x W^T of a projection {weight=, bias=, lora=}, plus add; an adapter rides on the same sums, so it costs no extra pass
 --- over y.
 function M.project(x, p, add)
     local l = adapter(p)
     if not l then return lc.linear(x, p.weight, p.bias, add) end
+    if drops(l) then return dropped(x, p, l, add) end
     return biased((lc.projections(x, p.weight, nil, nil, l.a, nil, nil, l.b, nil, nil, add, l.scale)), p)
 end
 
@@ -55,7 +64,7 @@ local NONE = { scale = 1 }
 --- A's become one product, and the gradients for x are summed where they are made.
 function M.project_all(x, p, p2, p3)
     local l, l2, l3 = adapter(p), adapter(p2), adapter(p3)
-    if not (l or l2 or l3) and not (lc.grad_enabled() and x.requires_grad) then
+    if not (l or l2 or l3) and not (lc.grad_enabled() and x.requires_grad) or drops(l) or drops(l2) or drops(l3) then
         return M.project(x, p), M.project(x, p2), p3 and M.project(x, p3)
     end
     l, l2, l3 = l or NONE, l2 or NONE, l3 or NONE

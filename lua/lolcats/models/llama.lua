@@ -35,7 +35,7 @@ local function make_layers(model)
         layer.q_norm, layer.k_norm = w[attn .. "q_norm.weight"], w[attn .. "k_norm.weight"]
         layer.window = model.config.windows and model.config.windows[i] -- keys of the softmax attention; nil: all
         local function record(pre, p)
-            layer.proj[p] = { name = pre .. p, weight = w[pre .. p .. ".weight"], bias = w[pre .. p .. ".bias"] }
+            layer.proj[p] = { name = pre .. p, layer = i, weight = w[pre .. p .. ".weight"], bias = w[pre .. p .. ".bias"] }
         end
         for _, p in ipairs(ATTN) do record(attn, p) end
         for _, p in ipairs(MLP) do record(mlp, p) end
@@ -54,11 +54,19 @@ function M.new(c, w, opts)
         chat_template = opts.chat_template, source = opts.source, special = opts.special,
     }, Model)
     model.fine = opts.dtype == "f64" and "f64" or "f32"
-    model.embed, model.norm = w["model.embed_tokens.weight"], w["model.norm.weight"]
-    model.head = w["lm_head.weight"] or model.embed
     model.layers = make_layers(model)
+    model.embed_proj, model.head_proj = { name = "model.embed_tokens", is_embedding = true }, { name = "lm_head" }
+    model:set_ends()
     model:set_rotary(0)
     return model
+end
+
+--- Looks up anew what stands before and behind the layers, after weights got copied.
+function Model:set_ends()
+    local w = self.weights
+    self.embed, self.norm = w["model.embed_tokens.weight"], w["model.norm.weight"]
+    self.head = w["lm_head.weight"] or self.embed
+    self.embed_proj.weight, self.head_proj.weight = self.embed, self.head
 end
 
 --- Rotary frequencies for texts of up to `length` positions; only some scalings look at it.
@@ -70,6 +78,9 @@ function Model:set_rotary(length)
     self.rotary_scale, self.rotary_length = scale, length
     if old then old:drop() end
 end
+
+--- Do the rotary frequencies change with the length of the text? Then a recorded step would turn by old ones.
+function Model:rotary_varies() return rope.varies(self.config) end
 
 --- cos and sin of positions pos of a text that reaches `length` positions in all. A cached key keeps the rotation of the
 --- length at which it was read, as with Hugging Face.
@@ -85,11 +96,30 @@ function Model:share()
     return M.new(self.config, self.weights, self)
 end
 
+-- The layers' records of weights, after some got copied; adapters and the student's attention stay.
+local function refresh(model)
+    for i, fresh in ipairs(make_layers(model)) do
+        local layer = model.layers[i]
+        for p, record in pairs(fresh.proj) do
+            layer.proj[p].weight, layer.proj[p].bias = record.weight, record.bias
+        end
+        for _, key in ipairs { "qkv", "gate_up", "qkv_bias", "gate_up_bias", "input_norm", "post_norm", "q_norm", "k_norm" } do
+            layer[key] = fresh[key]
+        end
+    end
+    model:set_ends()
+end
+
+local function shallow(t)
+    local out = {}
+    for k, v in pairs(t) do out[k] = v end
+    return out
+end
+
 --- Copies the weights of all attention and MLP projections, so that writing them leaves models that share them alone.
 function Model:own_weights()
     if self.owns_weights then return self end
-    local own = {}
-    for k, v in pairs(self.weights) do own[k] = v end
+    local own = shallow(self.weights)
     lc.no_grad(function()
         for _, group in ipairs(weights.plan(self.config)) do
             local name = #group.parts > 1 and weights.fused_name(group) or group.parts[1][1]
@@ -98,14 +128,39 @@ function Model:own_weights()
             end
         end
     end)
-    self.weights = own
-    for i, fresh in ipairs(make_layers(self)) do
-        local layer = self.layers[i]
-        layer.qkv, layer.gate_up = fresh.qkv, fresh.gate_up
-        for p, record in pairs(layer.proj) do record.weight = fresh.proj[p].weight end
-    end
-    self.owns_weights = true
+    for _, name in ipairs(self.trained_weights or {}) do own[name] = self.weights[name] end
+    self.weights, self.owns_weights = own, true
+    refresh(self)
     return self
+end
+
+--- A copy of one weight that is this model's alone, in the dtype of what is trained; returns it.
+function Model:own_weight(name)
+    local old = self.weights[name]
+    local dtype = old:dim() > 1 and self.fine or old.dtype
+    local copy = lc.keep(lc.no_grad(lc.scope, function() return old:detach():to(dtype):clone() end))
+    self.weights = shallow(self.weights)
+    self.weights[name] = copy:set_name(name)
+    refresh(self)
+    return copy
+end
+
+--- Parts a tied head from the embedding: still one tensor, but each can be replaced alone.
+function Model:untie()
+    if not self.config.tie_word_embeddings then return end
+    self.config, self.weights = shallow(self.config), shallow(self.weights)
+    self.config.tie_word_embeddings = false
+    self.weights["lm_head.weight"] = self.weights["model.embed_tokens.weight"]
+    self:set_ends()
+end
+
+--- Names of all weights in checkpoint order.
+function Model:weight_names()
+    local out = {}
+    for _, group in ipairs(weights.plan(self.config)) do
+        for _, part in ipairs(group.parts) do out[#out + 1] = part[1] end
+    end
+    return out
 end
 
 --- All projections in checkpoint order.
@@ -240,8 +295,7 @@ function Model:forward(ids, opts)
     local many = opts.state and self:rows_at_once(ids, opts)
     if many then return self:forward_slices(ids, opts, many) end
     local ctx = self:context(ids, opts)
-    local x = lc.embedding(self.embed, ids)
-    if x.dtype ~= self.dtype then x = x:to(self.dtype) end
+    local x = self:embed_ids(ids)
     for _, layer in ipairs(self.layers) do
         -- a scope each: with gradients on, the tape alone holds what the backward needs
         local before = x
@@ -309,7 +363,16 @@ function Model:logits(ids, opts)
     return lc.scope(run)
 end
 
-function Model:lm_head(x) return lc.linear(x, self.head) end
+function Model:lm_head(x) return nn.project(x, self.head_proj) end
+
+--- Rows of the embedding, with its adapter: [b, t, H] of ids [b, t].
+function Model:embed_ids(ids)
+    local x, l = lc.embedding(self.embed, ids), self.embed_proj.lora
+    if x.dtype ~= self.dtype then x = x:to(self.dtype) end
+    if not l or not l.on then return x end
+    local low = lc.embedding(l.a:transpose(1, 2):contiguous(), ids)
+    return x + (lc.linear(low, l.b) * l.scale):to(x.dtype)
+end
 
 -- Rows that have a label: a table of flat row numbers from 0 and of labels; nil when the labels cannot be read cheaply.
 local function labelled_rows(labels, ids)
@@ -353,8 +416,9 @@ function Model:loss_at(x, rows, wanted)
     else
         flat = flat:index_select(1, lc.tensor(rows, where))
     end
-    if lc.grad_enabled() and self.head.requires_grad then
-        return lc.cross_entropy(lc.linear(flat, self.head), lc.tensor(wanted, where)), nil, nil, #rows
+    local l = self.head_proj.lora
+    if lc.grad_enabled() and self.head.requires_grad or l and l.on then
+        return lc.cross_entropy(self:lm_head(flat), lc.tensor(wanted, where)), nil, nil, #rows
     end
     local loss, each, best = lc.linear_cross_entropy(flat, self.head, lc.tensor(wanted, where),
                                                      { grad = lc.grad_enabled() and flat.requires_grad })
@@ -471,6 +535,10 @@ function Model:size()
     for _, p in ipairs(self:params()) do n = n + p.tensor:numel() end
     return n
 end
+
+--- PEFT's adapter folders: see peft.lua.
+function Model:load_adapter(dir) return require("lolcats.peft").load(self, dir) end
+function Model:save_adapter(dir) return require("lolcats.peft").save(self, dir) end
 
 function Model:save_weights(dir) return weights.save(self, dir) end
 function Model:generate(prompt, opts) return require("lolcats.session").generate(self, prompt, opts) end
