@@ -41,9 +41,11 @@ size_t K(mse_loss_work)(const lc_kargs *k) {
     return (size_t)((view_rows(a) + per - 1) / per) * sizeof(double);
 }
 
+/* With y[1]: also 2 f[0] (a - b) / numel there. */
 static void mse_blocks(void *ctx, int64_t begin, int64_t end, int thread) {
     const lc_kargs *k = ctx;
-    const lc_view *a = &k->x[0], *b = &k->x[1];
+    const lc_view *a = &k->x[0], *b = &k->x[1], *slope = &k->y[1];
+    const real each = (real)(2 * k->f[0] / (double)view_numel(a));
     const int64_t n = a->ndim ? a->dim[a->ndim - 1] : 1, per = mse_rows(n), rows = view_rows(a);
     (void)thread;
     for (int64_t block = begin; block < end; block++) {
@@ -58,20 +60,27 @@ static void mse_blocks(void *ctx, int64_t begin, int64_t end, int thread) {
                     sum[l] += d * d;
                 }
             for (; i < n; i++) rest += (double)(pa[i] - pb[i]) * (double)(pa[i] - pb[i]);
+            if (!slope->data) continue;
+            real *restrict to = (real *)slope->data + view_row_offset(slope, r);
+            for (i = 0; i < n; i++) to[i] = each * (pa[i] - pb[i]);
         }
         for (int l = 0; l < 8; l++) rest += sum[l];
         ((double *)k->work)[block] = rest;
     }
 }
 
-int K(mse_loss)(const lc_kargs *k) {
+static int mse(const lc_kargs *k, double scale) {
     int64_t blocks = (int64_t)(K(mse_loss_work)(k) / sizeof(double));
     double sum = 0, n = (double)view_numel(&k->x[0]);
     k->host->parallel(blocks, 4, mse_blocks, (void *)k);
     for (int64_t i = 0; i < blocks; i++) sum += ((double *)k->work)[i];
-    put_scalar(&k->y[0], sum / n);
+    put_scalar(&k->y[0], scale * sum / n);
     return LC_K_OK;
 }
+
+int K(mse_loss)(const lc_kargs *k) { return mse(k, 1); }
+size_t K(mse_loss_slope_work)(const lc_kargs *k) { return K(mse_loss_work)(k); }
+int K(mse_loss_slope)(const lc_kargs *k) { return mse(k, k->f[0]); }
 
 /* ga = 2 g (a - b) / numel, gb = -ga */
 static void mse_gradient(void *ctx, int64_t begin, int64_t end, int thread) {

@@ -7,23 +7,30 @@
 enum { MSE_BLOCK = 256, MSE_BLOCKS = 512, CE_BLOCK = 512, SLOPE_BLOCK = 256, SLOPE_EACH = 8 };
 
 /* ---- mean squared error --------------------------------------------------------------------------------------- */
-/* The walk goes over a and b; partial [blocks]. */
+/* The walk goes over a, b and the slope, each (a - b), which may be absent; partial [blocks]. */
 template <class T, int V>
-__global__ void __launch_bounds__(MSE_BLOCK) mse_parts(const T *a, const T *b, const walk<2> w, double *partial) {
+__global__ void __launch_bounds__(MSE_BLOCK)
+    mse_parts(const T *a, const T *b, T *slope, double each, const walk<3> w, double *partial) {
     typedef real_of<T> R;
+    const R factor = (R)each;
     __shared__ double room[32];
     R sum[V];
 #pragma unroll
     for (int c = 0; c < V; c++) sum[c] = 0;
 #pragma unroll 2
     for (int64_t e = (int64_t)blockIdx.x * MSE_BLOCK + threadIdx.x; e < w.total; e += (int64_t)gridDim.x * MSE_BLOCK) {
-        int64_t at[2];
+        int64_t at[3];
         R va[V], vb[V];
         walk_at(w, e, at);
         load_pack<V>(a + at[0], va);
         load_pack<V>(b + at[1], vb);
 #pragma unroll
-        for (int c = 0; c < V; c++) sum[c] += (va[c] - vb[c]) * (va[c] - vb[c]);
+        for (int c = 0; c < V; c++) {
+            R d = va[c] - vb[c];
+            sum[c] += d * d;
+            va[c] = factor * d;
+        }
+        if (slope) store_pack<V>(slope + at[2], va);
     }
     double total = 0;
 #pragma unroll
@@ -38,19 +45,24 @@ static unsigned mse_blocks(int64_t n) {
     return (unsigned)(blocks < 1 ? 1 : blocks > MSE_BLOCKS ? MSE_BLOCKS : blocks);
 }
 
-template <class T> static int run_mse(const lc_kargs *k) {
+/* y[0] = scale times the mean; y[1], where wanted, its gradient for a. */
+template <class T> static int run_mse(const lc_kargs *k, double scale) {
     constexpr int V = pack_of<T>();
-    const lc_view *a = &k->x[0], *b = &k->x[1];
+    const lc_view *a = &k->x[0], *b = &k->x[1], *slope = &k->y[1];
     const int64_t n = view_numel(a);
-    walk<2> w = make_walk_free<2>({a, b});
+    const double each = 2 * scale / (double)n;
+    walk<3> w = make_walk_free<3>({a, b, slope->data ? slope : a});
     unsigned blocks = mse_blocks(n);
     double *partial = (double *)k->work;
-    bool packs = !k->host->option(LC_OPTION_PLAIN_LOSS) && aligned16(a->data) && aligned16(b->data) && walk_pack(&w, V);
+    bool packs = !k->host->option(LC_OPTION_PLAIN_LOSS) && aligned16(a->data) && aligned16(b->data) &&
+                 aligned16(slope->data) && walk_pack(&w, V);
+    const T *pa = (const T *)a->data, *pb = (const T *)b->data;
+    T *to = (T *)slope->data;
     if (packs)
-        LC_LAUNCH((mse_parts<T, V>), blocks, MSE_BLOCK, 0, (const T *)a->data, (const T *)b->data, w, partial);
+        LC_LAUNCH((mse_parts<T, V>), blocks, MSE_BLOCK, 0, pa, pb, to, each, w, partial);
     else
-        LC_LAUNCH((mse_parts<T, 1>), blocks, MSE_BLOCK, 0, (const T *)a->data, (const T *)b->data, w, partial);
-    LC_LAUNCH(finish_sum, 1, 256, 0, (const double *)partial, (int64_t)blocks, 1 / (double)n, k->y[0].data,
+        LC_LAUNCH((mse_parts<T, 1>), blocks, MSE_BLOCK, 0, pa, pb, to, each, w, partial);
+    LC_LAUNCH(finish_sum, 1, 256, 0, (const double *)partial, (int64_t)blocks, scale / (double)n, k->y[0].data,
               k->y[0].dtype);
     return LC_K_OK;
 }
@@ -188,7 +200,15 @@ size_t lc_cuda_mse_loss_work(const lc_kargs *k) { return mse_blocks(view_numel(&
 
 int lc_cuda_mse_loss(const lc_kargs *k) {
     if (k->x[0].dtype != k->x[1].dtype) return LC_K_UNSUPPORTED;
-    LC_FLOATS(k->x[0].dtype, return run_mse<T>(k);)
+    LC_FLOATS(k->x[0].dtype, return run_mse<T>(k, 1);)
+    return LC_K_OK;
+}
+
+size_t lc_cuda_mse_loss_slope_work(const lc_kargs *k) { return lc_cuda_mse_loss_work(k); }
+
+int lc_cuda_mse_loss_slope(const lc_kargs *k) {
+    if (k->x[0].dtype != k->x[1].dtype) return LC_K_UNSUPPORTED;
+    LC_FLOATS(k->x[0].dtype, return run_mse<T>(k, k->f[0]);)
     return LC_K_OK;
 }
 

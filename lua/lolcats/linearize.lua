@@ -173,6 +173,19 @@ local function pair_loss(a, q, k, v, y_true, ctx, mse, xent)
     return loss
 end
 
+-- The same with its backward. The squared error alone gives loss and slope in one pass, with nothing recorded for it.
+local function teach_pair(a, q, k, v, y_true, ctx, mse, xent)
+    if xent == 0 then
+        local y_pred = lc.enable_grad(attention.hybrid, a, q, k, v, ctx)
+        local loss, slope = lc.mse_loss_slope(y_pred:detach(), y_true, mse)
+        if y_pred.requires_grad then y_pred:backward(slope) end
+        return loss
+    end
+    local loss = lc.enable_grad(pair_loss, a, q, k, v, y_true, ctx, mse, xent)
+    if loss.requires_grad then loss:backward() end
+    return loss:detach()
+end
+
 --- One micro-step of attention transfer: mse (1000) times the mean squared error between the student's and the
 --- teacher's attention outputs, plus xent (0) times the cross entropy of their weights, averaged over layers; loss
 --- and backward layer by layer, so memory is that of one layer. Gradients add up in the parameters. opts: scale (of
@@ -230,12 +243,12 @@ function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
         local generic = a.generic
         a.generic = opts.plain or generic
         lc.scope(function()
-            local function run()
-                local loss = pair_loss(a, q, k, v, y, call, how.mse, how.xent)
-                if opts.backward ~= false and loss.requires_grad then loss:backward() end
-                return loss:detach()
+            local loss
+            if opts.backward == false then
+                loss = pair_loss(a, q, k, v, y, call, how.mse, how.xent)
+            else
+                loss = teach_pair(a, q, k, v, y, call, how.mse, how.xent)
             end
-            local loss = opts.backward == false and run() or lc.enable_grad(run)
             losses:narrow(1, layer.index, 1):copy_(loss:reshape(1))
         end)
         a.generic = generic

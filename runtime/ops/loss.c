@@ -25,6 +25,11 @@ static lc_status mse_backward_shape(lc_frame *c) {
     return lc_out_like(c, 1, c->x[2]);
 }
 
+static lc_status mse_slope_shape(lc_frame *c) {
+    LC_TRY(mse_shape(c));
+    return lc_out_like(c, 1, c->x[0]);
+}
+
 static lc_status cross_entropy_shape(lc_frame *c) {
     const lc_tensor *x = c->x[0], *labels = c->x[1];
     if (x->ndim != 2 || labels->ndim != 1 || labels->dim[0] != x->dim[0]) return lc_op_error(c, LC_ESHAPE, "logits are [n, v], labels [n]");
@@ -74,6 +79,7 @@ static lc_status linear_cross_entropy_backward(lc_back *b) {
 
 const lc_rule lc_rule_mse_loss = {.shape = mse_shape, .backward = mse_backward, .save_x = 3};
 const lc_rule lc_rule_mse_loss_backward = {.shape = mse_backward_shape};
+const lc_rule lc_rule_mse_loss_slope = {.shape = mse_slope_shape};
 const lc_rule lc_rule_cross_entropy = {.shape = cross_entropy_shape, .backward = cross_entropy_backward, .save_x = 3, .save_y = 2};
 const lc_rule lc_rule_cross_entropy_backward = {.shape = like_second};
 const lc_rule lc_rule_linear_cross_entropy = {.shape = linear_cross_entropy_shape, .backward = linear_cross_entropy_backward, .save_y = 8};

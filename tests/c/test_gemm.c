@@ -498,6 +498,11 @@ static void test_mse(void **state) {
         assert_int_equal(run(LC_OP_mse_loss_backward, &r), LC_K_OK);
         expect_close("mse gradient", &ga, &want_g, tolerance(real_type));
         for (int64_t j = 0; j < rows * n; j++) assert_true(get(&ga, j) == -get(&gb, j));
+        lc_kargs both = {.x = {a, b}, .y = {y, gb}, .f = (double[]){3}};
+        assert_int_equal(run(LC_OP_mse_loss_slope, &both), LC_K_OK);
+        for (int64_t j = 0; j < rows * n; j++) assert_true(get(&ga, j) == get(&gb, j));
+        set(&want, 0, 3 * s / (double)(rows * n));
+        expect_close("mse with its slope", &y, &want, tolerance(real_type));
         drop_all();
     }
 }

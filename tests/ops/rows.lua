@@ -163,6 +163,7 @@ end
 -- ---- losses ------------------------------------------------------------------------------------------------------------
 local function heads(x) return x:transpose(2, 3) end
 add("mse_loss of heads", {randn(2, 30, 4, 64), randn(2, 30, 4, 64)}, function(a, b) return lc.mse_loss(a, b) end, {view = {heads, heads}})
+add("mse_loss_slope of heads", {randn(2, 30, 4, 64), randn(2, 30, 4, 64)}, function(a, b) return lc.mse_loss_slope(a, b, 3) end, {view = {heads, heads}, no_gradient = true})
 add("mse_loss of different orders", {randn(2, 30, 4, 64), randn(2, 4, 30, 64)}, function(a, b) return lc.mse_loss(a, b) end, {view = {heads}})
 add("mse_loss of odd rows", {randn(70, 31), randn(70, 31)}, function(a, b) return lc.mse_loss(a, b) end)
 

@@ -107,6 +107,7 @@ S.rows = {
             case(1, 2, 1, 4, 3, o {map = "softmax_dim", window = 4}), case(70, 2, 1, 8, 4, o {map = "softmax_dim", window = 16})}
   end,
   mse_loss = function() return {{randn {3, 5}, randn {3, 5}}, {randn {1}, randn {1}}} end,
+  mse_loss_slope = function() return {{randn {3, 5}, randn {3, 5}}, {randn {2, 3, 40}, randn {2, 3, 40}, 0.25}} end,
   cross_entropy = function() return {{randn {4, 9}, ints {0, 8, -100, 3}}, {randn {2, 3}, ints {-100, 1}}} end,
   linear_cross_entropy = function() return {{randn {4, 6}, randn {9, 6}, ints {0, 8, -100, 3}, frozen = {[2] = true}, visible = 1}} end,
 }
