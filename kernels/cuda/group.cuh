@@ -27,8 +27,10 @@ __device__ __forceinline__ uint64_t group_tile(const void *tile, int leading, in
 }
 template <int N, class T> struct group_mma;
 #define LC_ACC4(i) "+f"(acc[i][0]), "+f"(acc[i][1]), "+f"(acc[i][2]), "+f"(acc[i][3])
+#define LC_ACC8(i) LC_ACC4(i), LC_ACC4(i + 1)
 #define LC_ACC16(i) LC_ACC4(i), LC_ACC4(i + 1), LC_ACC4(i + 2), LC_ACC4(i + 3)
 #define LC_ACC64 LC_ACC16(0), LC_ACC16(4), LC_ACC16(8), LC_ACC16(12)
+#define LC_REGISTERS8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define LC_REGISTERS16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define LC_REGISTERS32 LC_REGISTERS16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define LC_REGISTERS64 LC_REGISTERS32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
@@ -45,6 +47,7 @@ template <int N, class T> struct group_mma;
                          ", 1, 1, 1, " TRANSPOSE4 ";" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TB)); \
         }                                                                                                                       \
     };
+LC_GROUP_MMA(16, bf16, "bf16", LC_REGISTERS8, "%8", "%9", "%10, %11", "%8, %9, %10, %11", "%12", "%13", LC_ACC8(0))
 LC_GROUP_MMA(32, bf16, "bf16", LC_REGISTERS16, "%16", "%17", "%18, %19", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
 LC_GROUP_MMA(64, bf16, "bf16", LC_REGISTERS32, "%32", "%33", "%34, %35", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
 LC_GROUP_MMA(128, bf16, "bf16", LC_REGISTERS64, "%64", "%65", "%66, %67", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
@@ -78,6 +81,30 @@ __device__ __forceinline__ void group_end() {
     group_commit();
     group_wait<0>();
 }
+/* A barrier of `groups` groups alone; number: 1 .. 15. What a product is to read needs shared_fence() before. */
+__device__ __forceinline__ void groups_meet(int number, int groups) {
+#ifdef LC_EMULATED
+    lc_emu_barrier(number, groups * 128, 0);
+#else
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(groups * 128) : "memory");
+#endif
+}
+/* 4 bytes of shared memory by their address there, as shared_place() tells it: what is exchanged by a row's number changes a few bits of it. */
+#ifdef LC_EMULATED
+typedef uintptr_t shared_at;
+__device__ __forceinline__ shared_at shared_place(const void *p) { return (shared_at)p; }
+__device__ __forceinline__ void shared_put(shared_at to, uint32_t v) { *(uint32_t *)to = v; }
+__device__ __forceinline__ uint32_t shared_get(shared_at from) { return *(const uint32_t *)from; }
+#else
+typedef uint32_t shared_at;
+__device__ __forceinline__ shared_at shared_place(const void *p) { return shared_address(p); }
+__device__ __forceinline__ void shared_put(shared_at to, uint32_t v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(v) : "memory"); }
+__device__ __forceinline__ uint32_t shared_get(shared_at from) {
+    uint32_t v;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(v) : "r"(from) : "memory");
+    return v;
+}
+#endif
 /* Keeps the compiler from moving uses of acc across what it cannot see. */
 template <int N> __device__ __forceinline__ void group_hold(float (&acc)[N][4]) {
 #if LC_WGMMA
@@ -138,6 +165,21 @@ __device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const uint
             mma16<T>(acc[2 * i + 1], a[k / 16], y[2], y[3]);
         }
 #endif
+    }
+}
+
+/* Four registers of each of four lanes, transposed: the lane's i-th of the result is its quad's lane i's register (lane % 4). */
+__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? v[i] : v[i + 1], 1);
+        (odd ? v[i] : v[i + 1]) = x;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        uint32_t x = __shfl_xor_sync(0xffffffffu, high ? v[i] : v[i + 2], 2);
+        (high ? v[i] : v[i + 2]) = x;
     }
 }
 

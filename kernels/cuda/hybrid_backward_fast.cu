@@ -5,6 +5,7 @@
 
 static bool is_rows(const rows4 &r, int align) { /* rows of halves that begin at multiples of `align` of them */
     if (!r.p) return true;
+    if (r.s[2] >= 1 << 23) return false; /* 64 rows are walked in 32 bits */
     return r.dtype == LC_K_BF16 && (uintptr_t)r.p % (2 * align) == 0 && r.s[0] % align == 0 && r.s[1] % align == 0 && r.s[2] % align == 0;
 }
 
@@ -24,8 +25,8 @@ bool hybrid_backward_fast_takes(const gradients *o) {
     shape_of(a, &p);
     if (lc_cuda_now->shared_max < shared_bytes(a.d, p.bf, p.fw)) return false;
     if (!has_shape(a.d, p.bf, p.fw)) return false; /* as d and fw 128: both maps' weights do not fit into shared memory */
-    bool ok = is_rows(a.q, 8) && is_rows(a.k, 8) && is_rows(a.v, 8) && is_rows(o->g, 8) && is_rows(o->y, 8) && is_rows(o->dq, 2) &&
-              is_rows(o->dk, 2) && is_rows(o->dv, 2);
+    bool ok = is_rows(a.q, 8) && is_rows(a.k, 8) && is_rows(a.v, 8) && is_rows(o->g, 8) && is_rows(o->y, 8) && is_rows(o->dq, 8) &&
+              is_rows(o->dk, 8) && is_rows(o->dv, 8);
     if (a.map == MAP_NONE) ok = ok && is_rows(a.mq, 2) && is_rows(a.mk, 2) && is_rows(o->dmq, 2) && is_rows(o->dmk, 2);
     return ok;
 }
@@ -40,10 +41,10 @@ static size_t plan(const gradients &o, fast *p, void *work) {
     arena w = {(char *)work, 0};
     size_t rows = (size_t)heads * a.t, items = (size_t)heads * p->segments;
     bool maps = a.map != MAP_NONE;
-    p->delta = w.take<float>(rows), p->x = w.take<float>(rows), p->xs = w.take<float>(items);
+    p->values = w.take<float>(VALUES * rows), p->xs = w.take<float>(items);
     for (int key = 0; key < 2; key++) {
         if (p->segments > 1) p->state[key] = w.take<float>(items * p->bf * (a.d + 1));
-        if (maps && (key ? o.dmk : o.dmq).p) p->dw[key] = w.take<float>(items * held_fragments(a.d, p->fw) * THREADS * 4);
+        if (maps && (key ? o.dmk : o.dmq).p) p->dw[key] = w.take<float>(items * a.d * p->fw);
         if (maps && (key ? o.dbk : o.dbq)) p->bias[key] = w.take<float>(items);
     }
     if (a.group > 1 && o.dk.p) p->rows[0] = w.take<bf16>(rows * a.d);

@@ -3,17 +3,15 @@
  * query side: keys of chunk c are seen linearly by the chunks after c + lag and, under a triangle, by rows of chunk c + lag. */
 #include "hybrid_backward_tile.cuh"
 
-/* Values of the queries of two chunks, slot chunk & 1, in shared memory; c: the maximum less the logarithm of gamma / z; at: the
- * key at the maximum, from the first token on. */
+/* Values of the queries of two chunks by VALUES, slot chunk & 1, in shared memory; sum: P; more: what the next one gets. */
 struct near_rows {
-    float rz[2][64], delta[2][64], c[2][64], x[2][64], sum[128], more[128]; /* P; what the next one gets */
-    int at[2][64];
+    float value[VALUES][2][64], sum[128], more[128];
 };
 
-template <int D, int BF, int FW, bool TRI> struct key_block {
+template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
     typedef layout<D, BF, FW> L;
-    static constexpr int HALF = BF / 2, SM = BF / 64;
-    static constexpr bool MAPS = FW > 0;
+    static constexpr int HALF = BF / 2, SM = BF / 64, SHARE = D / GROUPS;
+    static constexpr bool MAPS = FW > 0, BOTH = MAPS && FW != BF;
     typedef held<BF, D> states;
     typedef held<D, FW ? FW : 32> maps_sum;
     const gradients &o;
@@ -21,8 +19,10 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
     chunk_range s;
     bf16 *k, *v, *ring, *state, *weights_q, *weights_k, *features_q, *features_k, *ds, *dpre;
     near_rows *rows;
-    int strip, hf, m; /* of the warp: keys m .. m + 15, half hf */
-    float gamma, lambda, bias_q, bias_k;
+    int group, strip, hf, m; /* of the warp: keys m .. m + 15, half hf */
+    bool far_side;           /* groups 2 and 3: features of chunk c + lag's queries, and the window (hf 0: chunk c + lag, 1: chunk c) */
+    float lambda, bias_in;
+    tile_loader<D> from_q, from_g, from_k, from_v;
 
     __device__ __forceinline__ key_block(const gradients &o, const fast &p, char *memory) : o(o), p(p),
         s(o.a, p.segments, blockIdx.x / p.segments, blockIdx.x % p.segments) {
@@ -39,162 +39,163 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         dpre = at, at += L::dp;
         rows = (near_rows *)at;
         int w = warp_number();
-        strip = w & 3, hf = w >> 2, m = 16 * strip;
-        gamma = hybrid_gamma<float>(o.a, s.h), lambda = hybrid_lambda<float>(o.a, gamma);
-        bias_q = bias_of<float>(o.a.bq, o.a.bq_dtype, s.h), bias_k = bias_of<float>(o.a.bk, o.a.bk_dtype, s.h);
+        group = w >> 2, strip = w & 3, hf = group & 1, far_side = group >> 1, m = 16 * strip;
+        lambda = hybrid_lambda<float>(o.a, hybrid_gamma<float>(o.a, s.h));
+        bias_in = bias_of<float>(far_side ? o.a.bq : o.a.bk, far_side ? o.a.bq_dtype : o.a.bk_dtype, s.h);
+        from_q.open(o.a.q, s, s.h), from_g.open(o.g, s, s.h), from_k.open(o.a.k, s, s.hk), from_v.open(o.a.v, s, s.hk);
     }
     __device__ __forceinline__ bf16 *queries(int c) const { return ring + (c & 1) * 2 * L::tile; }
     __device__ __forceinline__ bf16 *givens(int c) const { return queries(c) + L::tile; }
     __device__ __forceinline__ void load_own(int c) {
-        if (c >= s.c0) load_tile<D>(k, o.a.k, s, s.hk, c), load_tile<D>(v, o.a.v, s, s.hk, c);
+        if (c >= s.c0) from_k.load(k, o.a.k, s, c), from_v.load(v, o.a.v, s, c);
         copy_commit();
     }
     __device__ __forceinline__ void load_ring(int c) {
-        if (c >= s.c0 && c < s.n) load_tile<D>(queries(c), o.a.q, s, s.h, c), load_tile<D>(givens(c), o.g, s, s.h, c);
+        if (c >= s.c0) from_q.load(queries(c), o.a.q, s, c), from_g.load(givens(c), o.g, s, c);
         copy_commit();
     }
 
-    __device__ __forceinline__ float row_rz(int c, int row) const {
-        return holds(s, c, row) ? 1 / *o.z.row<float>(s.b, s.h, s.s0 + c * 64 + row) : 0.f;
+    /* Row values of chunk c, fetched before they are needed: a thread has one of them at most. */
+    __device__ __forceinline__ float fetch(int c) const {
+        int row = threadIdx.x & 63, what = threadIdx.x >> 6;
+        if (what >= VALUES || !holds(s, c, row)) return what == SHIFT ? INFINITY : what == AT ? __int_as_float(-1) : 0.f;
+        return p.values[((int64_t)what * o.a.b * o.a.h + s.head) * o.a.t + s.s0 + c * 64 + row];
     }
-    /* Row values of chunk c, fetched before they are needed: four times 64 threads have one each. */
-    struct fetched {
-        float value;
-        int at;
-    };
-    __device__ __forceinline__ void fetch(int c, fetched &f) const {
-        int row = threadIdx.x & 63, what = threadIdx.x >> 6, i = s.s0 + c * 64 + row;
-        f.value = what == 3 ? INFINITY : 0, f.at = -1;
-        if (!holds(s, c, row)) return;
-        if (what == 0) f.value = *o.z.row<float>(s.b, s.h, i);
-        if (what == 1) f.value = p.delta[s.head * o.a.t + i];
-        if (what == 2) f.value = p.x[s.head * o.a.t + i];
-        if (what != 3 || !o.a.window) return;
-        f.value = *o.c.row<float>(s.b, s.h, i) * LC_LOG2E - log2f(gamma / *o.z.row<float>(s.b, s.h, i));
-        f.at = *o.argmax.row<int32_t>(s.b, s.h, i) - s.s0;
-    }
-    __device__ __forceinline__ void put_rows_of(int c, const fetched &f) {
-        int row = threadIdx.x & 63, what = threadIdx.x >> 6, slot = c & 1;
-        if (what == 0) rows->rz[slot][row] = f.value != 0 ? 1 / f.value : 0.f;
-        if (what == 1) rows->delta[slot][row] = f.value;
-        if (what == 2) rows->x[slot][row] = f.value;
-        if (what == 3) rows->c[slot][row] = f.value, rows->at[slot][row] = f.at;
+    __device__ __forceinline__ void put_rows_of(int c, float value) {
+        if (threadIdx.x < VALUES * 64) rows->value[threadIdx.x >> 6][c & 1][threadIdx.x & 63] = value;
     }
 
-    /* The features of chunk c's keys into v (not clamped) and into their tile; of chunk far's queries, times lambda / z, if they are
-     * `used`, into theirs. */
-    __device__ __forceinline__ void both_features(int c, int far, bool used, float (&v)[BF / 16][4]) {
-        float u[BF / 16][4], by[2];
-        const float one[2] = {1, 1};
+    /* The features of chunk c's keys into their tile and, before the clamp, kept; of chunk far's queries, times lambda / z (0 where there
+     * are none), into theirs. */
+    __device__ __forceinline__ void all_features(int c, int far, kept_features<BOTH, BF / 16> &kept) {
+        float u[BF / 16][4], by[2] = {1, 1};
         int r0 = m + ((threadIdx.x & 31) >> 2);
-        if constexpr (!FW) {
-            ready_features<BF>(o.a, s, 0, far, hf, m, u);
-            for (int i = 0; i < 2; i++) by[i] = lambda * (p.lag ? rows->rz[far & 1][r0 + 8 * i] : row_rz(far, r0 + 8 * i));
-            put_features<BF, FW>(o.a, features_q, hf, m, by, u);
-            ready_features<BF>(o.a, s, 1, c, hf, m, v);
-            put_features<BF, FW>(o.a, features_k, hf, m, one, v);
-            return;
+        if constexpr (MAPS) {
+            const bf16 *x = far_side ? queries(far) : k;
+            features_begin<D, BF, FW, U>(o.a, bias_in, hf, u);
+            products_begin(u);
+            features_product<D, BF, FW>(x, far_side ? weights_q : weights_k, hf, u);
+            products_end(u);
+            features_end<D, BF, FW, U>(o.a, x, hf, m, u);
+        } else {
+            ready_features<BF>(o.a, s, !far_side, far_side ? far : c, hf, m, u);
         }
-        features_begin<D, BF, FW>(o.a, bias_q, hf, u), features_begin<D, BF, FW>(o.a, bias_k, hf, v);
-        products_begin(u, v);
-        features_product<D, BF, FW>(queries(far), weights_q, hf, u);
-        group_commit();
-        features_product<D, BF, FW>(k, weights_k, hf, v);
-        group_commit();
-        for (int i = 0; i < 2; i++) by[i] = lambda * (p.lag ? rows->rz[far & 1][r0 + 8 * i] : row_rz(far, r0 + 8 * i));
-        group_wait<1>();
-        group_hold(u);
-        if (used) {
-            features_end<D, BF, FW>(o.a, queries(far), hf, m, u);
-            put_features<BF, FW>(o.a, features_q, hf, m, by, u);
-        }
-        group_wait<0>();
-        group_hold(v);
-        features_end<D, BF, FW>(o.a, k, hf, m, v);
-        put_features<BF, FW>(o.a, features_k, hf, m, one, v);
+        if (far_side)
+            for (int i = 0; i < 2; i++) by[i] = lambda * rows->value[RZ][far & 1][r0 + 8 * i];
+        else if (BOTH && !U && o.a.map == MAP_EXP_DIM) kept.keep_below(u);
+        else kept.keep(u);
+        put_features<BF, FW, U>(o.a, far_side ? features_q : features_k, hf, m, by, u);
     }
 
-    /* d [16][HALF] = gradient of the features: R v - P, and the triangle with chunk `far`, which R takes up meanwhile. */
-    __device__ __forceinline__ void feature_gradient(int far, float (&d)[BF / 16][4], typename states::sum &sum) {
+    /* d [16][HALF] = gradient of the features: R v - P, and the triangle with chunk `far`. */
+    __device__ __forceinline__ void feature_gradient(int far, float (&d)[BF / 16][4]) {
         int lane = threadIdx.x & 31, n0 = hf * HALF;
         clear(d);
-        float du[TRI ? 8 : 1][4];
-        products_begin(d, sum);
+        products_begin(d);
         group_product<HALF, D, 64, ALONG_K, BF, ALONG_K>(d, v, 0, state, n0);
-        group_commit();
-        if constexpr (TRI) {
-            clear(du);
-            products_begin(du);
-            group_product<64, D, 64, ALONG_K, 64, ALONG_K>(du, v, 0, givens(far), 0);
-            group_commit();
-        }
-        states::product(sum, features_q, givens(far), hf);
-        group_commit();
-        group_wait<1>();
-        group_hold(d);
+        products_end(d);
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
-            for (int j = 0; j < 4; j++) d[n][j] -= rows->sum[n0 + 8 * n + 2 * (lane & 3) + (j & 1)];
+            for (int j = 0; j < 2; j++) {
+                float less = rows->sum[n0 + 8 * n + 2 * (lane & 3) + j];
+                d[n][j] -= less, d[n][j + 2] -= less;
+            }
         if constexpr (TRI) {
-            group_hold(du);
-            triangle(du, rows->delta[far & 1]);
-            uint32_t part[4][4];
-            as_fragments<64>(part, du);
-            products_begin(d);
-            group_product<HALF, 64, 64, ACROSS_K>(d, part, features_q, n0);
-            products_end(d);
+#pragma unroll 1
+            for (int k0 = 0; k0 < 64; k0 += 32) {
+                float du[4][4];
+                clear(du);
+                products_begin(du);
+                group_product<32, D, 64, ALONG_K, 64, ALONG_K>(du, v, 0, givens(far), k0);
+                products_end(du);
+                triangle(du, k0, rows->value[DELTA][far & 1]);
+                uint32_t part[2][4];
+                as_fragments<32>(part, du);
+                products_begin(d);
+                group_product<HALF, 32, 64, ACROSS_K>(d, part, features_q + k0 * 64, n0);
+                products_end(d);
+            }
         }
     }
-    /* Less `less` of its query, and 0 where the query (column) does not see the key (row) linearly. */
-    __device__ __forceinline__ void triangle(float (&u)[8][4], const float *less) {
+    /* Columns n0 .. n0 + 31, less `less` of their query, and 0 where the query (column) does not see the key (row) linearly. */
+    __device__ __forceinline__ void triangle(float (&u)[4][4], int n0, const float *less) {
         int lane = threadIdx.x & 31;
 #pragma unroll
-        for (int n = 0; n < 8; n++)
+        for (int n = 0; n < 4; n++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                int col = 8 * n + 2 * (lane & 3) + (j & 1), row = m + (lane >> 2) + 8 * (j >> 1);
+                int col = n0 + 8 * n + 2 * (lane & 3) + (j & 1), row = m + (lane >> 2) + 8 * (j >> 1);
                 u[n][j] = row <= col ? u[n][j] - (less ? less[col] : 0.f) : 0.f;
             }
     }
 
-    /* Weights over z of a strip of keys with one chunk of queries (half 0: chunk c + lag, 1: chunk c) into features_q, scale times
-     * the gradient of the scores into ds; sc, dp: the products, at an end; linear: the triangle's weights. */
-    __device__ __forceinline__ void put_weights(int c, int chunk, bool window, float (&sc)[8][4], float (&dp)[8][4],
-                                                const float (&linear)[TRI ? 8 : 1][4]) {
-        int lane = threadIdx.x & 31, slot = chunk & 1, most = TRI || hf ? 2 * (lane & 3) - m - (lane >> 2) : 64; /* of row - column */
-        float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E;
+    /* Of a strip of keys with one chunk of queries (half 0: chunk c + lag, 1: chunk c): weights over z to w, as put_packed wants them;
+     * scale times the gradient of the scores into ds. */
+    typedef uint32_t packed[8][2];
+    __device__ __forceinline__ void put_scores(int c, int chunk, bool window, packed &w) {
+        int lane = threadIdx.x & 31, slot = chunk & 1;
+        float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E, less = 1 / scale; /* the weights come times scale */
 #pragma unroll
-        for (int n = 0; n < 8; n++)
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                int col = 8 * n + 2 * (lane & 3) + i;
-                float mx = rows->c[slot][col], delta = rows->delta[slot][col] * scale;
-#pragma unroll
-                for (int j = i; j < 4; j += 2) {
-                    bool in = 8 * (j >> 1) - 8 * n - i <= most;
-                    if (TRI && !hf) in = window && !in;
-                    float w = in ? exp2_fast(sc[n][j] * scale2 - mx) : 0.f;
-                    dp[n][j] = w * (dp[n][j] * scale - delta);
-                    sc[n][j] = w + (TRI ? linear[TRI ? n : 0][j] : 0.f);
+        for (int n0 = 0; n0 < 64; n0 += 32) {
+            float sc[4][4], dp[4][4], linear[TRI ? 4 : 1][4];
+            int most = TRI || hf ? 2 * (lane & 3) - m - (lane >> 2) + n0 : 64; /* of row - column */
+            clear(sc), clear(dp);
+            products_begin(sc, dp);
+            group_product<32, D, 64, ALONG_K, 64, ALONG_K>(sc, k, 0, queries(chunk), n0);
+            group_product<32, D, 64, ALONG_K, 64, ALONG_K>(dp, v, 0, givens(chunk), n0);
+            products_end(sc, dp);
+            if constexpr (TRI) {
+                clear(linear);
+                if (!hf) {
+                    products_begin(linear);
+                    group_product<32, BF, 64, ALONG_K, 64, ALONG_K>(linear, features_k, 0, features_q, n0);
+                    products_end(linear);
+                    triangle(linear, n0, NULL);
                 }
             }
-        put_tile<64>(features_q, sc, m, 64 * hf);
-        put_tile<64>(ds, dp, m, 64 * hf);
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    int col = n0 + 8 * n + 2 * (lane & 3) + i;
+                    float mx = rows->value[SHIFT][slot][col], delta = rows->value[DELTA][slot][col];
+#pragma unroll
+                    for (int j = i; j < 4; j += 2) {
+                        bool in = 8 * (j >> 1) - 8 * n - i <= most;
+                        if (TRI && !hf) in = window && !in;
+                        float u = in ? exp2_fast(sc[n][j] * scale2 - mx) : 0.f;
+                        dp[n][j] = u * (dp[n][j] - delta);
+                        sc[n][j] = u * less + (TRI ? linear[TRI ? n : 0][j] : 0.f);
+                    }
+                }
+            put_tile<64>(ds, dp, m, 64 * hf + n0);
+#pragma unroll
+            for (int n = 0; n < 4; n++) w[n0 / 8 + n][0] = pack2<bf16>(sc[n][0], sc[n][1]), w[n0 / 8 + n][1] = pack2<bf16>(sc[n][2], sc[n][3]);
+        }
         __syncwarp();
         for (int col = lane; col < 64; col += 32) { /* what the maximum gets */
-            int at = rows->at[slot][col] - c * 64 - m;
+            int at = __float_as_int(rows->value[AT][slot][col]) - c * 64 - m;
             if (at < 0 || at >= 16) continue;
             bf16 *to = tile_at<64>(ds, m + at, 64 * hf + col);
-            *to = store<bf16>(load<float>(*to) + scale * rows->x[slot][col]);
+            *to = store<bf16>(load<float>(*to) + scale * rows->value[XSUM][slot][col]);
+        }
+    }
+    __device__ __forceinline__ void put_packed(bf16 *tile, const packed &w) {
+        int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+        bf16 *base = tile + 64 * 64 * hf + (m + g) * 64 + 2 * q;
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            *(uint32_t *)(base + ((n ^ g) << 3)) = w[n][0];
+            *(uint32_t *)(base + ((n ^ g) << 3) + 8 * 64) = w[n][1];
         }
     }
 
-    /* acc [16][D / 2] += weights of the strip times rows of the queries' chunks. */
-    __device__ __forceinline__ void over_window(const bf16 *w, int c, bool far, bool near, bool given, float (&acc)[D / 16][4]) {
-        int n0 = hf * (D / 2), which = given ? L::tile : 0;
-        if (far) over_tokens<D>(acc, w, queries(c + p.lag) + which, n0);
-        if (near) over_tokens<D>(acc, w + 64 * 64, queries(c) + which, n0);
+    /* acc [16][SHARE] += weights of the strip times rows of the queries' chunks. */
+    __device__ __forceinline__ void over_window(const bf16 *w, int c, bool near, bool given, float (&acc)[SHARE / 8][4]) {
+        int n0 = group * SHARE, which = given ? L::tile : 0;
+        over_tokens<SHARE>(acc, w, queries(c + p.lag) + which, n0);
+        if (near) over_tokens<SHARE>(acc, w + 64 * 64, queries(c) + which, n0);
     }
 
     /* Where row 0 of chunk c of a result goes: 0 dk, 1 dv, 2 dmk. */
@@ -205,27 +206,27 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         if (p.rows[which]) return p.rows[which] + (s.head * o.a.t + s.s0 + c * 64) * width;
         return r.row<bf16>(s.b, which == 2 ? s.h / o.a.mk_group : s.hk, s.s0 + c * 64);
     }
-    __device__ __forceinline__ void put_result(int which, int c, const float (&acc)[D / 16][4]) {
+    __device__ __forceinline__ void put_result(int which, int c, const float (&acc)[SHARE / 8][4]) {
         int64_t stride;
         bf16 *to = result(which, c, &stride);
-        put_rows(to + hf * (D / 2), stride, acc, m, s.len - c * 64, D);
+        put_wide(to + group * SHARE, stride, acc, m, s.len - c * 64);
     }
-    /* Rows of dv and dk of chunk c. */
-    __device__ __forceinline__ void put_keys(int c, bool after, bool linear) {
-        float dv[D / 16][4], dk[D / 16][4];
-        int n0 = hf * (D / 2);
+    /* Rows of dv and dk of chunk c: SHARE columns a group. */
+    __device__ __forceinline__ void put_keys(int c) {
+        float dv[SHARE / 8][4], dk[SHARE / 8][4];
+        int n0 = group * SHARE;
         bool window = o.a.window > 0;
-        if (o.dv.p && o.dk.p && linear && window && MAPS && !o.a.skip) { /* the usual: two batches */
-            const bf16 *q = queries(c), *q_far = queries(c + p.lag);
+        if (o.dv.p && o.dk.p && (U || (window && MAPS && !o.a.skip))) { /* the usual: two batches */
+            const bf16 *q = queries(c), *q_far = queries(c + 1);
             clear(dv), clear(dk);
             products_begin(dv, dk);
-            group_product<D / 2, BF, 64, ALONG_K, BF, ACROSS_K>(dv, features_k, 0, state, n0);
-            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(dv, features_q, 0, q_far + L::tile, n0);
-            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(dv, features_q + 64 * 64, 0, q + L::tile, n0);
+            group_product<SHARE, BF, 64, ALONG_K, BF, ACROSS_K>(dv, features_k, 0, state, n0);
+            group_product<SHARE, 64, 64, ALONG_K, 64, ACROSS_K>(dv, features_q, 0, q_far + L::tile, n0);
+            group_product<SHARE, 64, 64, ALONG_K, 64, ACROSS_K>(dv, features_q + 64 * 64, 0, q + L::tile, n0);
             group_commit();
-            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(dk, ds, 0, q_far, n0);
-            group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(dk, ds + 64 * 64, 0, q, n0);
-            group_product<D / 2, FW, 64, ALONG_K, D, ALONG_K>(dk, dpre, 0, weights_k, n0);
+            group_product<SHARE, 64, 64, ALONG_K, 64, ACROSS_K>(dk, ds, 0, q_far, n0);
+            group_product<SHARE, 64, 64, ALONG_K, 64, ACROSS_K>(dk, ds + 64 * 64, 0, q, n0);
+            group_product<SHARE, FW, 64, ALONG_K, D, ALONG_K>(dk, dpre, 0, weights_k, n0);
             group_commit();
             group_wait<1>();
             group_hold(dv);
@@ -237,18 +238,16 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         }
         if (o.dv.p) {
             clear(dv);
-            if (linear) {
-                products_begin(dv);
-                group_product<D / 2, BF, 64, ALONG_K, BF, ACROSS_K>(dv, features_k, 0, state, n0);
-                products_end(dv);
-            }
-            over_window(features_q, c, after, window, true, dv);
+            products_begin(dv);
+            group_product<SHARE, BF, 64, ALONG_K, BF, ACROSS_K>(dv, features_k, 0, state, n0);
+            products_end(dv);
+            over_window(features_q, c, window, true, dv);
             put_result(1, c, dv);
         }
         if (o.dk.p) {
             clear(dk);
-            if (window) over_window(ds, c, after, true, false, dk);
-            if (linear && MAPS) through_weights<D, FW>(o.a, dpre, weights_k, m, n0, dk);
+            if (window) over_window(ds, c, true, false, dk);
+            if constexpr (MAPS) through_weights<D, FW, SHARE>(o.a, dpre, weights_k, m, n0, dk);
             put_result(0, c, dk);
         }
     }
@@ -261,95 +260,91 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
         }
     }
 
+    /* R and P after the last chunk of the segment. */
+    __device__ __forceinline__ void begin(typename states::sum &sum) {
+        int tid = threadIdx.x;
+        float row = 0;
+        load_ring(s.c1 - 1 + p.lag);
+        load_own(s.c1 - 1);
+        if constexpr (MAPS) load_weights<D, FW>(weights_q, o.a.mq, weights_k, o.a.mk, s.h, o.a.f);
+        clear(sum);
+        wait_for_previous(); /* the sums, delta and x; nothing is written before */
+        if (p.lag) row = fetch(s.c1);
+        float less = 0;
+#pragma unroll 1
+        for (int n = s.seg + 1; n < p.segments; n++) {
+            const float *from = p.state[1] + (s.head * p.segments + n) * (BF * D + BF);
+            states::add(sum, from, group);
+            if (tid < BF) less += from[BF * D + tid];
+        }
+        if (tid < BF) rows->sum[tid] = less, rows->more[tid] = 0;
+        if (p.lag) put_rows_of(s.c1, row);
+        if (s.seg == 0) zero_padding();
+    }
+
+    /* What chunk c's features give: the gradient of the map's inputs into dpre, or of ready features into memory. Both halves of a full map
+     * give to the same inputs. */
+    __device__ __forceinline__ void own_side(int c, const kept_features<BOTH, BF / 16> &f, float &bias) {
+        float d[BF / 16][4];
+        feature_gradient(c + p.lag, d);
+        if constexpr (MAPS) {
+            map_fragments_backward<BOTH, U>(o.a, hf, f, d);
+            if (!U && p.bias[1]) bias += total(d);
+            if (BOTH && hf) put_tile<64>(dpre, d, m, 0);
+            if (BOTH) groups_meet(1, 2);
+            if (BOTH && hf) return;
+            if (BOTH) add_tile<64>(dpre, d, m, 0);
+            put_tile<64>(dpre, d, m, BOTH ? 0 : hf * HALF);
+        } else if (o.dmk.p) {
+            int64_t stride;
+            bf16 *to = result(2, c, &stride);
+            put_rows(to + hf * HALF, stride, d, m, s.len - c * 64, half_width<BF, false>(o.a, hf));
+        }
+    }
+
     __device__ __forceinline__ void run() {
         typename states::sum sum;
         typename maps_sum::sum dw;
         float bias = 0;
-        int lag = p.lag, tid = threadIdx.x;
-        bool taken = false; /* the sum has what its tile has not */
-        fetched row;
-        constexpr bool both = MAPS && FW != BF;
+        int tid = threadIdx.x;
         const bool rows_wanted = o.dk.p || o.dv.p;
-        load_ring(s.c1 - 1 + lag);
-        load_own(s.c1 - 1);
-        if (lag) fetch(s.c1, row);
-        if constexpr (MAPS) load_weights<D, FW>(weights_q, o.a.mq, weights_k, o.a.mk, s.h, o.a.f);
-        clear(sum), clear(dw);
-        if (tid < BF) rows->sum[tid] = 0;
-        for (int n = s.seg + 1; n < p.segments; n++) {
-            const float *from = p.state[1] + (s.head * p.segments + n) * (BF * D + BF);
-            add_fragments(sum, from);
-            if (tid < BF) rows->sum[tid] += from[BF * D + tid];
-        }
-        put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
-        if (lag) put_rows_of(s.c1, row);
-        if (s.seg == 0) zero_padding();
+        clear(dw);
+        begin(sum);
+        float row = fetch(s.c1 - 1);
+#pragma unroll 1
         for (int c = s.c1 - 1; c >= s.c0; c--) {
-            int far = c + lag;
-            bool after = far < s.n, linear = after, takes = linear && c > s.c0;
-            float f[BF / 16][4], d[BF / 16][4], weights[TRI ? 8 : 1][4];
-            fetch(c, row);
+            int far = c + p.lag;
+            bool takes = c > s.c0;
+            kept_features<BOTH, BF / 16> f;
+            packed w;
+            put_rows_of(c, row); /* its place is free since the last barrier */
             copy_wait<0>();
             meet();
             load_ring(far - 1); /* all products of the chunk before have ended */
-            if (taken) {
-                put_tile<BF>(state, sum, states::row(hf) + m, states::col(hf));
-                if (tid < BF) rows->sum[tid] += rows->more[tid];
-            }
-            if (linear) both_features(c, far, takes || TRI, f);
-            put_rows_of(c, row);
-            meet();
-            clear(weights), clear(d);
-            if (linear) {
-                feature_gradient(far, d, sum);
-                if (MAPS && o.through_k) {
-                    map_fragments_backward<FW != BF>(o.a, hf, f, d);
-                    if (both && hf) put_tile<64>(dpre, d, m, 0), bias += total(d);
-                }
-                if (hf) column_sums<SM>(rows->more, false, features_q, 16 * SM * strip, rows->delta[far & 1]);
-                group_wait<0>();
-                group_hold(sum);
-            }
-            taken = takes;
-            if (!MAPS && o.dmk.p) {
-                int64_t stride;
-                bf16 *to = result(2, c, &stride);
-                put_rows(to + hf * HALF, stride, d, m, s.len - c * 64, half_width<BF>(o.a, hf));
-            }
-            if constexpr (TRI) {
-                if (linear && o.dv.p && !hf) {
-                    products_begin(weights);
-                    group_product<64, BF, 64, ALONG_K, 64, ALONG_K>(weights, features_k, 0, features_q, 0);
-                    products_end(weights);
-                    triangle(weights, NULL);
-                }
-            }
+            if (states::mine(group)) put_tile<BF>(state, sum, states::row(group) + m, states::col(group));
+            if (c + 1 < s.c1 && tid < BF) rows->sum[tid] += rows->more[tid];
+            all_features(c, far, f);
             copy_wait<0>();
             meet();
-            if (linear && o.through_k && MAPS && !(both && hf)) {
-                bias += total(d);
-                if (both) add_tile<64>(dpre, d, m, 0);
-                put_tile<64>(dpre, d, m, both ? 0 : hf * HALF);
+            if (!far_side) {
+                if (o.through_k) own_side(c, f, bias);
+            } else {
+                if (rows_wanted) put_scores(c, hf ? c : far, o.a.window > 0, w);
+                if (takes && hf) column_sums<SM>(rows->more, false, features_q, 16 * SM * strip, rows->value[DELTA][far & 1]);
             }
-            if (rows_wanted) {
-                int chunk = hf ? c : far; /* if there is none after, half 0 makes what nobody reads */
-                float sc[8][4], dp[8][4];
-                clear(sc), clear(dp);
-                products_begin(sc, dp);
-                group_product<64, D, 64, ALONG_K, 64, ALONG_K>(sc, k, 0, queries(chunk), 0);
-                group_product<64, D, 64, ALONG_K, 64, ALONG_K>(dp, v, 0, givens(chunk), 0);
-                products_end(sc, dp);
-                put_weights(c, chunk, o.a.window > 0, sc, dp, weights);
-            }
+            if (takes) states::absorb(sum, features_q, givens(far), group);
             meet();
-            if (linear && p.dw[1]) maps_sum::absorb(dw, k, dpre, hf);
+            if (far_side && rows_wanted) put_packed(features_q, w);
+            meet();
+            if (p.dw[1]) maps_sum::absorb(dw, k, dpre, group);
             __syncthreads();
             load_own(c - 1);
-            put_keys(c, after, linear);
+            row = fetch(c - 1);
+            put_keys(c);
         }
         copy_wait<0>();
         int64_t at = s.head * p.segments + s.seg;
-        if (p.dw[1]) put_fragments(p.dw[1] + at * held_fragments(D, FW) * THREADS * 4, dw);
+        if (p.dw[1]) maps_sum::put(p.dw[1] + at * (D * FW), dw, group);
         if (p.bias[1]) {
             bias = block_reduce(bias, op_sum(), 0.f, rows->sum);
             if (!tid) p.bias[1][at] = bias;
@@ -357,17 +352,17 @@ template <int D, int BF, int FW, bool TRI> struct key_block {
     }
 };
 
-template <int D, int BF, int FW, bool TRI> __global__ void __launch_bounds__(THREADS, 1) keys_tile_kernel(gradients o, fast p) {
+template <int D, int BF, int FW, bool TRI, bool U> __global__ void __launch_bounds__(THREADS, 1) keys_tile_kernel(gradients o, fast p) {
     LC_SHARED(memory);
-    key_block<D, BF, FW, TRI> block(o, p, memory);
+    key_block<D, BF, FW, TRI, U> block(o, p, memory);
     block.run();
 }
 
-template <int D, int BF, int FW, bool TRI> struct keys_launcher {
+template <int D, int BF, int FW, bool TRI, bool U> struct keys_launcher {
     static int launch(const gradients &o, const fast &p) {
         size_t bytes = layout<D, BF, FW>::bytes;
-        if (allow_shared(keys_tile_kernel<D, BF, FW, TRI>, bytes)) return LC_K_DEVICE;
-        LC_LAUNCH((keys_tile_kernel<D, BF, FW, TRI>), (unsigned)(o.a.b * o.a.h * p.segments), THREADS, bytes, o, p);
+        if (allow_shared(keys_tile_kernel<D, BF, FW, TRI, U>, bytes)) return LC_K_DEVICE;
+        LC_LAUNCH((keys_tile_kernel<D, BF, FW, TRI, U>), (unsigned)(o.a.b * o.a.h * p.segments), THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };

@@ -15,10 +15,10 @@ template <int D, int BF, int FW> struct sums_layout {
     static constexpr size_t bytes = 2 * ((size_t)4 * L::tile + L::weights + 64 * BF) + 1024; /* 1024: 64 + BF floats */
 };
 
-template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) segment_sums_kernel(gradients o, fast p) {
+template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_THREADS, 2) segment_sums_kernel(gradients o, fast p) {
     LC_SHARED(memory);
     typedef layout<D, BF, FW> L;
-    typedef held<BF, D> states;
+    typedef held<BF, D, 2> states;
     constexpr int SM = BF / 64;
     const hybrid &a = o.a;
     const bool back = blockIdx.y; /* the last segment adds to nobody's S, the first to nobody's R */
@@ -33,15 +33,17 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) s
     float lambda = hybrid_lambda<float>(a, hybrid_gamma<float>(a, s.h));
     float bias = back ? bias_of<float>(a.bq, a.bq_dtype, s.h) : bias_of<float>(a.bk, a.bk_dtype, s.h);
     typename states::sum sum;
+    tile_loader<D, SUM_THREADS> from_x, from_u, from_y;
+    from_x.open(x, s, head), from_u.open(u, s, head), from_y.open(o.y, s, s.h);
     auto load_chunk = [&](int c) {
         if (c < end) {
-            load_tile<D>(tx, x, s, head, c), load_tile<D>(tus + (c & 1) * L::tile, u, s, head, c);
-            if (back) load_tile<D>(ty, o.y, s, s.h, c);
+            from_x.load(tx, x, s, c), from_u.load(tus + (c & 1) * L::tile, u, s, c);
+            if (back) from_y.load(ty, o.y, s, c);
         }
         copy_commit();
     };
     load_chunk(first);
-    if constexpr (FW > 0) load_weights<D, FW>(w, either(back, a.mq, a.mk), s.h, a.f);
+    if constexpr (FW > 0) load_weights<D, FW, SUM_THREADS>(w, either(back, a.mq, a.mk), s.h, a.f);
     clear(sum);
     if (tid < BF) z[tid] = 0;
     for (int c = first; c < end; c++) {
@@ -53,9 +55,11 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) s
         }
         copy_wait<0>();
         meet();
-        features<D, BF, FW>(a, s, back ? 0 : 1, tx, w, bias, c, hf, m, v);
-        put_features<BF, FW>(a, feature, hf, m, by, v);
-        float row = back ? row_delta<D>(tu, ty) : 1.f;
+        features<D, BF, FW, U>(a, s, back ? 0 : 1, tx, w, bias, c, hf, m, v);
+        put_features<BF, FW, U>(a, feature, hf, m, by, v);
+        delta_of<D, SUM_THREADS> y;
+        if (back) y.take(ty);
+        float row = back ? y.with(tu) : 1.f;
         if (!(tid & 3)) delta[tid >> 2] = row;
         meet();
         load_chunk(c + 1);
@@ -63,18 +67,18 @@ template <int D, int BF, int FW> __global__ void __launch_bounds__(THREADS, 2) s
         if (hf) column_sums<SM>(z, true, feature, strip * 16 * SM, delta);
     }
     float *to = (back ? p.state[1] : p.state[0]) + (s.head * p.segments + s.seg) * (BF * D + BF);
-    put_fragments(to, sum);
+    states::put(to, sum, hf);
     __syncthreads();
     if (tid < BF) to[BF * D + tid] = z[tid];
     copy_wait<0>();
 }
 
-template <int D, int BF, int FW, bool TRI> struct sums_launcher {
-    static int launch(const gradients &o, const fast &p) { return sums<D, BF, FW>(o, p); }
-    template <int D_, int BF_, int FW_> static int sums(const gradients &o, const fast &p) {
+template <int D, int BF, int FW, bool TRI, bool U> struct sums_launcher {
+    static int launch(const gradients &o, const fast &p) { return sums<D, BF, FW, U>(o, p); }
+    template <int D_, int BF_, int FW_, bool U_> static int sums(const gradients &o, const fast &p) {
         size_t bytes = sums_layout<D_, BF_, FW_>::bytes;
-        if (allow_shared(segment_sums_kernel<D_, BF_, FW_>, bytes)) return LC_K_DEVICE;
-        LC_LAUNCH((segment_sums_kernel<D_, BF_, FW_>), dim3((unsigned)(o.a.b * o.a.h * (p.segments - 1)), 2), THREADS, bytes, o, p);
+        if (allow_shared(segment_sums_kernel<D_, BF_, FW_, U_>, bytes)) return LC_K_DEVICE;
+        LC_LAUNCH((segment_sums_kernel<D_, BF_, FW_, U_>), dim3((unsigned)(o.a.b * o.a.h * (p.segments - 1)), 2), SUM_THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };
@@ -87,7 +91,7 @@ int hybrid_backward_tiles::hybrid_backward_sums(const gradients &o, const fast &
 __device__ __forceinline__ void shared_rows(const gradients &o, const fast &p, int which, int block, int blocks) {
     const hybrid &a = o.a;
     int group = which == 2 ? a.mk_group : a.group, heads = a.h / group, pieces = (which == 2 ? a.F : a.d) / 8;
-    int of = block / blocks, n = (block - of * blocks) * THREADS + threadIdx.x, t = n / pieces, e = (n - t * pieces) * 8;
+    int of = block / blocks, n = (block - of * blocks) * SUM_THREADS + threadIdx.x, t = n / pieces, e = (n - t * pieces) * 8;
     int b = of / heads, head = of - b * heads;
     const rows4 r = either(which == 0, o.dk, either(which == 1, o.dv, o.dmk));
     const bf16 *parts = which == 0 ? p.rows[0] : which == 1 ? p.rows[1] : p.rows[2];
@@ -117,18 +121,18 @@ __device__ __forceinline__ void shared_rows(const gradients &o, const fast &p, i
     words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
 }
 
-/* ---- sums over batch and segments for head h; y: a fragment of the query map's weights, of the key map's, the rest ------ */
+/* ---- sums over batch and segments for head h; y: two fragments of the query map's weights, of the key map's, the rest ---- */
 __device__ __forceinline__ void totals(const gradients &o, const fast &p, int h, int y) {
     __shared__ float room[32];
     const hybrid &a = o.a;
-    int tid = threadIdx.x, parts = a.b * p.segments, frags = p.fw ? held_fragments(a.d, p.fw) : 0;
+    int tid = threadIdx.x, parts = a.b * p.segments, frags = a.d * p.fw / 1024;
     auto item = [&](int n) { return ((int64_t)(n / p.segments) * a.h + h) * p.segments + n % p.segments; };
     if (y == 2 * frags) {
         for (int what = 0; what < 3; what++) {
             const float *from = what < 2 ? p.bias[what] : o.dfactors ? p.xs : NULL;
             if (!from) continue;
             float sum = 0;
-            for (int n = tid; n < parts; n += THREADS) sum += from[item(n)];
+            for (int n = tid; n < parts; n += SUM_THREADS) sum += from[item(n)];
             sum = block_reduce(sum, op_sum(), 0.f, room);
             if (what == 2) sum *= a.affine ? -1.f : hybrid_gamma<float>(a, h) - 1;
             void *out = what == 0 ? o.dbq : what == 1 ? o.dbk : o.dfactors;
@@ -137,19 +141,17 @@ __device__ __forceinline__ void totals(const gradients &o, const fast &p, int h,
         return;
     }
     int key = y >= frags, frag = y - key * frags;
-    bool tall = a.d == 128, split = tall || p.fw >= 64; /* as `held` */
     const float *dw = key ? p.dw[1] : p.dw[0];
     if (!dw) return;
     float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 4
     for (int n = 0; n < parts; n++) {
-        float4 v = ((const float4 *)(dw + item(n) * frags * THREADS * 4))[frag * THREADS + tid];
+        float4 v = ((const float4 *)(dw + item(n) * frags * 1024))[frag * SUM_THREADS + tid];
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
     const rows4 r = either(key, o.dmk, o.dmq);
-    int hf = tid >> 7, e = (tid >> 5 & 3) * 16 + ((tid & 31) >> 2) + (tall ? 64 * hf : 0);
-    int f = frag * 8 + 2 * (tid & 3) + (!tall && split ? p.fw / 2 * hf : 0);
-    if (!split && hf) return;
+    int at = frag * 2 + (tid >> 7), across = p.fw / 8, e = at / across * 64 + (tid >> 5 & 3) * 16 + ((tid & 31) >> 2);
+    int f = at % across * 8 + 2 * (tid & 3);
     float v[4] = {sum.x, sum.y, sum.z, sum.w};
     for (int j = 0; j < 4; j++)
         if (f + (j & 1) < a.f) write_as<float>(r.p, r.dtype, h * r.s[1] + (e + 8 * (j >> 1)) * r.s[2] + f + (j & 1), v[j]);
@@ -168,11 +170,11 @@ __global__ void finish_kernel(gradients o, fast p, int sums, int heads, int bloc
 
 int hybrid_backward_tiles::hybrid_backward_finish(const gradients &o, const fast &p) {
     const hybrid &a = o.a;
-    int blocks = (int)ceil_div((int64_t)a.t * ((a.d > a.F ? a.d : a.F) / 8), THREADS), heads = p.rows[0] || p.rows[1] ? a.g : 0, sums = 0;
+    int blocks = (int)ceil_div((int64_t)a.t * ((a.d > a.F ? a.d : a.F) / 8), SUM_THREADS), heads = p.rows[0] || p.rows[1] ? a.g : 0, sums = 0;
     if (p.rows[2] && a.h / a.mk_group > heads) heads = a.h / a.mk_group;
     bool weights = p.dw[0] || p.dw[1];
-    if (weights || p.bias[0] || p.bias[1] || o.dfactors) sums = a.h * ((p.fw ? 2 * held_fragments(a.d, p.fw) : 0) + 1);
+    if (weights || p.bias[0] || p.bias[1] || o.dfactors) sums = a.h * (2 * (a.d * p.fw / 1024) + 1);
     unsigned grid = (unsigned)(sums + (p.rows[2] ? 3 : 2) * a.b * heads * blocks);
-    if (grid) LC_LAUNCH(finish_kernel, grid, THREADS, 0, o, p, sums, heads, blocks);
+    if (grid) LC_LAUNCH(finish_kernel, grid, SUM_THREADS, 0, o, p, sums, heads, blocks);
     return LC_K_OK;
 }

@@ -1,12 +1,15 @@
 /* hybrid_backward_tile.cuh: what the tensor-core kernels of hybrid attention's gradient share: their plan, loads of tiles of 64
- * tokens, and the feature maps on fragments. A block has two warpgroups and a segment of chunks (64 tokens) of one query head. In
- * products with 64 rows group hf has, of the columns, half hf, its warp `strip` rows 16 strip .. + 15. Features lie as two halves of
+ * tokens, and the feature maps on fragments. A block of a walk has four warpgroups and a segment of chunks (64 tokens) of one query head.
+ * In products with 64 rows a group has some of the columns, its warp `strip` rows 16 strip .. + 15. Features lie as two halves of
  * BF / 2 columns (of a full map: of x and of -x), padded with zeros, so a warp has whole rows of its half: sums over features stay
- * within a quad.
+ * within a quad. Groups 0 and 1 have the two halves of what the block's own rows want, groups 2 and 3 those of the other side's
+ * features, and the window's two chunks: so that the two kinds of exponentials run side by side.
  * Queries of chunk c see linearly the state of the chunks before c - lag and, in geometries with a triangle (TRI: sliding window,
  * window 0), the keys of chunk c - lag whose row in it is not above the query's; lag is 0 for window 0, else 1. */
 #ifndef LC_HYBRID_BACKWARD_TILE_CUH
 #define LC_HYBRID_BACKWARD_TILE_CUH
+
+#include <type_traits>
 
 #include "hybrid_backward.cuh"
 #include "group.cuh"
@@ -16,12 +19,16 @@ namespace hybrid_backward_tiles { /* names that other files may have too */
 struct fast {
     int segments, lag;
     int bf, fw;                /* BF; columns of a map's weights: BF / 2 for full maps, else BF, 0 without maps */
-    float *delta, *x;          /* [b, h, t] */
-    float *state[2];           /* [b, h, segments][BF * D fragments, BF]: what a segment adds to S, Z and to R, P */
-    float *dw[2];              /* [b, h, segments][fragments] */
+    float *values;             /* [5][b, h, t], what the query side leaves of its rows: see VALUES */
+    float *state[2];           /* [b, h, segments][BF * D as put_held has it, BF]: what a segment adds to S, Z and to R, P */
+    float *dw[2];              /* [b, h, segments][D * FW, the same way] */
     float *bias[2], *xs;       /* [b, h, segments] */
     bf16 *rows[3];             /* dk, dv [b, h, t, d], dmk [b, h, t, F] of one query head, where heads share a row */
 };
+
+/* Values of a query's row: 1 / z; delta; the maximum less the logarithm of what scales the weights, INFINITY where there is none; the key at
+ * the maximum from the first token on, as bits, -1 where there is none; x. */
+enum { RZ, DELTA, SHIFT, AT, XSUM, VALUES };
 
 /* hybrid_backward_{queries,keys,sums}.cu: launches; d, BF, TRI and fw are known to have a kernel. */
 int hybrid_backward_queries(const gradients &o, const fast &p);
@@ -29,7 +36,9 @@ int hybrid_backward_keys(const gradients &o, const fast &p);
 int hybrid_backward_sums(const gradients &o, const fast &p);
 int hybrid_backward_finish(const gradients &o, const fast &p);
 
-/* The table of instances: D, BF, FW (0: features are given, there are no maps). */
+/* The table of instances: D, BF, FW (0: features are given, there are no maps); and of the usual call, whose code is the shortest: window 64
+ * in a terrace, softmax features of both signs, as many as there is room for, no bias and no skip. Features whose clamp cannot be told from
+ * 0 in half precision need no second look at it. */
 #ifdef LC_EMULATED /* enough for tests; they compile for long */
 #define LC_SHAPES(X) X(128, 128, 64) X(64, 128, 64) X(64, 64, 32) X(64, 64, 64) X(64, 64, 0)
 #else
@@ -37,22 +46,29 @@ int hybrid_backward_finish(const gradients &o, const fast &p);
     X(128, 128, 64) X(128, 64, 32) X(128, 64, 64) X(64, 128, 64) X(64, 128, 128) X(64, 64, 32) X(64, 64, 64)                     \
     X(128, 128, 0) X(128, 64, 0) X(64, 128, 0) X(64, 64, 0)
 #endif
+#define LC_USUAL(D, BF, FW, TRI) (D == 128 && BF == 128 && FW == 64 && !TRI)
+static inline bool is_usual(const hybrid &a) {
+    return a.map == MAP_SOFTMAX_DIM && a.f == 64 && !a.skip && !a.bq && !a.bk && a.feature_eps <= 1. / (1 << 25);
+}
 static inline bool has_shape(int d, int bf, int fw) {
 #define LC_SHAPE(D, BF, FW) || (d == D && bf == BF && fw == FW)
     return false LC_SHAPES(LC_SHAPE);
 #undef LC_SHAPE
 }
-/* Calls launch of L<D, BF, FW, TRI>. */
-template <template <int, int, int, bool> class L> static int with_shape(const gradients &o, const fast &p) {
+/* Calls launch of L<D, BF, FW, TRI, USUAL>. */
+template <template <int, int, int, bool, bool> class L> static int with_shape(const gradients &o, const fast &p) {
     bool tri = o.a.kind == KIND_SLIDING || !o.a.window;
 #define LC_SHAPE(D, BF, FW)                                                                                                      \
-    if (o.a.d == D && p.bf == BF && p.fw == FW) return tri ? L<D, BF, FW, true>::launch(o, p) : L<D, BF, FW, false>::launch(o, p);
+    if (o.a.d == D && p.bf == BF && p.fw == FW) {                                                                                \
+        if (LC_USUAL(D, BF, FW, tri) && is_usual(o.a)) return L<D, BF, FW, false, LC_USUAL(D, BF, FW, false)>::launch(o, p);     \
+        return tri ? L<D, BF, FW, true, false>::launch(o, p) : L<D, BF, FW, false, false>::launch(o, p);                         \
+    }
     LC_SHAPES(LC_SHAPE)
 #undef LC_SHAPE
     return LC_K_UNSUPPORTED;
 }
 
-enum { THREADS = 256 };
+enum { THREADS = 512, GROUPS = 4, SUM_THREADS = 256 }; /* of a walk; of the kernels around it */
 #define LC_LOG2E 1.4426950408889634f
 
 /* The parts of a block's shared memory, in halves; every tile starts at a multiple of 1024 bytes. */
@@ -70,7 +86,7 @@ struct chunk_range {
     int64_t head; /* (b, h) as one number */
     __device__ __forceinline__ chunk_range(const hybrid &a, int segments, int64_t head, int seg) : seg(seg), head(head) {
         h = (int)(head % a.h), b = (int)(head / a.h), hk = h / a.group;
-        s0 = start_of(a, b), len = a.t - s0, n = (len + 63) / 64;
+        s0 = __shfl_sync(0xffffffffu, start_of(a, b), 0), len = a.t - s0, n = (len + 63) / 64;
         c0 = (int)((int64_t)n * seg / segments), c1 = (int)((int64_t)n * (seg + 1) / segments);
     }
 };
@@ -79,20 +95,21 @@ __device__ __forceinline__ bool holds(const chunk_range &s, int chunk, int row) 
     return chunk >= 0 && chunk * 64 + row < s.len;
 }
 
-/* Chunk `chunk` of rows [b, head] into a tile [64][D]; rows that do not exist are zeros. */
-template <int D> __device__ __forceinline__ void load_tile(bf16 *tile, const rows4 &x, const chunk_range &s, int head, int chunk) {
-    constexpr int STEP = THREADS / (D / 8); /* rows at a time, a multiple of 8: the place in a row stays */
-    int first = (int)(threadIdx.x / (D / 8)), e = (int)(threadIdx.x % (D / 8)) * 8, rows = chunk < 0 ? 0 : s.len - chunk * 64;
-    const bf16 *from = x.row<bf16>(s.b, head, s.s0 + chunk * 64 + first) + e;
-    bf16 *to = tile_at<64>(tile, first, e);
-    int64_t step = STEP * x.s[2];
+/* A thread's share of tiles [64][D] of one head's rows: its piece of chunk 0. Rows that do not exist are zeros. */
+template <int D, int T = THREADS> struct tile_loader {
+    static constexpr int STEP = T / (D / 8); /* rows at a time, a multiple of 8: the place in a row stays */
+    const bf16 *from;
+    static __device__ __forceinline__ int first() { return (int)(threadIdx.x / (D / 8)); }
+    static __device__ __forceinline__ int col() { return (int)(threadIdx.x % (D / 8)) * 8; }
+    __device__ __forceinline__ void open(const rows4 &x, const chunk_range &s, int head) { from = x.row<bf16>(s.b, head, s.s0 + first()) + col(); }
+    __device__ __forceinline__ void load(bf16 *tile, const rows4 &x, const chunk_range &s, int chunk) const {
+        int rows = chunk < 0 ? 0 : s.len - chunk * 64, stride = (int)x.s[2];
+        const bf16 *at = from + (int64_t)chunk * (64 * stride);
+        bf16 *to = tile_at<64>(tile, first(), col());
 #pragma unroll
-    for (int i = 0; i < 64 / STEP; i++) {
-        bool valid = first + i * STEP < rows;
-        copy16(to + i * STEP * 64, valid ? from : (const bf16 *)x.p, valid);
-        from += step;
+        for (int i = 0; i < 64 / STEP; i++) copy16(to + i * STEP * 64, at + i * STEP * stride, first() + i * STEP < rows);
     }
-}
+};
 
 /* Barriers: what was written before is there for the products of all after. */
 __device__ __forceinline__ void meet() {
@@ -113,8 +130,8 @@ template <class... A> __device__ __forceinline__ void products_end(A &...acc) {
 
 /* Weights [d, f] of head h of one or two maps, as halves, into tiles [D][FW]; columns that do not exist are zeros. A thread has pieces
  * of eight columns, all of them under way at once. */
-template <int D, int FW> struct weights_piece {
-    static constexpr int N = FW ? D * FW / 8 / THREADS : 1;
+template <int D, int FW, int T> struct weights_piece {
+    static constexpr int ALL = D * FW / 8, N = ALL > T ? ALL / T : 1;
     uint4 v[N];
     static __device__ __forceinline__ bool wide(const rows4 &m) {
         int align = m.dtype == LC_K_F32 ? 4 : 8;
@@ -123,10 +140,10 @@ template <int D, int FW> struct weights_piece {
     __device__ __forceinline__ void fetch(const rows4 &m, int h, int f) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            int at = threadIdx.x + i * THREADS, n = at % (FW / 8) * 8;
+            int at = threadIdx.x + i * T, n = at % (FW / 8) * 8;
             int64_t from = h * m.s[1] + at / (FW / 8) * m.s[2] + n;
             v[i] = make_uint4(0, 0, 0, 0);
-            if (n >= f) continue;
+            if (n >= f || (ALL < T && at >= ALL)) continue;
             if (m.dtype == LC_K_BF16) {
                 v[i] = *(const uint4 *)((const bf16 *)m.p + from);
             } else {
@@ -138,18 +155,20 @@ template <int D, int FW> struct weights_piece {
     __device__ __forceinline__ void put(bf16 *tile) const {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            int at = threadIdx.x + i * THREADS;
+            int at = threadIdx.x + i * T;
+            if (ALL < T && at >= ALL) continue;
             *(uint4 *)tile_at<D>(tile, at / (FW / 8), at % (FW / 8) * 8) = v[i];
         }
     }
 };
-template <int D, int FW> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f) {
-    if (weights_piece<D, FW>::wide(m)) {
-        weights_piece<D, FW> w;
+template <int D, int FW, int T = THREADS> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f) {
+    if (weights_piece<D, FW, T>::wide(m)) {
+        weights_piece<D, FW, T> w;
         w.fetch(m, h, f), w.put(tile);
         return;
     }
-    for (int i = threadIdx.x; i < D * FW; i += THREADS) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < D * FW; i += T) {
         int e = i / FW, n = i % FW;
         float v = n < f ? read_as<float>(m.p, m.dtype, h * m.s[1] + e * m.s[2] + n) : 0.f;
         *tile_at<D>(tile, e, n) = store<bf16>(v);
@@ -157,8 +176,8 @@ template <int D, int FW> __device__ __forceinline__ void load_weights(bf16 *tile
 }
 template <int D, int FW>
 __device__ __forceinline__ void load_weights(bf16 *tile_q, const rows4 &mq, bf16 *tile_k, const rows4 &mk, int h, int f) {
-    if (weights_piece<D, FW>::wide(mq) && weights_piece<D, FW>::wide(mk)) {
-        weights_piece<D, FW> q, k;
+    if (weights_piece<D, FW, THREADS>::wide(mq) && weights_piece<D, FW, THREADS>::wide(mk)) {
+        weights_piece<D, FW, THREADS> q, k;
         q.fetch(mq, h, f), k.fetch(mk, h, f);
         q.put(tile_q), k.put(tile_k);
         return;
@@ -166,10 +185,10 @@ __device__ __forceinline__ void load_weights(bf16 *tile_q, const rows4 &mq, bf16
     load_weights<D, FW>(tile_q, mq, h, f), load_weights<D, FW>(tile_k, mk, h, f);
 }
 
-/* acc [16][D / 2] += A B with A [64][64] and B a tile [64][D] of tokens, columns n on. */
-template <int D> __device__ __forceinline__ void over_tokens(float (&acc)[D / 16][4], const bf16 *a, const bf16 *b, int n) {
+/* acc [16][W] += A B with A [64][64] and B a tile of tokens, columns n on. */
+template <int W> __device__ __forceinline__ void over_tokens(float (&acc)[W / 8][4], const bf16 *a, const bf16 *b, int n) {
     products_begin(acc);
-    group_product<D / 2, 64, 64, ALONG_K, 64, ACROSS_K>(acc, a, 0, b, n);
+    group_product<W, 64, 64, ALONG_K, 64, ACROSS_K>(acc, a, 0, b, n);
     products_end(acc);
 }
 
@@ -180,25 +199,37 @@ template <int N> __device__ __forceinline__ void clear(float (&acc)[N][4]) {
         for (int j = 0; j < 4; j++) acc[n][j] = 0;
 }
 
-/* Fragments of a sum [m][n] as `held` has it. */
-constexpr int held_fragments(int m, int n) { return m == 128 || n < 64 ? n / 8 : n / 16; }
-/* A sum [M][N] that the two groups hold over the chunks: rows row(hf) .. + 63, columns col(hf) .. + width - 1 of it. */
-template <int M, int N> struct held {
-    static constexpr bool tall = M == 128, split = tall || N >= 64; /* else all of it is group 0's */
-    static constexpr int width = tall || !split ? N : N / 2, n8 = width / 8;
+/* A sum [M][N] that the groups of a block hold over the chunks: rows row(g) .. + 63, columns col(g) .. + width - 1 of it. */
+template <int M, int N, int G = GROUPS> struct held {
+    static constexpr int across = G / (M / 64), width = N / across < 16 ? 16 : N / across, n8 = width / 8;
     typedef float sum[n8][4];
-    static __device__ __forceinline__ int row(int hf) { return tall ? 64 * hf : 0; }
-    static __device__ __forceinline__ int col(int hf) { return tall || !split ? 0 : width * hf; }
-    static __device__ __forceinline__ bool mine(int hf) { return split || !hf; }
+    static __device__ __forceinline__ int row(int g) { return g / across * 64; }
+    static __device__ __forceinline__ int col(int g) { return g % across * width; }
+    static __device__ __forceinline__ bool mine(int g) { return across * width == N || col(g) < N; }
     /* += A^T B with A [64][M] and B [64][N] tiles of tokens: the product, and all of it. */
-    static __device__ __forceinline__ void product(sum &acc, const bf16 *a, const bf16 *b, int hf) {
-        group_product<width, 64, 64, ACROSS_K, 64, ACROSS_K>(acc, a, row(hf), b, col(hf));
+    static __device__ __forceinline__ void product(sum &acc, const bf16 *a, const bf16 *b, int g) {
+        group_product<width, 64, 64, ACROSS_K, 64, ACROSS_K>(acc, a, row(g), b, col(g));
     }
-    static __device__ __forceinline__ void absorb(sum &acc, const bf16 *a, const bf16 *b, int hf) {
-        if (!mine(hf)) return;
+    static __device__ __forceinline__ void absorb(sum &acc, const bf16 *a, const bf16 *b, int g) {
+        if (!mine(g)) return;
         products_begin(acc);
-        product(acc, a, b, hf);
+        product(acc, a, b, g);
         products_end(acc);
+    }
+    /* In the workspace: [M / 64][N / 8][128][4], whatever G is. */
+    static __device__ __forceinline__ int64_t place(int g) { return (int64_t)(row(g) / 64 * (N / 8) + col(g) / 8) * 512 + threadIdx.x % 128 * 4; }
+    static __device__ __forceinline__ void put(float *to, const sum &acc, int g) {
+        if (!mine(g)) return;
+#pragma unroll
+        for (int j = 0; j < n8; j++) *(float4 *)(to + place(g) + 512 * j) = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
+    }
+    static __device__ __forceinline__ void add(sum &acc, const float *from, int g) {
+        if (!mine(g)) return;
+#pragma unroll
+        for (int j = 0; j < n8; j++) {
+            float4 v = *(const float4 *)(from + place(g) + 512 * j);
+            acc[j][0] += v.x, acc[j][1] += v.y, acc[j][2] += v.z, acc[j][3] += v.w;
+        }
     }
 };
 
@@ -234,29 +265,19 @@ template <int MT> __device__ __forceinline__ void column_sums(float *out, bool a
         }
 }
 
-/* Such accumulators in the workspace: [N][THREADS][4]. */
-template <int N> __device__ __forceinline__ void add_fragments(float (&acc)[N][4], const float *from) {
-#pragma unroll
-    for (int j = 0; j < N; j++) {
-        float4 v = ((const float4 *)from)[j * THREADS + threadIdx.x];
-        acc[j][0] += v.x, acc[j][1] += v.y, acc[j][2] += v.z, acc[j][3] += v.w;
-    }
-}
-template <int N> __device__ __forceinline__ void put_fragments(float *to, const float (&acc)[N][4]) {
-#pragma unroll
-    for (int j = 0; j < N; j++) ((float4 *)to)[j * THREADS + threadIdx.x] = make_float4(acc[j][0], acc[j][1], acc[j][2], acc[j][3]);
-}
-
-/* 16 rows by 8 N columns of accumulators into a tile of ROWS rows of halves, from column n on (a multiple of 64, or of 32 with N 4):
+/* 16 rows by 8 N columns of accumulators into a tile of ROWS rows of halves, from column n on (a multiple of 8 N, or of 64):
  * the piece of column block j is j ^ n / 8, exchanged by the row. */
+template <int ROWS> __device__ __forceinline__ shared_at place_in(const bf16 *tile, int m, int n) {
+    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    return shared_place(tile) + 2 * ((n >> 6) * (ROWS * 64) + (m + g) * 64 + ((g << 3 ^ (n & 56)) | 2 * q));
+}
 template <int ROWS, int N> __device__ __forceinline__ void put_tile(bf16 *tile, const float (&acc)[N][4], int m, int n) {
-    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3, at = (g << 3 ^ (n & 56)) | 2 * q;
-    bf16 *base = tile + (n >> 6) * (ROWS * 64) + (m + g) * 64;
+    shared_at at = place_in<ROWS>(tile, m, n);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        bf16 *to = base + (at ^ (j & 7) << 3) + (j >> 3) * (ROWS * 64);
-        *(uint32_t *)to = pack2<bf16>(acc[j][0], acc[j][1]);
-        *(uint32_t *)(to + 8 * 64) = pack2<bf16>(acc[j][2], acc[j][3]);
+        shared_at to = (at ^ (j & 7) << 4) + (j >> 3) * (ROWS * 128);
+        shared_put(to, pack2<bf16>(acc[j][0], acc[j][1]));
+        shared_put(to + 8 * 128, pack2<bf16>(acc[j][2], acc[j][3]));
     }
 }
 
@@ -272,6 +293,24 @@ __device__ __forceinline__ void put_rows(bf16 *base, int64_t stride, const float
     }
 }
 
+/* The same where rows begin at multiples of 16 bytes, N a multiple of 2 and every column exists. */
+template <int N> __device__ __forceinline__ void put_wide(bf16 *base, int64_t stride, const float (&acc)[N][4], int m, int rows) {
+    if constexpr (N % 4 == 0) {
+        int row = m + (threadIdx.x % 32 >> 2);
+        int to = row * (int)stride + threadIdx.x % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < N; j += 4) {
+                uint32_t v[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) v[e] = pack2<bf16>(acc[j + e][2 * i], acc[j + e][2 * i + 1]);
+                quad_transpose(v);
+                if (row + 8 * i < rows) *(uint4 *)(base + (to + 8 * i * (int)stride + 8 * j)) = make_uint4(v[0], v[1], v[2], v[3]);
+            }
+    } else put_rows(base, stride, acc, m, rows, 8 * N);
+}
+
 __device__ __forceinline__ float quad_sum(float v) {
     v += __shfl_xor_sync(0xffffffffu, v, 1);
     return v + __shfl_xor_sync(0xffffffffu, v, 2);
@@ -284,7 +323,8 @@ __device__ __forceinline__ float quad_max(float v) {
 /* ---- feature maps on fragments --------------------------------------------------------------------------------------- */
 __device__ __forceinline__ bool has_extreme(const hybrid &a) { return a.map == MAP_SOFTMAX_DIM || a.map == MAP_EXP_DIM; }
 /* How many columns of half `hf` are features. */
-template <int BF> __device__ __forceinline__ int half_width(const hybrid &a, int hf) {
+template <int BF, bool U> __device__ __forceinline__ int half_width(const hybrid &a, int hf) {
+    if (U) return BF / 2;
     if (has_extreme(a)) return a.f;
     int w = a.F - hf * (BF / 2);
     return w < 0 ? 0 : w < BF / 2 ? w : BF / 2;
@@ -293,7 +333,7 @@ template <int BF> __device__ __forceinline__ int half_width(const hybrid &a, int
 /* Maps of x and of -x have FW = BF / 2, the others FW = BF. Rows m .. m + 15 of half hf: the map's inputs, in
  * columns that are none `no_input`, become features before the clamp, 0 in columns that are none. */
 template <bool BOTH> __device__ __forceinline__ float no_input(int hf) { return BOTH && hf ? 1e30f : -1e30f; }
-template <bool BOTH, int N> __device__ __forceinline__ void map_fragments(const hybrid &a, int hf, float (&v)[N][4]) {
+template <bool BOTH, bool U, int N> __device__ __forceinline__ void map_fragments(const hybrid &a, int hf, float (&v)[N][4]) {
     if constexpr (BOTH) {
         float sign = hf ? -LC_LOG2E : LC_LOG2E, m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 #pragma unroll
@@ -311,7 +351,7 @@ template <bool BOTH, int N> __device__ __forceinline__ void map_fragments(const 
                 v[n][j] = exp2_fast(v[n][j] - m[j >> 1]);
                 sum[j >> 1] += v[n][j];
             }
-        if (a.map == MAP_EXP_DIM) return;
+        if (!U && a.map == MAP_EXP_DIM) return;
         sum[0] = 1 / quad_sum(sum[0]), sum[1] = 1 / quad_sum(sum[1]);
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -333,53 +373,85 @@ __device__ __forceinline__ float feature_of(const hybrid &a, int n, int width, f
     return fmaxf(v, 8 * n < width ? (float)a.feature_eps : 0.f);
 }
 
-/* d, gradients of clamped features, becomes what this half gives to the map's inputs; v as map_fragments left it. */
-template <bool BOTH, int N>
-__device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, const float (&v)[N][4], float (&d)[N][4]) {
+/* Features as map_fragments left them, kept as halves: those of full maps, none above 1, in the finer kind. */
+template <bool BOTH, int N> struct kept_features {
+    uint32_t v[N][2];
+    typedef typename std::conditional<BOTH, f16, bf16>::type half;
+    __device__ __forceinline__ void keep(const float (&x)[N][4]) {
+#pragma unroll
+        for (int n = 0; n < N; n++) v[n][0] = pack2<half>(x[n][0], x[n][1]), v[n][1] = pack2<half>(x[n][2], x[n][3]);
+    }
+    /* Of the extreme's map: what is below 1 stays there. */
+    __device__ __forceinline__ void keep_below(const float (&x)[N][4]) {
+        float y[N][4];
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) y[n][j] = x[n][j] < 1 ? fminf(x[n][j], 1 - 1.f / 2048) : x[n][j];
+        keep(y);
+    }
+    __device__ __forceinline__ void get(int n, float (&x)[4]) const {
+        float2 lo = unpack2<half>(v[n][0]), hi = unpack2<half>(v[n][1]);
+        x[0] = lo.x, x[1] = lo.y, x[2] = hi.x, x[3] = hi.y;
+    }
+};
+
+/* d, gradients of clamped features, becomes what this half gives to the map's inputs. */
+template <bool BOTH, bool U, int N>
+__device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, const kept_features<BOTH, N> &kept, float (&d)[N][4]) {
     float eps = (float)a.feature_eps;
     if constexpr (BOTH) {
-        float dot[2] = {0, 0}, sign = hf ? -1.f : 1.f;
+        float dot[2] = {0, 0}, sign = hf ? -1.f : 1.f, v[4];
 #pragma unroll
-        for (int n = 0; n < N; n++)
+        for (int n = 0; n < N; n++) {
+            kept.get(n, v);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                d[n][j] = v[n][j] < eps ? 0.f : d[n][j] * v[n][j];
+                d[n][j] = !U && v[j] < eps ? 0.f : d[n][j] * v[j] * sign;
                 dot[j >> 1] += d[n][j];
             }
-        dot[0] = quad_sum(dot[0]), dot[1] = quad_sum(dot[1]);
-        if (a.map != MAP_EXP_DIM) {
-#pragma unroll
-            for (int n = 0; n < N; n++)
-#pragma unroll
-                for (int j = 0; j < 4; j++) d[n][j] = sign * (d[n][j] - v[n][j] * dot[j >> 1]);
-            return;
         }
-        float ties[2] = {0, 0}; /* the extreme has the value 1 */
+        dot[0] = quad_sum(dot[0]), dot[1] = quad_sum(dot[1]);
+        bool extreme = !U && a.map == MAP_EXP_DIM; /* the extreme, which has the value 1, alone gets the sum */
+        if (extreme) {
+            float ties[2] = {0, 0};
 #pragma unroll
-        for (int n = 0; n < N; n++)
+            for (int n = 0; n < N; n++) {
+                kept.get(n, v);
 #pragma unroll
-            for (int j = 0; j < 4; j++) ties[j >> 1] += v[n][j] == 1.f;
-        dot[0] /= quad_sum(ties[0]), dot[1] /= quad_sum(ties[1]);
+                for (int j = 0; j < 4; j++) ties[j >> 1] += v[j] == 1.f;
+            }
+            dot[0] /= quad_sum(ties[0]), dot[1] /= quad_sum(ties[1]);
+        }
 #pragma unroll
-        for (int n = 0; n < N; n++)
+        for (int n = 0; n < N; n++) {
+            kept.get(n, v);
 #pragma unroll
-            for (int j = 0; j < 4; j++) d[n][j] = sign * (d[n][j] - (v[n][j] == 1.f ? dot[j >> 1] : 0.f));
+            for (int j = 0; j < 4; j++) d[n][j] -= (extreme ? (v[j] == 1.f ? 1.f : 0.f) : v[j]) * dot[j >> 1];
+        }
     } else {
+        float v[4];
 #pragma unroll
-        for (int n = 0; n < N; n++)
+        for (int n = 0; n < N; n++) {
+            kept.get(n, v);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float x = v[n][j], slope = a.map == MAP_RELU ? (x > 0 ? 1.f : 0.f) : fminf(x, 1.f);
+                float x = v[j], slope = a.map == MAP_RELU ? (x > 0 ? 1.f : 0.f) : fminf(x, 1.f);
                 d[n][j] = x >= eps ? d[n][j] * slope : 0.f;
             }
+        }
     }
 }
 
 /* Features before the clamp of rows m .. m + 15 (half hf) of a chunk, from its tile x [64][D] and the weights [D][FW]: begin (sets v), a
  * product, end. */
-template <int D, int BF, int FW>
+template <int D, int BF, int FW, bool U>
 __device__ __forceinline__ void features_begin(const hybrid &a, float bias, int hf, float (&v)[BF / 16][4]) {
-    int width = half_width<BF>(a, hf);
+    if (U) {
+        clear(v);
+        return;
+    }
+    int width = half_width<BF, false>(a, hf);
 #pragma unroll
     for (int n = 0; n < BF / 16; n++)
 #pragma unroll
@@ -389,10 +461,10 @@ template <int D, int BF, int FW>
 __device__ __forceinline__ void features_product(const bf16 *x, const bf16 *w, int hf, float (&v)[BF / 16][4]) {
     group_product<BF / 2, D, 64, ALONG_K, D, ACROSS_K>(v, x, 0, w, FW == BF ? hf * (BF / 2) : 0);
 }
-template <int D, int BF, int FW>
+template <int D, int BF, int FW, bool U>
 __device__ __forceinline__ void features_end(const hybrid &a, const bf16 *x, int hf, int m, float (&v)[BF / 16][4]) {
-    int width = half_width<BF>(a, hf), n0 = FW == BF ? hf * (BF / 2) : 0, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
-    if (a.skip) {
+    int width = half_width<BF, U>(a, hf), n0 = FW == BF ? hf * (BF / 2) : 0, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    if (!U && a.skip) {
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
@@ -402,12 +474,12 @@ __device__ __forceinline__ void features_end(const hybrid &a, const bf16 *x, int
                 v[n][2 * i] += f.x, v[n][2 * i + 1] += f.y;
             }
     }
-    map_fragments<FW != BF>(a, hf, v);
+    map_fragments<FW != BF, U>(a, hf, v);
 }
 /* Ready ones, from memory. */
 template <int BF>
 __device__ __forceinline__ void ready_features(const hybrid &a, const chunk_range &s, int key, int chunk, int hf, int m, float (&v)[BF / 16][4]) {
-    int width = half_width<BF>(a, hf), g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    int width = half_width<BF, false>(a, hf), g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
     const rows4 &ready = key ? a.mk : a.mq;
     const bf16 *base = ready.row<bf16>(s.b, key ? s.h / a.mk_group : s.h, s.s0) + hf * (BF / 2) + 2 * q;
 #pragma unroll
@@ -422,41 +494,40 @@ __device__ __forceinline__ void ready_features(const hybrid &a, const chunk_rang
         }
 }
 /* Either. */
-template <int D, int BF, int FW>
+template <int D, int BF, int FW, bool U>
 __device__ __forceinline__ void features(const hybrid &a, const chunk_range &s, int key, const bf16 *x, const bf16 *w, float bias, int chunk,
                                          int hf, int m, float (&v)[BF / 16][4]) {
     if constexpr (!FW) {
         ready_features<BF>(a, s, key, chunk, hf, m, v);
     } else {
-        features_begin<D, BF, FW>(a, bias, hf, v);
+        features_begin<D, BF, FW, U>(a, bias, hf, v);
         products_begin(v);
         features_product<D, BF, FW>(x, w, hf, v);
         products_end(v);
-        features_end<D, BF, FW>(a, x, hf, m, v);
+        features_end<D, BF, FW, U>(a, x, hf, m, v);
     }
 }
 /* Features as they count: clamped, times `by` of their rows. */
-template <int BF, int FW>
+template <int BF, int FW, bool U>
 __device__ __forceinline__ void put_features(const hybrid &a, bf16 *tile, int hf, int m, const float (&by)[2], float (&v)[BF / 16][4]) {
-    float y[BF / 16][4];
-    int width = half_width<BF>(a, hf);
+    int width = half_width<BF, U>(a, hf);
 #pragma unroll
     for (int n = 0; n < BF / 16; n++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) y[n][j] = (FW ? feature_of(a, n, width, v[n][j]) : v[n][j]) * by[j >> 1];
-    put_tile<64>(tile, y, m, hf * (BF / 2));
+        for (int j = 0; j < 4; j++) v[n][j] = (FW ? feature_of(a, n, width, v[n][j]) : v[n][j]) * by[j >> 1];
+    put_tile<64>(tile, v, m, hf * (BF / 2));
 }
 
-/* The gradient of the map's inputs onto rows of d: acc [16][D / 2], columns n .. of the map's d, += dp W^T (+ dp where skip). */
-template <int D, int FW>
-__device__ __forceinline__ void through_weights(const hybrid &a, const bf16 *dp, const bf16 *w, int m, int n, float (&acc)[D / 16][4]) {
+/* The gradient of the map's inputs onto rows of d: acc [16][WIDE], columns n .. of the map's d, += dp W^T (+ dp where skip). */
+template <int D, int FW, int WIDE>
+__device__ __forceinline__ void through_weights(const hybrid &a, const bf16 *dp, const bf16 *w, int m, int n, float (&acc)[WIDE / 8][4]) {
     int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
     products_begin(acc);
-    group_product<D / 2, FW, 64, ALONG_K, D, ALONG_K>(acc, dp, 0, w, n);
+    group_product<WIDE, FW, 64, ALONG_K, D, ALONG_K>(acc, dp, 0, w, n);
     products_end(acc);
     if (!a.skip) return;
 #pragma unroll
-    for (int j = 0; j < D / 16; j++)
+    for (int j = 0; j < WIDE / 8; j++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (n + 8 * j >= FW) continue;
@@ -467,12 +538,11 @@ __device__ __forceinline__ void through_weights(const hybrid &a, const bf16 *dp,
 
 /* d += what put_tile left there. */
 template <int ROWS, int N> __device__ __forceinline__ void add_tile(const bf16 *tile, float (&d)[N][4], int m, int n) {
-    int g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3, at = (g << 3 ^ (n & 56)) | 2 * q;
-    const bf16 *base = tile + (n >> 6) * (ROWS * 64) + (m + g) * 64;
+    shared_at at = place_in<ROWS>(tile, m, n);
 #pragma unroll
     for (int j = 0; j < N; j++) {
-        const bf16 *from = base + (at ^ (j & 7) << 3) + (j >> 3) * (ROWS * 64);
-        float2 x = unpack2<bf16>(*(const uint32_t *)from), y = unpack2<bf16>(*(const uint32_t *)(from + 8 * 64));
+        shared_at from = (at ^ (j & 7) << 4) + (j >> 3) * (ROWS * 128);
+        float2 x = unpack2<bf16>(shared_get(from)), y = unpack2<bf16>(shared_get(from + 8 * 128));
         d[j][0] += x.x, d[j][1] += x.y, d[j][2] += y.x, d[j][3] += y.y;
     }
 }
@@ -483,38 +553,40 @@ template <int N> __device__ __forceinline__ float total(const float (&d)[N][4]) 
     return sum;
 }
 
-/* delta = g . y of a row: four neighbouring threads a row, row threadIdx.x / 4; all four get it. y was fetched before. */
-template <int D> __device__ __forceinline__ void fetch_y(const gradients &o, const chunk_range &s, int chunk, uint4 (&y)[D / 32]) {
-    int row = threadIdx.x >> 2;
-    const bf16 *base = o.y.row<bf16>(s.b, s.h, s.s0) + (int64_t)(chunk * 64 + row) * o.y.s[2] + (threadIdx.x & 3) * 8;
+/* delta = g . y of a row: T / 64 neighbouring threads a row; all of them get it. y was fetched before. */
+template <int D, int T> struct delta_of {
+    static constexpr int EACH = T / 64, N = D / 8 / EACH;
+    uint4 y[N];
+    static __device__ __forceinline__ int row() { return threadIdx.x / EACH; }
+    static __device__ __forceinline__ int col(int i) { return (i * EACH + threadIdx.x % EACH) * 8; }
+    __device__ __forceinline__ void fetch(const gradients &o, const chunk_range &s, int chunk) {
+        const bf16 *base = o.y.row<bf16>(s.b, s.h, s.s0 + chunk * 64);
+        int at = row() * (int)o.y.s[2];
 #pragma unroll
-    for (int i = 0; i < D / 32; i++) y[i] = holds(s, chunk, row) ? *(const uint4 *)(base + 32 * i) : make_uint4(0, 0, 0, 0);
-}
-__device__ __forceinline__ float dot8(uint4 x, uint4 y) {
-    const uint32_t *a = &x.x, *b = &y.x;
-    float sum = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        float2 u = unpack2<bf16>(a[j]), v = unpack2<bf16>(b[j]);
-        sum += u.x * v.x + u.y * v.y;
+        for (int i = 0; i < N; i++) y[i] = holds(s, chunk, row()) ? *(const uint4 *)(base + (at + col(i))) : make_uint4(0, 0, 0, 0);
     }
-    return sum;
-}
-template <int D> __device__ __forceinline__ uint4 row_piece(const bf16 *tile, int i) {
-    return *(const uint4 *)tile_at<64>((bf16 *)tile, threadIdx.x >> 2, 32 * i + (threadIdx.x & 3) * 8);
-}
-template <int D> __device__ __forceinline__ float row_delta(const bf16 *g, const uint4 (&y)[D / 32]) {
-    float sum = 0;
+    __device__ __forceinline__ void take(const bf16 *tile) {
 #pragma unroll
-    for (int i = 0; i < D / 32; i++) sum += dot8(row_piece<D>(g, i), y[i]);
-    return quad_sum(sum);
-}
-template <int D> __device__ __forceinline__ float row_delta(const bf16 *g, const bf16 *y) {
-    float sum = 0;
+        for (int i = 0; i < N; i++) y[i] = piece(tile, i);
+    }
+    static __device__ __forceinline__ uint4 piece(const bf16 *tile, int i) { return *(const uint4 *)tile_at<64>((bf16 *)tile, row(), col(i)); }
+    __device__ __forceinline__ float with(const bf16 *g) const {
+        float sum = 0;
 #pragma unroll
-    for (int i = 0; i < D / 32; i++) sum += dot8(row_piece<D>(g, i), row_piece<D>(y, i));
-    return quad_sum(sum);
-}
+        for (int i = 0; i < N; i++) {
+            uint4 x = piece(g, i);
+            const uint32_t *a = &x.x, *b = &y[i].x;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float2 u = unpack2<bf16>(a[j]), v = unpack2<bf16>(b[j]);
+                sum += u.x * v.x + u.y * v.y;
+            }
+        }
+#pragma unroll
+        for (int n = 1; n < EACH; n *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, n);
+        return sum;
+    }
+};
 
 } // namespace hybrid_backward_tiles
 using namespace hybrid_backward_tiles;

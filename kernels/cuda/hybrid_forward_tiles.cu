@@ -104,21 +104,6 @@ template <int F> __device__ __forceinline__ void linear_weights(const uint32_t (
 }
 
 /* ---- results of one chunk --------------------------------------------------------------------------------------------- */
-/* Four registers of each of four lanes, transposed: the lane's i-th of the result is its quad's lane i's register (lane % 4). */
-__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-        uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? v[i] : v[i + 1], 1);
-        (odd ? v[i] : v[i + 1]) = x;
-    }
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        uint32_t x = __shfl_xor_sync(0xffffffffu, high ? v[i] : v[i + 2], 2);
-        (high ? v[i] : v[i + 2]) = x;
-    }
-}
-
 /* y [64][D] / denominators: own columns, to which the other side's share is added. The exchange's first half: */
 template <int D> __device__ __forceinline__ void give_results(int side, float4 *room, const float (&y)[D / 8][4], float (&own)[D / 16][4]) {
 #pragma unroll
