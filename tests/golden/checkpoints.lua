@@ -99,4 +99,5 @@ return function(dir, T)
             refuse_case(c, dir .. "/" .. name, type(json.refuse[name]) == "table" and json.refuse[name] or {})
         end)
     end
+    dofile(T.here .. "golden/peft.lua")(dir, T)
 end
