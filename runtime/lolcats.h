@@ -212,6 +212,15 @@ int lc_make_link(const char *target, const char *path); /* a symbolic link; one 
 double lc_disk_free(const char *path);               /* bytes that may be written in a folder; -1: not known */
 int lc_gunzip(const char *data, double length, double limit, char **out, double *out_length);
 
+/* ---- records: .jsonl, .json, .csv, .tsv, .txt (each also .gz or .zst) and .parquet, one at a time ------------------------ */
+typedef struct lc_records lc_records;
+/* format: NULL, by the name; "jsonl", "json" (one array, or values one after another), "csv", "tsv" (a header, then rows of strings),
+ * "text" (pieces of about 4 MB cut after a line), "parquet". columns: of a parquet file, each ended by a line break; NULL: all. */
+int lc_records_open(lc_records **out, const char *path, const char *format, const char *columns);
+int lc_records_next(lc_records *r, lc_doc **record);       /* the caller frees it; NULL at the end */
+double lc_records_count(const lc_records *r);              /* of a parquet file; else -1 */
+void lc_records_close(lc_records *r);
+
 /* ---- HTTP: what the Hub client asks and fetches ------------------------------------------------------------------------ */
 typedef struct lc_http lc_http;
 int lc_http_open(lc_http **out, const char *agent);  /* LC_EIO: there is no libcurl; agent: how this program calls itself */

@@ -27,6 +27,8 @@ struct lc_doc {
 /* Parses `len` bytes. Duplicate keys, trailing text, invalid UTF-8, depth over 256 and non-finite numbers are LC_EPARSE with
  * line and column. `name` stands in front of messages (a file name or what the text is). */
 lc_status lc_json_parse(const char *name, const char *text, size_t len, struct lc_doc **out);
+/* The same of a part of a longer text, which begins there at `line` and `column` (both from 1). */
+lc_status lc_json_parse_at(const char *name, double line, int column, const char *text, size_t len, struct lc_doc **out);
 lc_status lc_yaml_parse(const char *name, const char *text, size_t len, struct lc_doc **out);
 
 /* Child of an object by key, or -1. Linear in the number of children: for big vocabularies walk the children instead. */

@@ -81,10 +81,18 @@ static const yajl_callbacks json_callbacks = {
     .yajl_end_array = on_close,
 };
 
-static lc_status json_fail(const char *name, const char *text, size_t len, size_t offset, const char *why) {
+/* Where the text stands in the file that it is a part of. */
+typedef struct json_source {
+    const char *name;
+    double line; /* of its first character; from 1 */
+    int column;
+} json_source;
+
+static lc_status json_fail(const json_source *from, const char *text, size_t len, size_t offset, const char *why) {
     int line, column;
     lc_doc_place(text, len, offset, &line, &column);
-    return lc_fail(LC_EPARSE, "%s:%d:%d: not valid JSON: %s", name, line, column, why);
+    if (line == 1) column += from->column - 1;
+    return lc_fail(LC_EPARSE, "%s:%.0f:%d: not valid JSON: %s", from->name, from->line + line - 1, column, why);
 }
 
 static int hex4(const char *s, const char *end) {
@@ -143,7 +151,7 @@ static bool json_pass(json_parse *p, const char *text, size_t len, size_t *offse
     return status == yajl_status_ok;
 }
 
-static lc_status json_duplicate(json_parse *p, const char *name, const char *text, size_t len) {
+static lc_status json_duplicate(json_parse *p, const json_source *from, const char *text, size_t len) {
     char said[256], why[200];
     size_t offset = 0;
     const lc_doc_node *n = &p->build.node[p->build.duplicate];
@@ -152,18 +160,19 @@ static lc_status json_duplicate(json_parse *p, const char *name, const char *tex
     json_parse again = {.stop_at = p->build.duplicate};
     if (lc_doc_build_start(&again.build, len) == LC_OK) json_pass(&again, text, len, &offset, said, sizeof said);
     lc_doc_build_drop(&again.build);
-    return json_fail(name, text, len, offset, why);
+    return json_fail(from, text, len, offset, why);
 }
 
-lc_status lc_json_parse(const char *name, const char *text, size_t len, struct lc_doc **out) {
+lc_status lc_json_parse_at(const char *name, double line, int column, const char *text, size_t len, struct lc_doc **out) {
+    const json_source from = {name, line, column};
     char said[256];
     size_t offset = 0;
     *out = NULL;
     if (len > INT32_MAX) return lc_fail(LC_EPARSE, "%s: %.0f bytes of JSON; at most 2^31 are read", name, (double)len);
     ptrdiff_t bad = lc_utf8_invalid(text, len);
-    if (bad >= 0) return json_fail(name, text, len, (size_t)bad, "invalid UTF-8");
+    if (bad >= 0) return json_fail(&from, text, len, (size_t)bad, "invalid UTF-8");
     bad = json_lone_surrogate(text, len);
-    if (bad >= 0) return json_fail(name, text, len, (size_t)bad, "an escape of half a surrogate pair");
+    if (bad >= 0) return json_fail(&from, text, len, (size_t)bad, "an escape of half a surrogate pair");
 
     json_parse p = {.stop_at = -1};
     lc_status status = lc_doc_build_start(&p.build, len);
@@ -172,11 +181,15 @@ lc_status lc_json_parse(const char *name, const char *text, size_t len, struct l
         if (p.build.status != LC_OK) {
             status = p.build.status;
         } else if (p.build.duplicate >= 0) {
-            status = json_duplicate(&p, name, text, len);
+            status = json_duplicate(&p, &from, text, len);
         } else {
-            status = json_fail(name, text, len, offset, p.why ? p.why : said);
+            status = json_fail(&from, text, len, offset, p.why ? p.why : said);
         }
     }
     lc_doc_build_drop(&p.build);
     return status;
+}
+
+lc_status lc_json_parse(const char *name, const char *text, size_t len, struct lc_doc **out) {
+    return lc_json_parse_at(name, 1, 1, text, len, out);
 }

@@ -126,6 +126,9 @@ local function to_value(d, node)
   return out
 end
 
+-- The values of a document that another core module read.
+function M.from_doc(d) return to_value(d, 0) end
+
 -- A JSON or YAML text as Lua values; `name` is what errors call it.
 function M.parse(format, name, text)
   if type(text) ~= "string" then bridge.fail("the text of %s must be a string; got %s", name, type(text)) end

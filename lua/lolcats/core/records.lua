@@ -1,0 +1,44 @@
+-- Records of files over FFI: one at a time as Lua values, in a memory that holds one. lolcats.data.records is the public face.
+local bridge = require "lolcats.core.ffi"
+local io_core = require "lolcats.core.io"
+local ffi, C, check = bridge.ffi, bridge.C, bridge.check
+local M = {}
+
+local Records = {}
+Records.__index = Records
+local out = ffi.new("lc_doc *[1]")
+
+-- An open file. format: nil, by its name; columns: a list of names, of a parquet file.
+function M.open(path, format, columns)
+  local r = ffi.new("lc_records *[1]")
+  local names = columns and table.concat(columns, "\n") or nil
+  check(C.lc_records_open(r, path, format, names), "records")
+  return setmetatable({handle = ffi.gc(r[0], C.lc_records_close), path = path}, Records)
+end
+
+-- The next record, nil at the end.
+function Records:next()
+  if not self.handle then return nil end
+  check(C.lc_records_next(self.handle, out), "records")
+  if out[0] == nil then
+    self:close()
+    return nil
+  end
+  local d = ffi.gc(out[0], C.lc_doc_free)
+  local value = io_core.from_doc(d)
+  C.lc_doc_free(ffi.gc(d, nil))
+  return value
+end
+
+-- How many there are, where the file says it.
+function Records:count()
+  local n = self.handle and C.lc_records_count(self.handle) or -1
+  if n >= 0 then return n end
+end
+
+function Records:close()
+  if self.handle then C.lc_records_close(ffi.gc(self.handle, nil)) end
+  self.handle = nil
+end
+
+return M
