@@ -220,6 +220,15 @@ for name, halves in pairs {["a bf16 cache"] = thin, ["a bf16 state and cache"] =
   carried(name .. ", many rows", case(hedgehog, {d = 64, f = 32, h = 4, g = 1, b = 264, chunks = ones(3, 1), window = 1, halves = halves}))
 end
 carried("many rows, f32 weights", case(hedgehog, {d = 128, f = 64, h = 4, g = 1, b = 264, chunks = {1, 1, 1, 1, 1}, window = 2, weights_f32 = true}))
+-- enough rows for every multiprocessor: the emulated device has few
+local many = {h = 4, g = 1, b = device:match "^emulated" and 9 or 270, halves = thinner}
+local function of_many(more) for k, v in pairs(many) do more[k] = more[k] or v end return more end
+carried("tensor cores", case(hedgehog, of_many {d = 128, f = 64, chunks = ones(4, 190)}))
+carried("tensor cores, d 64", case(hedgehog, of_many {d = 64, f = 64, chunks = ones(3, 191), bias = true, skip = true, weights_f32 = true}))
+carried("tensor cores, f 128, relu, affine", case(hedgehog, of_many {d = 128, f = 128, map = "relu", chunks = ones(2, 150), affine = true}))
+carried("tensor cores, exponentials", case(hedgehog, of_many {d = 128, f = 32, map = "exp_dim", chunks = ones(2, 150)}))
+carried("tensor cores, pos_elu, sliding", case(hedgehog, of_many {d = 64, f = 64, map = "pos_elu", kind = "sliding", chunks = ones(3, 100)}))
+carried("tensor cores, small window, padding", case(hedgehog, of_many {d = 128, f = 64, window = 12, chunks = ones(26, 7), weights_f32 = true}))
 carried("a bf16 state, window 0", case(hedgehog, {d = 64, f = 32, chunks = ones(3, 70), window = 0, halves = {state = "bf16"}}))
 carried("a bf16 state, ready features", case(hedgehog, {d = 64, F = 32, map = "none", chunks = ones(3, 190), halves = thinner}))
 carried("an f16 state", case(hedgehog, {d = 64, f = 32, dtype = "f16", chunks = ones(2, 191), halves = {state = "f16", cache = "f16"}}))
