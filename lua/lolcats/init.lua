@@ -43,6 +43,7 @@ local elsewhere = {
   feature_map = {"lolcats.feature_map", "feature_map"},
   check = {"lolcats.feature_map", "check"},
   linearize = {"lolcats.linearize", "linearize"},
+  blockwise = {"lolcats.blockwise", "new"},
   load = {"lolcats.models", "load"},
   model = {"lolcats.models", "new"},
   session = {"lolcats.session", "new"},
