@@ -1,5 +1,6 @@
 -- distill.lua: linearize a softmax model: attention transfer, then LoRA, with perplexities before and after.
 --   lolcats distill --model DIR --data FILE.json
+--   lolcats distill --model_config NAME --distill_config NAME --finetune_config NAME    as the reference: see distill_reference
 -- The whole method stands in the two loops below. distill_smollm2 and distill_mistral are this recipe with other defaults.
 local lc = require "lolcats"
 local files, eval, log = lc.files, lc.eval, require "lolcats.log"
@@ -168,4 +169,5 @@ local function distill(d) -- d: defaults of the arguments
 end
 
 if ... == "recipe" then return distill end
+if require("lolcats.reference_flags").wanted(arg) then return lc.recipe "distill_reference" {} end
 distill {}

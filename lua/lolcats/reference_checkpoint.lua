@@ -1,0 +1,98 @@
+-- reference_checkpoint.lua: what a run trained, as the reference's .pt files have it (torch.save of a dict with model_state_dict, step
+-- and the metric), or as a folder of our own. Reads the reference's three spellings of names.
+local lc = require "lolcats"
+local files = require "lolcats.files"
+local lora = require "lolcats.lora"
+local log = require "lolcats.log"
+
+local M = {}
+
+local LONGEST = 250 -- bytes of a name; most file systems take 255
+
+--- A path whose names a file system takes: a longer one keeps its head and tail around a digest of the whole.
+function M.fits(path)
+    return (path:gsub("[^/]+", function(name)
+        if #name <= LONGEST then return nil end
+        local tail = name:match "[^-]*$"
+        if #tail > 60 then tail = tail:sub(-60) end
+        log.say("the name %s... has %d bytes, more than a file system takes; it is shortened", name:sub(1, 40), #name)
+        return name:sub(1, LONGEST - #tail - 12) .. "-" .. files.sha256(name):sub(1, 10) .. "-" .. tail
+    end))
+end
+
+-- One name for all spellings: "layers.0.self_attn.q_proj.lora_A.weight".
+local function canonical(name)
+    return (name:gsub("^.-(layers%.%d+%.)", "%1"):gsub("%.lora_([AB])%.default%.weight$", ".lora_%1.weight"))
+end
+
+local function trained(student)
+    local out = student.map_params and student:map_params() or {}
+    for _, p in ipairs(lora.parameters(student)) do out[#out + 1] = p end
+    return out
+end
+
+local function shape(x) return table.concat(x.shape, ", ") end
+
+--- Copies a checkpoint (.pt, .safetensors, or a folder of ours) into a student's maps, window factors and adapters. Returns how many
+--- tensors were taken. A tensor that is in neither, or has another shape, is an error; parameters that the file does not have stay.
+function M.load(student, path)
+    if files.is_folder(path) and files.exists(path .. "/student.safetensors") then path = path .. "/student.safetensors" end
+    if not files.exists(path) and files.exists((path:gsub("%.pt$", "")) .. "/student.safetensors") then
+        path = path:gsub("%.pt$", "") .. "/student.safetensors"
+    end
+    if not files.exists(path) then lc.fail("there is no checkpoint %s", path) end
+    local f = files.open_tensors(path)
+    local mine, taken, left = {}, 0, 0
+    for _, p in ipairs(trained(student)) do mine[canonical(p.name)] = p.tensor end
+    lc.no_grad(lc.scope, function()
+        for _, name in ipairs(f:names()) do
+            local key = canonical(name)
+            local p = mine[key]
+            if p then
+                local x = f:tensor(name)
+                if shape(x) ~= shape(p) then
+                    lc.fail("%s: '%s' is [%s], the student's is [%s]: other configurations made it", path, name, shape(x), shape(p))
+                end
+                p:detach():copy_(x)
+                taken = taken + 1
+            elseif key:match "%.lora_[AB]%.weight$" and not student.lora then
+                left = left + 1 -- adapters, before there are any
+            elseif not key:match "window_factor$" then -- the reference's second name of window_factors
+                lc.fail("%s: '%s' has no place in this student: other configurations made it", path, name)
+            end
+        end
+    end)
+    f:close()
+    if taken == 0 and left == 0 then lc.fail("%s holds nothing of this student", path) end
+    log.say("%s: %d tensors loaded%s", path, taken, left > 0 and (", %d of adapters not yet"):format(left) or "")
+    return taken
+end
+
+--- Writes what was trained. values: step and the metric. format: "pt", or "folder" (student:save). what: "maps" (maps and window factors
+--- that were trained), or "trained" (adapters and whatever else is trained now).
+function M.save(student, path, values, format, what)
+    path = M.fits(path)
+    files.make_dirs(files.dirname(path))
+    if format ~= "pt" or not files.tensor_format then
+        student:save((path:gsub("%.pt$", "")))
+        return
+    end
+    local list = {}
+    if what == "maps" then
+        for _, p in ipairs(student:map_params()) do
+            if p.tensor.requires_grad then list[#list + 1] = { name = p.name, tensor = p.tensor:detach() } end
+        end
+    else
+        for _, p in ipairs(trained(student)) do
+            if p.tensor.requires_grad then
+                local name = p.name:gsub("^base_model%.model%.", ""):gsub("%.lora_([AB])%.weight$", ".lora_%1.default.weight")
+                list[#list + 1] = { name = "base_model.model." .. name, tensor = p.tensor:detach() }
+            end
+        end
+    end
+    local plain = {}
+    for k, v in pairs(values) do plain[k] = k == "step" and v or { real = v } end
+    files.save_tensors(path, list, nil, { values = plain, wrap = "model_state_dict" })
+end
+
+return M

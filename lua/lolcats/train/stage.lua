@@ -1,0 +1,84 @@
+-- stage.lua: one stage of training as an experiment configuration describes it: its trainer, optimizer, schedule, length, evaluation,
+-- results file and checkpoints, on a student and its data. What the reference gets wrong is right here; with compat its way is taken
+-- and said.
+local lc = require "lolcats"
+local files = require "lolcats.files"
+local configs = require "lolcats.configs"
+local trainers = require "lolcats.train.trainers"
+local names = require "lolcats.run_name"
+local log = require "lolcats.log"
+
+local M = {}
+
+-- ---- the results file: a row an evaluation, as pandas writes it -----------------------------------------------------
+local HEAD = ",eval_step,eval/loss,eval/ppl,eval/seq_len\n"
+
+--- Puts the row of an evaluation into a results file and drops rows of later updates, which a resumed run will measure again.
+function M.add_result(path, step, values)
+    local rows = {}
+    if files.is_file(path) then
+        for line in files.read(path):gmatch "[^\n]+" do
+            local _, at, rest = line:match "^(%d+),(%d+)(,.*)$"
+            if at and tonumber(at) < step then rows[#rows + 1] = ("%d,%s%s"):format(#rows, at, rest) end
+        end
+    end
+    local function show(v) return v and names.python_float(v) or "" end
+    rows[#rows + 1] = ("%d,%d,%s,%s,%s"):format(#rows, step, show(values.loss), show(values.ppl), show(values.seq_len))
+    files.make_dirs(files.dirname(path))
+    files.write(path, HEAD .. table.concat(rows, "\n") .. "\n")
+end
+
+-- ---- quirks ---------------------------------------------------------------------------------------------------------
+local SAID = {}
+local function quirk(text)
+    if SAID[text] then return end
+    SAID[text] = true
+    log.say("compat: %s", text)
+end
+
+-- Rows that evaluation looks at.
+local function eval_rows(rows, trainer, compat)
+    local n = trainer.max_eval_batches
+    if not n or n < 0 then return rows:list() end
+    if compat then
+        quirk "evaluation looks at one batch more than max_eval_batches"
+        n = n + 1
+    end
+    return rows:list(n)
+end
+
+-- ---- the stage ------------------------------------------------------------------------------------------------------
+--- Trains. o: name ("distill" or "ft"), out (folder of lc.run's files), tree (the experiment), student, params, data ({train =,
+--- validation =}), seed, batch, clip, compat, csv (path), fresh, chunk, save(step, values): called at every num_save_ckpt_steps updates
+--- with an evaluation. Returns lc.run's summary.
+function M.train(o)
+    local trainer, t = trainers.find(o.tree.trainer.name), o.tree.trainer
+    local length = configs.length(o.tree)
+    local rows = eval_rows(o.data.validation, t, o.compat)
+    local how = { mse_factor = t.mse_factor, xent_factor = t.xent_factor, chunk = o.chunk, reference = o.compat }
+    if t.name == "distill_attention_mse_linear" then how.xent_factor = 0 end
+    if o.compat and trainer.stage == "language" and not trainer.layerwise then
+        quirk "eval/loss and eval/ppl are means over chunks of each chunk's own"
+    end
+    local fsdp = o.tree.fsdp
+    local clip = o.clip or (fsdp and fsdp.gradient_clipping and (fsdp.gradient_clipping_threshold or 1)) or 0
+    local every = t.num_save_ckpt_steps or 1000
+    local run
+    run = lc.run {
+        name = o.name, out = o.out, data = o.data.train, params = o.params, model = o.student, optim = configs.optimizer(o.tree),
+        schedule = configs.schedule(o.tree), clip = clip > 0 and clip or nil, epochs = length.epochs, max_steps = length.max_steps,
+        accumulate = length.accumulate, batch = o.batch or o.tree.dataloader and o.tree.dataloader.batch_size or 1, seed = o.seed,
+        eval_every = length.eval_every, metric = "loss", mode = t.greater_is_better and "max" or "min", fresh = o.fresh,
+        load_best = t.load_best_model_at_end ~= false, eval = function(self)
+            local values = trainer.evaluate(o.student, rows, how)
+            if o.csv then M.add_result(o.csv, self.step, values) end
+            if o.save and self.step % every == 0 then o.save(self.step, values) end
+            return values
+        end,
+    }
+    for batch in run:steps() do trainer.step(o.student, batch, run, how) end
+    return run:summary()
+end
+
+M.quirk = quirk
+return M
