@@ -1,4 +1,4 @@
-/* quant.c: block-quantised formats of GGUF to float. One function a format, a block at a time; the inner loops have
+/* quant.c: block-quantised formats of GGUF to float, and the simple ones from float. One function a format, a block at a time; the inner loops have
  * fixed length so that the compiler vectorises them. Products and sums are rounded one by one (no fused multiply-add):
  * the values are then those of every other reader. */
 #include "quant.h"
@@ -189,5 +189,107 @@ void lc_dequantise(int dtype, const void *blocks, float *out, int64_t n) {
     case LC_K_IQ4_NL: EACH_BLOCK(block_iq4_nl, 32, 18);
     case LC_K_FILE_IQ4_XS: EACH_BLOCK(block_iq4_xs, 256, 136);
     default: return;
+    }
+}
+
+/* ---- from float
+ * ------------------------------------------------------------------------------------------------------ */
+
+/* Rounded to nearest even. */
+static void put_half(uint8_t *p, float value) {
+    uint32_t bits, sign, size, half;
+    float shifted;
+    memcpy(&bits, &value, sizeof bits);
+    sign = bits >> 16 & 0x8000u;
+    size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (size >= 0x477ff000u) {
+        half = 0x7c00u;
+    } else if (size < 0x38800000u) { /* adding 0.5 leaves the rounded fraction in the low bits */
+        memcpy(&shifted, &size, sizeof shifted);
+        shifted += 0.5f;
+        memcpy(&half, &shifted, sizeof half);
+        half -= 0x3f000000u;
+    } else {
+        half = (size - 0x38000000u + 0xfffu + (size >> 13 & 1)) >> 13;
+    }
+    half |= sign;
+    p[0] = (uint8_t)half;
+    p[1] = (uint8_t)(half >> 8);
+}
+
+static int clipped(float v, int most) { return v >= (float)most ? most : v > 0 ? (int)v : 0; }
+
+/* The scale that maps the entry of largest size to -levels. */
+static float signed_scale(const float *x, int levels) {
+    float most = 0, size = -1;
+    for (int i = 0; i < 32; i++) {
+        float a = x[i] < 0 ? -x[i] : x[i];
+        if (a > size) {
+            size = a;
+            most = x[i];
+        }
+    }
+    return most / (float)-levels;
+}
+
+static float range_scale(const float *x, int levels, float *least) {
+    float most = x[0];
+    *least = x[0];
+    for (int i = 1; i < 32; i++) {
+        most = x[i] > most ? x[i] : most;
+        *least = x[i] < *least ? x[i] : *least;
+    }
+    return (most - *least) / (float)levels;
+}
+
+static void put_codes(uint8_t *b, uint8_t *high, const int *q) {
+    for (int i = 0; i < 16; i++) b[i] = (uint8_t)((q[i] & 15) | (q[i + 16] & 15) << 4);
+    for (int i = 0; high && i < 4; i++) high[i] = 0;
+    for (int i = 0; high && i < 32; i++) high[i / 8] = (uint8_t)(high[i / 8] | q[i] >> 4 << i % 8);
+}
+
+static void to_signed(const float *x, uint8_t *b, int levels) {
+    float d = signed_scale(x, levels), inverse = d == 0 ? 0 : 1 / d;
+    int q[32];
+    for (int i = 0; i < 32; i++) q[i] = clipped(x[i] * inverse + ((float)levels + 0.5f), 2 * levels - 1);
+    put_half(b, d);
+    put_codes(levels == 8 ? b + 2 : b + 6, levels == 8 ? NULL : b + 2, q);
+}
+
+static void to_range(const float *x, uint8_t *b, int levels) {
+    float least, d = range_scale(x, levels, &least), inverse = d == 0 ? 0 : 1 / d;
+    int q[32];
+    for (int i = 0; i < 32; i++) q[i] = clipped((x[i] - least) * inverse + 0.5f, levels);
+    put_half(b, d);
+    put_half(b + 2, least);
+    put_codes(levels == 15 ? b + 4 : b + 8, levels == 15 ? NULL : b + 4, q);
+}
+
+static void to_q8_0(const float *x, uint8_t *b) {
+    float most = 0;
+    for (int i = 0; i < 32; i++) most = (x[i] < 0 ? -x[i] : x[i]) > most ? (x[i] < 0 ? -x[i] : x[i]) : most;
+    float d = most / 127, inverse = d == 0 ? 0 : 1 / d;
+    put_half(b, d);
+    for (int i = 0; i < 32; i++) {
+        float v = x[i] * inverse, size = v < 0 ? -v : v; /* halves are rounded away from 0 */
+        int whole = clipped(size, 127);
+        whole += size - (float)whole >= 0.5f && whole < 127;
+        b[2 + i] = (uint8_t)(int8_t)(v < 0 ? -whole : whole);
+    }
+}
+
+void lc_quantise(int dtype, const float *in, void *blocks, int64_t n) {
+    uint8_t *b = blocks;
+    for (int64_t i = 0; i < n / 32; i++, in += 32) {
+        switch (dtype) {
+        case LC_K_Q4_0: to_signed(in, b + i * 18, 8); break;
+        case LC_K_Q4_1: to_range(in, b + i * 20, 15); break;
+        case LC_K_Q5_0: to_signed(in, b + i * 22, 16); break;
+        case LC_K_Q5_1: to_range(in, b + i * 24, 31); break;
+        case LC_K_Q8_0: to_q8_0(in, b + i * 34); break;
+        default: return;
+        }
     }
 }

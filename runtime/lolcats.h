@@ -183,6 +183,7 @@ double lc_file_bytes(const lc_file *f, int i);
 int lc_file_tensor(const lc_file *f, int i, lc_handle *out); /* a view of the mapping, in the file's dtype */
 int lc_file_read(const lc_file *f, int i, int dtype, const lc_handle *into); /* converts into an existing CPU tensor's storage */
 const lc_doc *lc_file_extra(const lc_file *f);       /* PyTorch: an object of what is no tensor, the file's own; NULL: none */
+int lc_file_described(const lc_file *f);             /* PyTorch: its metadata is that of a safetensors file it was made from */
 int lc_file_meta_count(const lc_file *f);
 const char *lc_file_meta_key(const lc_file *f, int i);
 int lc_file_meta_kind(const lc_file *f, int i);      /* as lc_doc_kind; arrays are 4 */
@@ -194,6 +195,21 @@ int32_t lc_file_meta_size(const lc_file *f, int i);  /* elements of an array */
 /* Writes aside, syncs, renames. The header is built from n names and tensors (CPU or device) and `metadata`, a JSON object
  * of strings or NULL. */
 int lc_safetensors_save(const char *path, int n, const char *const *names, const lc_handle *tensors, const char *metadata);
+
+/* A file of tensors in the making; format "safetensors" | "torch" | "gguf". What is added is borrowed until lc_writer_finish, which
+ * writes aside, syncs, renames. lc_writer_free comes after it in any case. */
+typedef struct lc_writer lc_writer;
+int lc_writer_open(lc_writer **out, const char *path, const char *format);
+int lc_writer_tensor(lc_writer *w, const char *name, const lc_handle *tensor);
+int lc_writer_stored(lc_writer *w, const char *name, const lc_file *f, int i, int dtype); /* dtype -1: as it is stored */
+int lc_writer_describe(lc_writer *w, const char *key, const char *text, double length);   /* safetensors' __metadata__; NULL: an empty one */
+/* A plain value beside the tensors. kind: torch: as lc_doc_kind (-1: a float); gguf: its value type, 9 an array of what follows. */
+int lc_writer_value(lc_writer *w, const char *key, int kind, double number, const char *text, double length);
+int lc_writer_element(lc_writer *w, int kind, double number, const char *text, double length);
+int lc_writer_copy_value(lc_writer *w, const lc_file *f, int i);  /* a metadata value of a GGUF */
+int lc_writer_wrap(lc_writer *w, const char *key);                /* torch: the dict of tensors stands under this key */
+int lc_writer_finish(lc_writer *w);
+void lc_writer_free(lc_writer *w);
 
 /* Whole-file helpers. lc_write_file writes aside, syncs, renames. lc_read_file: caller frees with lc_free. */
 int lc_write_file(const char *path, const char *data, double length);

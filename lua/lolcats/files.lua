@@ -1,6 +1,7 @@
 -- files: reading and writing as recipes and the library see it: text, JSON, YAML, folders, and tensors in one file or
 -- in shards. JSON's null is files.null; an empty array is made by files.array{}.
 local io_core = require "lolcats.core.io"
+local save_core = require "lolcats.core.save"
 local bridge = require "lolcats.core.ffi"
 local files = {}
 
@@ -42,7 +43,96 @@ function files.write_json(path, value, options)
 end
 
 -- ---- tensors ------------------------------------------------------------------------------------------------------
-files.save_tensors = io_core.save_tensors
+local FORMATS = {safetensors = "safetensors", pt = "torch", pth = "torch", bin = "torch", gguf = "gguf"}
+
+--- The format that a file's ending stands for: "safetensors", "torch", "gguf", or nil.
+function files.tensor_format(path) return FORMATS[(path:match("%.(%w+)$") or ""):lower()] end
+
+-- {name = tensor}, or a list of {name =, tensor =} or {name =, file =, from =, dtype =}, as a list.
+local function entry_list(tensors)
+  if type(tensors) ~= "table" then bridge.fail("save_tensors: a table {name = tensor} is needed") end
+  if #tensors > 0 then return tensors end
+  local list = {}
+  for name, x in pairs(tensors) do
+    if type(name) ~= "string" or not bridge.is_tensor(x) then
+      bridge.fail("save_tensors: every entry is name = tensor; '%s' is a %s", tostring(name), type(x))
+    end
+    list[#list + 1] = {name = name, tensor = x}
+  end
+  table.sort(list, function(a, b) return a.name < b.name end)
+  return list
+end
+
+--- Writes {name = tensor} as the file's ending says (.safetensors, .pt, .bin, .gguf; else safetensors), whole or not at all. Tensors
+--- of an open file are copied, or converted, a piece at a time: {{name =, file =, from =, dtype =}, ..}. metadata: {string =
+--- string}. options: format, values and wrap (.pt: plain values beside the tensors, the key that holds them), like (.gguf: an
+--- open GGUF whose metadata is taken over).
+function files.save_tensors(path, tensors, metadata, options)
+  if type(path) ~= "string" then bridge.fail("save_tensors: the path must be a string; got %s", type(path)) end
+  local o = {metadata = metadata}
+  for k, v in pairs(options or {}) do o[k] = v end
+  save_core.write(path, o.format or files.tensor_format(path) or "safetensors", entry_list(tensors), o)
+end
+
+local function entry_bytes(e)
+  if e.tensor then return e.tensor:nbytes() end
+  local info = e.file:info(e.from or e.name)
+  if not e.dtype then return info.bytes end
+  local n = ({f32 = 4, f64 = 8, i32 = 4, i64 = 8, u8 = 1})[e.dtype] or 2
+  for _, d in ipairs(info.shape) do n = n * d end
+  return n
+end
+
+-- In the order given, each shard at most `most` bytes (or one tensor).
+local function cut(list, most)
+  local shards, total = {{bytes = 0}}, 0
+  for _, e in ipairs(list) do
+    local bytes, last = entry_bytes(e), shards[#shards]
+    if #last > 0 and last.bytes + bytes > most then
+      last = {bytes = 0}
+      shards[#shards + 1] = last
+    end
+    last[#last + 1] = e
+    last.bytes = last.bytes + bytes
+    total = total + bytes
+  end
+  return shards, total
+end
+
+--- Writes a model's tensors into a folder as Hugging Face lays them out: model.safetensors, or above max_shard bytes (5 GB)
+--- model-00001-of-0000N.safetensors and an index. The index comes last and old shards go after it: a reader finds the old
+--- files or the new ones. options: max_shard, metadata, format ("torch": pytorch_model.bin).
+function files.save_sharded(folder, tensors, options)
+  local o = options or {}
+  local torch = o.format == "torch"
+  local stem, ending = torch and "pytorch_model" or "model", torch and ".bin" or ".safetensors"
+  local list = entry_list(tensors)
+  local shards, total = cut(list, o.max_shard or 5e9)
+  local index = files.join(folder, stem .. ending .. ".index.json")
+  local metadata = o.metadata or not torch and {format = "pt"} or nil
+  files.make_dirs(folder)
+  local function save(name, part) files.save_tensors(files.join(folder, name), part, metadata, {format = o.format or "safetensors"}) end
+  local written = {}
+  if #shards == 1 then
+    written[stem .. ending] = true
+    save(stem .. ending, shards[1])
+    if files.is_file(index) then files.remove(index) end
+  else
+    local map = {}
+    for i, part in ipairs(shards) do
+      local name = ("%s-%05d-of-%05d%s"):format(stem, i, #shards, ending)
+      written[name] = true
+      for _, e in ipairs(part) do map[e.name] = name end
+      save(name, part)
+    end
+    files.write_json(index, {metadata = {total_size = total}, weight_map = map})
+    if files.is_file(files.join(folder, stem .. ending)) then files.remove(files.join(folder, stem .. ending)) end
+  end
+  for _, name in ipairs(files.list(folder)) do
+    if name:match("^" .. stem .. "%-%d+%-of%-%d+%" .. ending .. "$") and not written[name] then files.remove(files.join(folder, name)) end
+  end
+  return #shards
+end
 
 -- A folder of shards under one index file, with the methods of a single file.
 local Shards = {}
@@ -107,10 +197,15 @@ end
 function Shards:has(name) return self.map[name] ~= nil end
 function Shards:info(name) return part_of(self, name):info(name) end
 function Shards:tensor(name, options) return part_of(self, name):tensor(name, options) end
+function Shards:stored(name) return part_of(self, name):stored(name) end
 function Shards:read_into(name, into) return part_of(self, name):read_into(name, into) end
 function Shards:meta(key)
   local _, part = next(self.parts)
   return part and part:meta(key)
+end
+function Shards:description()
+  local _, part = next(self.parts)
+  return part and part:description()
 end
 function Shards:close()
   for _, part in pairs(self.parts or {}) do part:close() end

@@ -318,6 +318,8 @@ double lc_file_bytes(const lc_file *f, int i) {
     return e ? (double)e->bytes : -1;
 }
 
+int lc_file_described(const lc_file *f) { return f && f->described; }
+
 const lc_doc *lc_file_extra(const lc_file *f) { return f ? f->extra : NULL; }
 
 /* ---- metadata
@@ -348,9 +350,9 @@ double lc_file_meta_number(const lc_file *f, int i, int32_t element) {
     return m && m->value ? lc_gguf_number(m, element) : 0;
 }
 
-static uint64_t length_at(const uint8_t *p) {
-    uint64_t n;
-    memcpy(&n, p, sizeof n);
+static uint64_t length_at(const lc_file *f, const uint8_t *p) {
+    uint64_t n = 0;
+    for (int i = f->length_bytes; i-- > 0;) n = n << 8 | p[i];
     return n;
 }
 
@@ -363,8 +365,8 @@ const char *lc_file_meta_string(const lc_file *f, int i, int32_t element, int32_
         return m->kind == LC_DOC_STRING ? m->string : NULL;
     }
     if (!m->element || element >= m->count) return NULL;
-    if (length) *length = (int32_t)length_at(m->element[element]);
-    return (const char *)m->element[element] + 8;
+    if (length) *length = (int32_t)length_at(f, m->element[element]);
+    return (const char *)m->element[element] + f->length_bytes;
 }
 
 int32_t lc_file_meta_size(const lc_file *f, int i) {

@@ -59,6 +59,8 @@ struct lc_file {
     uint32_t *slot; /* hash table of the tensors' names */
     size_t slots;
     uint64_t seed;
+    int length_bytes;  /* GGUF: of the length before a string: 4 in version 1, else 8 */
+    bool described;    /* PyTorch: the description of a safetensors file is in it */
     lc_doc *extra;     /* PyTorch: the values that are no tensors */
     lc_mapping **part; /* the files of a distributed checkpoint */
     int parts;
@@ -96,5 +98,7 @@ lc_status lc_file_runs(const lc_file_entry *e, lc_status (*each)(void *ctx, cons
 
 /* GGUF's part of lc_file_meta_number and lc_file_meta_string. */
 double lc_gguf_number(const lc_file_meta *m, int32_t element);
+int lc_gguf_value_bytes(int type);              /* of a metadata value; 0: a string or an array */
+int lc_gguf_type(const char *name, int store);  /* GGUF's number of an element type, by name or else by store; -1: none */
 
 #endif

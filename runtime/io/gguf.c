@@ -1,4 +1,4 @@
-/* gguf.c: the reader of GGUF (versions 2 and 3, little-endian): metadata of all value types, tensor infos, and the
+/* gguf.c: the reader of GGUF (versions 1 to 3, little-endian; version 1 counts and measures in 32 bits): metadata of all value types, tensor infos, and the
  * place of the data. Every count is checked against the bytes that are left before anything is allocated for it. */
 #include <stdlib.h>
 #include <string.h>
@@ -55,6 +55,7 @@ static const struct gguf_type {
 typedef struct gguf_reader {
     struct lc_file *file;
     size_t at;
+    int wide; /* bytes of a count or a length: 4 in version 1, else 8 */
 } gguf_reader;
 
 /* ---- bytes
@@ -83,7 +84,7 @@ static lc_status take_number(gguf_reader *r, int bytes, uint64_t *out, const cha
 }
 
 static lc_status take_string(gguf_reader *r, const uint8_t **out, uint64_t *length, const char *what) {
-    LC_TRY(take_number(r, 8, length, what));
+    LC_TRY(take_number(r, r->wide, length, what));
     return take(r, *length, out, what);
 }
 
@@ -124,11 +125,11 @@ static lc_status read_string_array(gguf_reader *r, lc_file_meta *m) {
 static lc_status read_array(gguf_reader *r, lc_file_meta *m) {
     uint64_t type = 0, count = 0;
     LC_TRY(take_number(r, 4, &type, "an array's type"));
-    LC_TRY(take_number(r, 8, &count, "an array's length"));
+    LC_TRY(take_number(r, r->wide, &count, "an array's length"));
     if (type == V_ARRAY) return lc_fail(LC_EPARSE, "'%.200s' is an array of arrays, which is not read", m->key);
     if (type >= V_COUNT)
         return lc_fail(LC_EPARSE, "'%.200s' is an array of the unknown value type %.0f", m->key, (double)type);
-    uint64_t each = type == V_STRING ? 8 : value_bytes[type], left = r->file->bytes - r->at;
+    uint64_t each = type == V_STRING ? (uint64_t)r->wide : value_bytes[type], left = r->file->bytes - r->at;
     if (count > left / each || count > INT32_MAX)
         return lc_fail(LC_EPARSE, "'%.200s' has %.0f elements, but the file ends %.0f bytes on", m->key, (double)count,
                        (double)left);
@@ -178,6 +179,14 @@ double lc_gguf_number(const lc_file_meta *m, int32_t element) {
     }
 }
 
+int lc_gguf_value_bytes(int type) { return type >= 0 && type < V_COUNT ? value_bytes[type] : 0; }
+
+int lc_gguf_type(const char *name, int store) {
+    for (size_t i = 0; i < sizeof gguf_types / sizeof *gguf_types; i++)
+        if (name ? strcmp(gguf_types[i].name, name) == 0 : gguf_types[i].store == store && store >= 0) return gguf_types[i].id;
+    return -1;
+}
+
 static lc_status read_alignment(const struct lc_file *f, uint64_t *out) {
     *out = 32;
     int at = lc_file_meta_find(f, "general.architecture");
@@ -204,7 +213,7 @@ static lc_status read_dims(gguf_reader *r, lc_file_entry *e) {
     if (!e->dim) return LC_ENOMEM;
     e->ndim = (int)ndim;
     for (int i = e->ndim - 1; i >= 0; i--) { /* the file begins with the fastest */
-        LC_TRY(take_number(r, 8, &dim, "a tensor's dims"));
+        LC_TRY(take_number(r, r->wide, &dim, "a tensor's dims"));
         if (dim > (uint64_t)1 << 53)
             return lc_fail(LC_EPARSE, "tensor '%.200s' has a dim of %.0f", e->name, (double)dim);
         e->dim[i] = (int64_t)dim;
@@ -261,17 +270,19 @@ static lc_status read_counts(gguf_reader *r, uint64_t *tensors, uint64_t *values
     uint64_t version = 0;
     r->at = 4;
     LC_TRY(take_number(r, 4, &version, "the version"));
-    if (version != 2 && version != 3) {
+    r->wide = version == 1 ? 4 : 8;
+    r->file->length_bytes = r->wide;
+    if (version < 1 || version > 3) {
         if (version && !(version & 0xffff))
             return lc_fail(LC_EPARSE, "a big-endian GGUF file; only little-endian ones are read");
-        return lc_fail(LC_EPARSE, "GGUF version %.0f; expected 2 or 3", (double)version);
+        return lc_fail(LC_EPARSE, "GGUF version %.0f; expected 1 to 3", (double)version);
     }
-    LC_TRY(take_number(r, 8, tensors, "the number of tensors"));
-    LC_TRY(take_number(r, 8, values, "the number of metadata values"));
-    uint64_t left = r->file->bytes - r->at; /* a tensor's info has at least 24 bytes, a metadata value 13 */
-    if (*tensors > left / 24 || *tensors > GGUF_MAX_ENTRIES)
+    LC_TRY(take_number(r, r->wide, tensors, "the number of tensors"));
+    LC_TRY(take_number(r, r->wide, values, "the number of metadata values"));
+    uint64_t left = r->file->bytes - r->at; /* a tensor's info has at least 20 bytes, a metadata value 9 */
+    if (*tensors > left / 20 || *tensors > GGUF_MAX_ENTRIES)
         return lc_fail(LC_EPARSE, "%.0f tensors cannot stand in %.0f bytes", (double)*tensors, (double)left);
-    if (*values > left / 13 || *values > GGUF_MAX_ENTRIES)
+    if (*values > left / 9 || *values > GGUF_MAX_ENTRIES)
         return lc_fail(LC_EPARSE, "%.0f metadata values cannot stand in %.0f bytes", (double)*values, (double)left);
     return LC_OK;
 }

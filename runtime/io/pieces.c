@@ -2,7 +2,6 @@
 #include <string.h>
 
 #include "file.h"
-#include "quant.h"
 
 bool lc_piece_is_whole(const lc_file_entry *e, int i) {
     const lc_file_piece *p = &e->piece[i];
@@ -35,7 +34,7 @@ static int run_dims(const lc_file_entry *e, const lc_file_piece *p, int64_t *cou
 
 static lc_status piece_runs(const lc_file_entry *e, const lc_file_piece *p, lc_status (*each)(void *, const lc_file_run *),
                             void *ctx) {
-    int64_t at[64] = {0}, place[64], span = 1, item = lc_store_block_bytes(e->store);
+    int64_t at[64] = {0}, place[64], span = 1, item, elements = 1;
     lc_file_run run = {.piece = p};
     if (e->ndim > 64) return lc_fail(LC_ESHAPE, "%d dims", e->ndim);
     for (int d = e->ndim - 1; d >= 0; d--) {
@@ -43,6 +42,8 @@ static lc_status piece_runs(const lc_file_entry *e, const lc_file_piece *p, lc_s
         place[d] = span;
         span *= e->dim[d];
     }
+    for (int d = 0; d < e->ndim; d++) elements *= e->dim[d];
+    item = (int64_t)e->bytes / elements; /* of any type, converted here or not */
     int outer = run_dims(e, p, &run.count, &run.step);
     for (;;) {
         int64_t from = 0;

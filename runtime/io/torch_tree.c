@@ -320,6 +320,7 @@ static int32_t find_wrapper(const lc_pickle *p) {
 static lc_status read_attribute(struct lc_file *f, const lc_pickle *p, int32_t dict) {
     int32_t meta = lc_pickle_is(p, dict, LC_PK_DICT) ? lc_pickle_get(p, p->node[dict].state, "__metadata__") : -1;
     if (!lc_pickle_is(p, meta, LC_PK_DICT)) return LC_OK;
+    f->described = true;
     f->meta = lc_alloc((size_t)p->node[meta].items.count / 2 + 1, sizeof *f->meta);
     if (!f->meta) return LC_ENOMEM;
     for (int32_t i = p->node[meta].items.first; i >= 0; i = p->item[i].next) {

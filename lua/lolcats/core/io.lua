@@ -292,6 +292,9 @@ function File:info(name)
           file_dtype = ffi.string(C.lc_file_dtype_name(f, i)), offset = C.lc_file_offset(f, i), path = self.path}
 end
 
+-- The handle of C, and the place of a tensor, for those who write.
+function File:stored(name) return open_handle(self), name and index_of(self, name) end
+
 -- A read-only view of the mapped file in its own dtype, or with {dtype = "f32"} a converted copy.
 function File:tensor(name, options)
   local f, i = open_handle(self), index_of(self, name)
@@ -360,37 +363,21 @@ function File:meta(key)
   return out
 end
 
+-- The strings that a safetensors file says of itself, also where they went through a PyTorch file; nil when there are none.
+function File:description()
+  local f, out = open_handle(self), {}
+  local d = self.format == "torch" and C.lc_file_described(f) == 0
+  if d or self.format == "gguf" then return nil end
+  for i = 0, C.lc_file_meta_count(f) - 1 do
+    if C.lc_file_meta_kind(f, i) == STRING then out[ffi.string(C.lc_file_meta_key(f, i))] = meta_value(f, i) end
+  end
+  return out
+end
+
 function File:meta_keys()
   local f, keys = open_handle(self), {}
   for i = 0, C.lc_file_meta_count(f) - 1 do keys[i + 1] = ffi.string(C.lc_file_meta_key(f, i)) end
   return keys
-end
-
--- Writes {name = tensor} as safetensors; metadata: {string = string}.
-function M.save_tensors(path, tensors, metadata)
-  local names = {}
-  if type(tensors) ~= "table" then bridge.fail("save_tensors: a table {name = tensor} is needed") end
-  for name, x in pairs(tensors) do
-    if type(name) ~= "string" or not bridge.is_tensor(x) then
-      bridge.fail("save_tensors: every entry is name = tensor; '%s' is a %s", tostring(name), type(x))
-    end
-    names[#names + 1] = name
-  end
-  table.sort(names)
-  for key, v in pairs(metadata or {}) do
-    if type(key) ~= "string" or type(v) ~= "string" then
-      bridge.fail("save_tensors: metadata '%s' must be a string", tostring(key))
-    end
-  end
-  local n = #names
-  local c_names, cells = ffi.new("const char *[?]", math.max(1, n)), ffi.new("lc_handle[?]", math.max(1, n))
-  for i, name in ipairs(names) do
-    c_names[i - 1] = name
-    cells[i - 1]._slot, cells[i - 1]._gen = tensors[name]._slot, tensors[name]._gen
-  end
-  check(C.lc_safetensors_save(text_argument("the path", path), n, c_names, cells,
-                              metadata and next(metadata) and M.to_json(metadata) or nil),
-        "save_tensors")
 end
 
 return M
