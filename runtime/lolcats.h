@@ -163,6 +163,7 @@ int32_t lc_doc_first(const lc_doc *d, int32_t node);
 int32_t lc_doc_next(const lc_doc *d, int32_t node);
 int32_t lc_doc_size(const lc_doc *d, int32_t node);
 double lc_doc_number(const lc_doc *d, int32_t node);
+int lc_doc_is_integer(const lc_doc *d, int32_t node); /* a number written without fraction or exponent */
 const char *lc_doc_string(const lc_doc *d, int32_t node, int32_t *length);
 const char *lc_doc_key(const lc_doc *d, int32_t node, int32_t *length);
 
@@ -271,6 +272,9 @@ int lc_tokenizer_decode(lc_tokenizer *t, const int32_t *ids, int32_t count, int 
 int32_t lc_tokenizer_id(const lc_tokenizer *t, const char *token);       /* exact content; -1 when there is none */
 const char *lc_tokenizer_token(const lc_tokenizer *t, int32_t id, int32_t *length); /* as in the file; NULL: no such id */
 int lc_tokenizer_is_special(const lc_tokenizer *t, int32_t id);
+/* UTF-8 in upper case ('u'), lower case ('l'), or as a title ('t': each first letter of a run of letters; 'c': of the text) with
+ * Unicode's full mappings, as Python's str methods; *out is malloc'ed. */
+int lc_text_case(const char *text, double length, int how, char **out, int32_t *out_length);
 
 /* Does a regular expression match the whole of a text? */
 int lc_regex_match(const char *pattern, const char *text, int *matched);

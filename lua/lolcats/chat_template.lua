@@ -8,13 +8,18 @@
 -- Values: Lua strings, numbers and booleans; a table is a list when it has [1] or is empty, else a mapping.
 -- template.null is None (so are JSON libraries' null userdata); a missing variable is undefined, as in Jinja, but `tools`
 -- and `documents` are None when not given, as in Hugging Face. template.object(t, keys) marks a mapping and may give the
--- order of its keys; template.list(t) marks an empty list.
+-- order of its keys; template.list(t) marks an empty list; template.from_json(text) keeps the order that the text has.
 
+local core = require "lolcats.core.text"
 local cut = require "lolcats.chat_template_lexer"
 local filters = require "lolcats.chat_template_filters"
 local values = require "lolcats.chat_template_values"
+require "lolcats.chat_template_methods"
 
 local template = {null = values.null, object = values.object, list = values.list}
+
+--- A JSON text as values for templates: tools, for example, whose keys a template writes in the order given.
+function template.from_json(text) return core.parse_ordered(text, values) end
 
 local null, undefined, is_undefined = values.null, values.undefined, values.is_undefined
 local truthy, to_string, fail = values.truthy, values.to_string, values.fail
@@ -112,13 +117,13 @@ function Parser:primary()
     if literals[token.text] ~= nil then return {kind = "literal", line = line, value = literals[token.text]} end
     return {kind = "name", line = line, name = token.text}
   elseif token.text == "(" then
-    if self:take(")") then return {kind = "list", line = line, items = {}} end
+    if self:take(")") then return {kind = "list", tuple = true, line = line, items = {}} end
     local first = self:expression()
     if self:take(")") then return first end
     self:expect(",")
     local items = self:items(")")
     table.insert(items, 1, first)
-    return {kind = "list", line = line, items = items}
+    return {kind = "list", tuple = true, line = line, items = items}
   elseif token.text == "[" then
     return {kind = "list", line = line, items = self:items("]")}
   elseif token.text == "{" then
@@ -286,7 +291,7 @@ function Parser:tuple()
     if self:peek().kind == "end" then break end
     items[#items + 1] = self:expression()
   end
-  return {kind = "list", line = line, items = items}
+  return {kind = "list", tuple = true, line = line, items = items}
 end
 
 -- Statements ----------------------------------------------------------------------------------------------------------
@@ -321,6 +326,16 @@ function Reader:block(ends, opened, line)
       end
     end
   end
+end
+
+--- Does a tag from the part at `first` on, up to here, name this variable?
+function Reader:mentions(name, first)
+  for i = first, self.at - 1 do
+    for _, token in ipairs(self.parts[i].tokens or {}) do
+      if token.kind == "name" and token.text == name then return true end
+    end
+  end
+  return false
 end
 
 -- "a", "a, b" or "(a, b)" on the left of `in` or `=`.
@@ -397,7 +412,9 @@ statements["macro"] = function(reader, parser, line)
     if not parser:take(",") and not parser:is(")") then parser:expect(")") end
   end
   parser:done()
+  local first = reader.at
   node.body = reader:block({["endmacro"] = true}, "macro", line)
+  node.takes_more = {varargs = reader:mentions("varargs", first), kwargs = reader:mentions("kwargs", first)}
   return node
 end
 
@@ -451,7 +468,7 @@ end
 function evaluators.list(node, scope)
   local out = {}
   for i, item in ipairs(node.items) do out[i] = eval(item, scope) end
-  return values.list(out)
+  return node.tuple and values.tuple(out) or values.list(out)
 end
 
 function evaluators.dict(node, scope)
@@ -620,7 +637,19 @@ end
 function runners.macro(node, scope)
   rawset(scope, node.name, function(args, named, line)
     local inner, out = inner_scope(scope), {}
-    if #args > #node.parameters then fail(line, ("too many arguments for the macro '%s'"):format(node.name)) end
+    local known, more = {}, values.tuple{}
+    for _, name in ipairs(node.parameters) do known[name] = true end
+    for i = #node.parameters + 1, #args do more[#more + 1] = args[i] end
+    if #more > 0 and not node.takes_more.varargs then
+      fail(line, ("too many arguments for the macro '%s'"):format(node.name))
+    end
+    local others = values.object({})
+    for name, value in pairs(named) do if not known[name] then others[name] = value end end
+    if next(others) and not node.takes_more.kwargs then
+      fail(line, ("the macro '%s' takes no argument '%s'"):format(node.name, next(others)))
+    end
+    rawset(inner, "varargs", more)
+    rawset(inner, "kwargs", others)
     for i, name in ipairs(node.parameters) do
       local value = args[i]
       if value == nil then value = named[name] end

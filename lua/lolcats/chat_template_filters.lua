@@ -13,14 +13,23 @@ local repr, keys_of, pairs_of = internal.repr, internal.keys_of, internal.pairs_
 local filters = {}
 
 function filters.trim(v, args, named) return strip(to_string(v), argument(args, named, 1, "chars"), true, true) end
-function filters.upper(v) return to_string(v):upper() end
-function filters.lower(v) return to_string(v):lower() end
-function filters.title(v) return internal.title(to_string(v)) end
+function filters.upper(v) return internal.upper(to_string(v)) end
+function filters.lower(v) return internal.lower(to_string(v)) end
+function filters.title(v)
+  return (to_string(v):gsub("[^-%s({%[<]+", function(word)
+    local first = internal.characters(word)[1]
+    return internal.upper(first) .. internal.lower(word:sub(#first + 1))
+  end))
+end
 function filters.capitalize(v) return internal.capitalize(to_string(v)) end
 function filters.string(v) return to_string(v) end
 function filters.safe(v) return v end
 function filters.list(v, _, _, line) return values.list(iterate(v, line)) end
-function filters.abs(v) return math.abs(v) end
+function filters.abs(v, _, _, line)
+  local n = values.number_of(v)
+  if not n then fail(line, "abs: a number is needed, got " .. type_name(v)) end
+  return type(v) == "table" and values.float(math.abs(n)) or math.abs(n)
+end
 
 function filters.tojson(v, args, named, line)
   if is_undefined(v) then fail(line, ("tojson: '%s' is undefined"):format(tostring(v.name))) end
@@ -84,12 +93,15 @@ function filters.items(v, _, _, line)
 end
 
 filters["int"] = function(v, args, named)
-  local n = type(v) == "boolean" and (v and 1 or 0) or tonumber(type(v) == "string" and values.strip_right(v) or v)
+  local n = values.number_of(v) or (type(v) == "string" and tonumber(values.strip_right(v)))
   if not n then return argument(args, named, 1, "default", 0) end
   return n < 0 and math.ceil(n) or math.floor(n)
 end
 
-filters["float"] = function(v, args, named) return tonumber(v) or argument(args, named, 1, "default", 0) end
+filters["float"] = function(v, args, named)
+  local n = values.number_of(v) or (type(v) == "string" and tonumber(values.strip_right(v)))
+  return n and values.float(n) or argument(args, named, 1, "default", values.float(0))
+end
 
 function filters.reverse(v, _, _, line)
   local all, out = iterate(v, line), {}
@@ -117,7 +129,7 @@ end
 local function key_function(attribute, case_sensitive, line)
   return function(v)
     if attribute ~= nil and attribute ~= null then v = by_path(v, attribute, line) end
-    return type(v) == "string" and not truthy(case_sensitive) and v:lower() or v
+    return type(v) == "string" and not truthy(case_sensitive) and internal.lower(v) or v
   end
 end
 
@@ -217,17 +229,79 @@ local function extreme(op)
 end
 filters.min, filters.max = extreme("<"), extreme(">")
 
-function filters.round(v, args, named)
+function filters.round(v, args, named, line)
+  local whole = type(v) ~= "table" and v == math.floor(v) and argument(args, named, 2, "method", "common") == "common"
+  v = values.number_of(v)
+  if not v then fail(line, "round: a number is needed") end
+  if whole then return v end
   local scale = 10 ^ argument(args, named, 1, "precision", 0)
   local method = argument(args, named, 2, "method", "common")
   local x = v * scale
-  if method == "ceil" then return math.ceil(x) / scale elseif method == "floor" then return math.floor(x) / scale end
+  if method == "ceil" then return values.float(math.ceil(x) / scale) end
+  if method == "floor" then return values.float(math.floor(x) / scale) end
   local low = math.floor(x) -- halves go to the even neighbour
   local up = x - low > 0.5 or (x - low == 0.5 and low % 2 == 1)
-  return (up and low + 1 or low) / scale
+  return values.float((up and low + 1 or low) / scale)
+end
+
+function filters.batch(v, args, named, line)
+  local size, fill = argument(args, named, 1, "linecount"), argument(args, named, 2, "fill_with")
+  local out = {}
+  for i, item in ipairs(iterate(v, line)) do
+    if (i - 1) % size == 0 then out[#out + 1] = values.list{} end
+    table.insert(out[#out], item)
+  end
+  while fill ~= nil and fill ~= null and #out > 0 and #out[#out] < size do table.insert(out[#out], fill) end
+  return values.list(out)
+end
+
+function filters.slice(v, args, named, line)
+  local all, n, fill = iterate(v, line), argument(args, named, 1, "slices"), argument(args, named, 2, "fill_with")
+  local each, more, out, at = math.floor(#all / n), #all % n, {}, 1
+  for i = 1, n do
+    local part = values.list{}
+    for _ = 1, each + (i <= more and 1 or 0) do
+      part[#part + 1] = all[at]
+      at = at + 1
+    end
+    if fill ~= nil and fill ~= null and i > more then part[#part + 1] = fill end
+    out[i] = part
+  end
+  return values.list(out)
+end
+
+function filters.groupby(v, args, named, line)
+  local attribute, case_sensitive = argument(args, named, 1, "attribute"), argument(args, named, 3, "case_sensitive", false)
+  local otherwise = argument(args, named, 2, "default")
+  local fold = key_function(nil, case_sensitive, line)
+  local function key(item)
+    local found = by_path(item, attribute, line)
+    if is_undefined(found) and otherwise ~= nil then found = otherwise end
+    return fold(found)
+  end
+  local out
+  for _, item in ipairs(sorted(iterate(v, line), false, key, line)) do
+    local group = out and out[#out]
+    if not group or not internal.equal(key(group[2][1]), key(item)) then
+      local name = by_path(item, attribute, line)
+      if is_undefined(name) and otherwise ~= nil then name = otherwise end
+      group = values.tuple{name, values.list{}}
+      out = out or {}
+      out[#out + 1] = group
+    end
+    table.insert(group[2], item)
+  end
+  return values.list(out or {})
 end
 
 function filters.format(v, args, _, line) return internal.format_text(to_string(v), args, line) end
+function filters.center(v, args, named, line)
+  return internal.string_methods.center(to_string(v), {argument(args, named, 1, "width", 80)}, {}, line)
+end
+
+function tests.filter(v) return type(v) == "string" and filters[v] ~= nil end
+function tests.test(v) return type(v) == "string" and tests[v] ~= nil end
+
 function filters.wordcount(v) return #split(to_string(v)) end
 
 return filters

@@ -58,6 +58,7 @@ local function tokenize(s, line)
       local text = s:match("^%d[%d_]*%.%d+", at) or s:match("^%d[%d_]*", at)
       text = text .. (s:match("^[eE][+-]?%d+", at + #text) or "")
       token.kind, token.text, token.value = "number", text, tonumber((text:gsub("_", "")))
+      if text:find("[.eE]") then token.value = values.float(token.value) end
       at = at + #text
     elseif c:match("[%a_]") then
       token.kind, token.text = "name", s:match("^[%w_]+", at)

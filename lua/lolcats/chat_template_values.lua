@@ -1,14 +1,16 @@
 --- Values of chat templates: what Jinja's operators, attributes, tests and functions do to strings, numbers, lists,
--- mappings, None and undefined. Strings count in characters (UTF-8); upper and lower change ASCII letters only, and numbers
--- do not know whether they were written as 1 or 1.0.
+-- mappings, None and undefined. Strings count in characters (UTF-8). Numbers are Lua's, but a float that is whole (1.0)
+-- is an object of its own, since it is written otherwise than 1.
 
+local core = require "lolcats.core.text"
+local files = require "lolcats.files"
 local M = {}
 
 M.null = setmetatable({}, {__tostring = function() return "None" end})
 local null = M.null
 
-local Undefined, Namespace, Loop = {}, {}, {}
-local marks = setmetatable({}, {__mode = "k"}) -- table -> "list", or the list of a mapping's keys in order
+local Undefined, Namespace, Loop, Float = {}, {}, {}, {}
+local marks = setmetatable({}, {__mode = "k"}) -- table -> "list", "tuple", or the list of a mapping's keys in order
 
 function M.fail(line, message) error(("chat template, line %d: %s"):format(line or 0, message), 0) end
 local fail = M.fail
@@ -27,6 +29,30 @@ function M.list(t)
   return t
 end
 
+--- A tuple is a list that is written with parentheses.
+function M.tuple(t)
+  marks[t] = "tuple"
+  return t
+end
+
+local function is_tuple(v) return marks[v] == "tuple" end
+
+--- A number that Python would have as a float.
+function M.float(v)
+  if v ~= math.floor(v) or math.abs(v) >= 1e16 then return v end
+  return setmetatable({value = v}, Float)
+end
+
+local function is_float(v) return getmetatable(v) == Float or (type(v) == "number" and v ~= math.floor(v)) end
+
+--- The plain Lua number of a number, and of a boolean; nil for anything else.
+local function number_of(v)
+  if type(v) == "number" then return v end
+  if type(v) == "boolean" then return v and 1 or 0 end
+  return getmetatable(v) == Float and v.value or nil
+end
+M.number_of = number_of
+
 --- Marks a table as a mapping; `order` lists its keys as they should be walked and written.
 function M.object(t, order)
   marks[t] = order or {}
@@ -36,22 +62,22 @@ end
 local function is_list(v)
   if type(v) ~= "table" or v == null then return false end
   local class = getmetatable(v)
-  if class == Undefined or class == Namespace or class == Loop then return false end
+  if class == Undefined or class == Namespace or class == Loop or class == Float then return false end
   local mark = marks[v]
-  if mark then return mark == "list" end
+  if mark then return mark == "list" or mark == "tuple" end
   return v[1] ~= nil or next(v) == nil
 end
 
 local function is_dict(v)
   if type(v) ~= "table" or v == null or is_list(v) then return false end
   local class = getmetatable(v)
-  return class ~= Undefined and class ~= Namespace and class ~= Loop
+  return class ~= Undefined and class ~= Namespace and class ~= Loop and class ~= Float
 end
 
 --- A value as it comes from outside: JSON libraries' nulls become None.
 function M.incoming(v)
   local kind = type(v)
-  if kind == "userdata" or (kind == "cdata" and v == nil) then return null end
+  if kind == "userdata" or (kind == "cdata" and v == nil) or rawequal(v, files.null) then return null end
   return v
 end
 local incoming = M.incoming
@@ -59,7 +85,8 @@ local incoming = M.incoming
 local function type_name(v)
   if v == null then return "None" end
   if is_undefined(v) then return ("'%s', which is undefined"):format(tostring(v.name)) end
-  if is_list(v) then return "a list" end
+  if is_list(v) then return is_tuple(v) and "a tuple" or "a list" end
+  if getmetatable(v) == Float then return "a number" end
   if type(v) == "table" then return "a mapping" end
   return "a " .. type(v)
 end
@@ -190,8 +217,10 @@ local function split_lines(s)
   return M.list(out)
 end
 
-local function title(s) return (s:lower():gsub("%a+", function(w) return w:sub(1, 1):upper() .. w:sub(2) end)) end
-local function capitalize(s) return s:sub(1, 1):upper() .. s:sub(2):lower() end
+local function upper(s) return core.case(s, "u") end
+local function lower(s) return core.case(s, "l") end
+local function title(s) return core.case(s, "t") end
+local function capitalize(s) return core.case(s, "c") end
 
 -- Truth, equality, text of a value ------------------------------------------------------------------------------------
 
@@ -199,17 +228,16 @@ function M.truthy(v)
   if v == nil or v == false or v == null or v == "" or v == 0 or is_undefined(v) then return false end
   if is_list(v) then return v[1] ~= nil end
   if is_dict(v) then return next(v) ~= nil end
-  return true
+  return number_of(v) ~= 0
 end
 local truthy = M.truthy
 
 local function equal(a, b)
   a, b = incoming(a), incoming(b)
   if a == b then return true end
-  if type(a) == "boolean" and type(b) == "number" then return (a and 1 or 0) == b end
-  if type(b) == "boolean" and type(a) == "number" then return (b and 1 or 0) == a end
+  if number_of(a) and number_of(b) then return number_of(a) == number_of(b) end
   if is_undefined(a) and is_undefined(b) then return true end
-  if is_list(a) ~= is_list(b) or is_dict(a) ~= is_dict(b) or not (is_list(a) or is_dict(a)) then return false end
+  if is_list(a) ~= is_list(b) or is_tuple(a) ~= is_tuple(b) or is_dict(a) ~= is_dict(b) or not (is_list(a) or is_dict(a)) then return false end
   for k, v in pairs(a) do if not equal(v, b[k]) then return false end end
   for k in pairs(b) do if a[k] == nil then return false end end
   return true
@@ -234,13 +262,16 @@ local function repr(v)
     local quote = v:find("'", 1, true) and not v:find('"', 1, true) and '"' or "'"
     local body = v:gsub("\\", "\\\\"):gsub("\n", "\\n"):gsub("\r", "\\r"):gsub("\t", "\\t")
     if quote == "'" then body = body:gsub("'", "\\'") end
+    body = body:gsub("[%z\1-\31\127]", function(c) return ("\\x%02x"):format(c:byte()) end)
     return quote .. body .. quote
   end
   if is_undefined(v) then return "Undefined" end
   local parts = {}
   if is_list(v) then
     for i, item in ipairs(v) do parts[i] = repr(item) end
-    return "[" .. table.concat(parts, ", ") .. "]"
+    local text = table.concat(parts, ", ")
+    if is_tuple(v) then return "(" .. text .. (#v == 1 and ",)" or ")") end
+    return "[" .. text .. "]"
   elseif is_dict(v) then
     for i, key in ipairs(keys_of(v)) do parts[i] = repr(key) .. ": " .. repr(v[key]) end
     return "{" .. table.concat(parts, ", ") .. "}"
@@ -252,6 +283,7 @@ function M.to_string(v)
   v = incoming(v)
   if type(v) == "string" then return v end
   if type(v) == "number" then return number_text(v) end
+  if getmetatable(v) == Float then return number_text(v.value) .. ".0" end
   if v == true then return "True" elseif v == false then return "False" elseif v == null then return "None" end
   if is_undefined(v) then return "" end
   if is_list(v) or is_dict(v) then return repr(v) end
@@ -265,7 +297,7 @@ local function json(v, indent, level, separators, line)
   if v == null then return "null" end
   local kind = type(v)
   if kind == "boolean" then return tostring(v) end
-  if kind == "number" then return number_text(v) end
+  if kind == "number" or getmetatable(v) == Float then return M.to_string(v) end
   if kind == "string" then
     return '"' .. v:gsub('[%c"\\]', function(c)
       local short = ({['"'] = '\\"', ["\\"] = "\\\\", ["\n"] = "\\n", ["\r"] = "\\r", ["\t"] = "\\t", ["\b"] = "\\b",
@@ -315,11 +347,18 @@ local function contains(v, item, line)
   return false
 end
 
+local function compare_lists(op, a, b, line)
+  for i = 1, math.min(#a, #b) do
+    if not equal(a[i], b[i]) then return M.compare(op, a[i], b[i], line) end
+  end
+  return M.compare(op, #a, #b, line)
+end
+
 function M.compare(op, a, b, line)
   if op == "==" then return equal(a, b) elseif op == "!=" then return not equal(a, b) end
   if op == "in" then return contains(b, a, line) elseif op == "not in" then return not contains(b, a, line) end
-  if type(a) == "boolean" then a = a and 1 or 0 end
-  if type(b) == "boolean" then b = b and 1 or 0 end
+  a, b = number_of(a) or a, number_of(b) or b
+  if is_list(a) and is_list(b) and is_tuple(a) == is_tuple(b) then return compare_lists(op, a, b, line) end
   if type(a) ~= type(b) or (type(a) ~= "number" and type(a) ~= "string") then
     fail(line, ("cannot compare %s %s %s"):format(type_name(a), op, type_name(b)))
   end
@@ -336,10 +375,12 @@ local function format_text(pattern, args, line)
     if v == nil then fail(line, "too few values for the format") end
     if kind == "s" then return ("%" .. flags .. "s"):format(to_string(v)) end
     if kind == "r" then return repr(v) end
-    if not kind:match("[dfeEgGxXoi]") or type(v) ~= "number" then
+    local number = number_of(v)
+    if not kind:match("[dfeEgGxXoi]") or not number then
       fail(line, "the format %" .. kind .. " is not supported here")
     end
-    return ("%" .. flags .. kind):format(v)
+    if kind:match("[dixXo]") then number = number < 0 and math.ceil(number) or math.floor(number) end
+    return ("%" .. flags .. kind):format(number)
   end))
 end
 
@@ -353,23 +394,35 @@ local numeric = {
   ["**"] = function(a, b) return a ^ b end,
 }
 
+local function repeated(v, times, line)
+  if times * #v > 1e7 then fail(line, "a repetition of over ten million elements") end
+  if type(v) == "string" then return v:rep(math.max(times, 0)) end
+  local out = {}
+  for _ = 1, times do for _, item in ipairs(v) do out[#out + 1] = item end end
+  return is_tuple(v) and M.tuple(out) or M.list(out)
+end
+
 function M.arithmetic(op, a, b, line)
   if op == "~" then return to_string(a) .. to_string(b) end
-  local x = type(a) == "boolean" and (a and 1 or 0) or a
-  local y = type(b) == "boolean" and (b and 1 or 0) or b
-  if type(x) == "number" and type(y) == "number" then
-    if y == 0 and (op == "/" or op == "//" or op == "%") then fail(line, "division by zero") end
-    return numeric[op](x, y)
+  local x, y = number_of(a), number_of(b)
+  if x and y then
+    if y == 0 and (op == "/" or op == "//" or op == "%" or (op == "**" and x == 0 and y < 0)) then
+      fail(line, "division by zero")
+    end
+    local out = numeric[op](x, y)
+    if op == "/" or is_float(a) or is_float(b) or (op == "**" and y < 0) then return M.float(out) end
+    return out
   end
   if op == "+" and type(a) == "string" and type(b) == "string" then return a .. b end
-  if op == "+" and is_list(a) and is_list(b) then
+  if op == "+" and is_list(a) and is_list(b) and is_tuple(a) == is_tuple(b) then
     local out = {}
     for _, v in ipairs(a) do out[#out + 1] = v end
     for _, v in ipairs(b) do out[#out + 1] = v end
-    return M.list(out)
+    return is_tuple(a) and M.tuple(out) or M.list(out)
   end
-  if op == "*" and type(a) == "string" and type(y) == "number" then return a:rep(math.max(y, 0)) end
-  if op == "%" and type(a) == "string" then return format_text(a, is_list(b) and b or {b}, line) end
+  if op == "*" and x and not is_float(a) and (type(b) == "string" or is_list(b)) then return repeated(b, x, line) end
+  if op == "*" and y and not is_float(b) and (type(a) == "string" or is_list(a)) then return repeated(a, y, line) end
+  if op == "%" and type(a) == "string" then return format_text(a, is_tuple(b) and b or {b}, line) end
   fail(line, ("cannot compute %s %s %s"):format(type_name(a), op, type_name(b)))
 end
 
@@ -421,8 +474,8 @@ local string_methods = {
     return split_from_right(s, argument(args, named, 1, "sep"), argument(args, named, 2, "maxsplit"))
   end,
   splitlines = split_lines,
-  upper = function(s) return s:upper() end,
-  lower = function(s) return s:lower() end,
+  upper = upper,
+  lower = lower,
   title = title,
   capitalize = capitalize,
   replace = function(s, args, named, line)
@@ -442,13 +495,13 @@ local string_methods = {
   removeprefix = function(s, args) return begins(s, args[1]) and s:sub(#args[1] + 1) or s end,
   removesuffix = function(s, args) return begins(s, args[1], true) and s:sub(1, #s - #args[1]) or s end,
   isdigit = all_match("%d"), isalpha = all_match("%a"), isalnum = all_match("%w"), isspace = all_match("%s"),
-  islower = function(s) return s:find("%l") ~= nil and not s:find("%u") end,
-  isupper = function(s) return s:find("%u") ~= nil and not s:find("%l") end,
+  islower = function(s) return s == lower(s) and s ~= upper(s) end,
+  isupper = function(s) return s == upper(s) and s ~= lower(s) end,
 }
 
 local function pairs_of(t)
   local out = {}
-  for i, key in ipairs(keys_of(t)) do out[i] = M.list{key, incoming(t[key])} end
+  for i, key in ipairs(keys_of(t)) do out[i] = M.tuple{key, incoming(t[key])} end
   return M.list(out)
 end
 
@@ -535,7 +588,8 @@ function M.slice(v, from, to, step, line)
   end
   from, to = clamp(from, step > 0 and 0 or n - 1), clamp(to, step > 0 and n or -1)
   for i = from, to - (step > 0 and 1 or -1), step do out[#out + 1] = list[i + 1] end
-  return type(v) == "string" and table.concat(out) or M.list(out)
+  if type(v) == "string" then return table.concat(out) end
+  return is_tuple(v) and M.tuple(out) or M.list(out)
 end
 
 -- The `loop` variable -------------------------------------------------------------------------------------------------
@@ -566,7 +620,7 @@ end
 
 -- Tests ---------------------------------------------------------------------------------------------------------------
 
-local function is_number(v) return type(v) == "number" or type(v) == "boolean" end
+local function is_number(v) return number_of(v) ~= nil end
 local function comparing(op) return function(v, other, line) return M.compare(op, v, other, line) end end
 
 local tests = {
@@ -576,7 +630,7 @@ local tests = {
   string = function(v) return type(v) == "string" end,
   number = is_number,
   integer = function(v) return type(v) == "number" and v == math.floor(v) end,
-  float = function(v) return type(v) == "number" and v ~= math.floor(v) end,
+  float = is_float,
   boolean = function(v) return type(v) == "boolean" end,
   ["true"] = function(v) return v == true end,
   ["false"] = function(v) return v == false end,
@@ -589,20 +643,21 @@ local tests = {
   ne = comparing("!="), ["!="] = comparing("!="),
   lt = comparing("<"), lessthan = comparing("<"), gt = comparing(">"), greaterthan = comparing(">"),
   le = comparing("<="), ge = comparing(">="),
-  odd = function(v) return v % 2 == 1 end,
-  even = function(v) return v % 2 == 0 end,
-  divisibleby = function(v, other) return v % other == 0 end,
+  odd = function(v, _, line) return M.arithmetic("%", v, 2, line) == 1 end,
+  even = function(v, _, line) return M.arithmetic("%", v, 2, line) == 0 end,
+  divisibleby = function(v, other, line) return number_of(M.arithmetic("%", v, other, line)) == 0 end,
   sameas = function(v, other) return rawequal(v, other) end,
-  lower = function(v) return not to_string(v):find("%u") and to_string(v):find("%l") ~= nil end,
-  upper = function(v) return not to_string(v):find("%l") and to_string(v):find("%u") ~= nil end,
+  lower = function(v) return string_methods.islower(to_string(v)) end,
+  upper = function(v) return string_methods.isupper(to_string(v)) end,
 }
 M.tests = tests
 
 -- What the filters need besides.
 M.internal = {
   is_list = is_list, is_dict = is_dict, type_name = type_name, strip = strip, split = split,
-  replace_text = replace_text, title = title, capitalize = capitalize, number_text = number_text,
-  length_of = length_of, keys_of = keys_of, repr = repr,
+  replace_text = replace_text, upper = upper, lower = lower, title = title, capitalize = capitalize, number_text = number_text,
+  length_of = length_of, keys_of = keys_of, repr = repr, characters = characters, string_methods = string_methods,
+  plain_find = plain_find, need_text = need_text, equal = equal,
   pairs_of = pairs_of, argument = argument, format_text = format_text, json = json,
 }
 

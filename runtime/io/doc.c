@@ -292,6 +292,11 @@ double lc_doc_number(const lc_doc *d, int32_t node) {
     return n ? n->number : 0;
 }
 
+int lc_doc_is_integer(const lc_doc *d, int32_t node) {
+    const lc_doc_node *n = doc_at(d, node);
+    return n && n->is_integer;
+}
+
 const char *lc_doc_string(const lc_doc *d, int32_t node, int32_t *length) {
     const lc_doc_node *n = doc_at(d, node);
     bool is_string = n && n->kind == LC_DOC_STRING;

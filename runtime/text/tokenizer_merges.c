@@ -73,7 +73,7 @@ static lc_status by_scores(lc_tokenizer *t, const float *score, const uint8_t *s
         status = cuts_of(t, order[i].id, (uint32_t)group, out); /* equal scores: the leftmost goes first */
         bool last = i + 1 == n || order[i + 1].score != order[group].score;
         if (!converted || !last || status != LC_OK) continue;
-        qsort(out->p + group_at, out->len - group_at, sizeof *out->p, as_converted);
+        if (out->len > group_at) qsort(out->p + group_at, out->len - group_at, sizeof *out->p, as_converted);
         for (size_t j = group_at; j < out->len; j++) out->p[j].rank = (uint32_t)j;
     }
     lc_free(order);

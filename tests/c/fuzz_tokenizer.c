@@ -1,6 +1,7 @@
 /* fuzz_tokenizer.c: a tokenizer may be any bytes, and so may the text and the ids it is given: an error or an answer,
- * no crash and no hang. The first byte says what the rest is: 'j' a tokenizer.json, a NUL and a text; 'g' a GGUF; 'r' a
- * regular expression, a NUL and a text; anything else a text for one of the tokenizers below. */
+ * no crash and no hang. The first byte says what the rest is: 'j' a tokenizer.json, a NUL and a text; 'g' a GGUF; 's'
+ * and 'S' a SentencePiece model, run in the one way or the other; 't' tiktoken's lines; 'c' a text to NUL and a character
+ * map; 'r' a regular expression, a NUL and a text; anything else a text for one of the tokenizers below. */
 #define _GNU_SOURCE /* strnlen */
 #include <stdlib.h>
 #include <string.h>
@@ -57,6 +58,39 @@ static void use(lc_tokenizer *t, const char *text, size_t n) {
     if (lc_tokenizer_decode(t, odd, n_odd, 0, &back, &length) == LC_OK) lc_free(back);
 }
 
+static const char sample[] = "ab </s>\xC3\xA9\xFF 12 <0x41>  a\xE2\x96\x81 ab\xEF\xAC\x81" "e\xCC\x81<sep>";
+
+static void fuzz_spm(const char *s, size_t n, bool own) {
+    lc_tok_options how = {.own = own, .add_bos = -1, .add_eos = 1};
+    lc_tokenizer *t;
+    if (lc_tok_from_spm(&t, "fuzz", s, n, &how) != LC_OK) return;
+    use(t, sample, sizeof sample - 1);
+    use(t, s, n > 200 ? 200 : n);
+    lc_tokenizer_free(t);
+}
+
+static void fuzz_tiktoken(const char *s, size_t n) {
+    lc_tok_options how = {.add_bos = -1, .add_eos = -1};
+    lc_tokenizer *t;
+    if (lc_tok_from_bytes(&t, "fuzz", s, n, &how) == LC_OK) lc_tokenizer_free(t);
+}
+
+static void fuzz_charsmap(const char *s, size_t n) {
+    size_t len = strnlen(s, n);
+    lc_tok_charsmap m = {0};
+    lc_tok_buf out = {0};
+    if (len < n && lc_tok_charsmap_set(&m, s + len + 1, n - len - 1) == LC_OK) {
+        lc_tok_charsmap_apply(&m, sample + 10, sizeof sample - 11, &out);
+        if (lc_tok_utf8_valid(s, len)) lc_tok_charsmap_apply(&m, s, len, &out);
+        if (!lc_tok_utf8_valid(out.p, out.len)) abort();
+        struct lc_tokenizer t = {.spm = {.prefix = true, .strip = true, .escape = true, .map = m}};
+        if (lc_tok_utf8_valid(s, len)) lc_tok_spm_normalize(&t, s, len, &out);
+        if (!lc_tok_utf8_valid(out.p, out.len)) abort();
+    }
+    lc_tok_charsmap_drop(&m);
+    free(out.p);
+}
+
 static void fuzz_json(const char *s, size_t n) {
     size_t len = strnlen(s, n);
     lc_tokenizer *t;
@@ -85,7 +119,7 @@ static void fuzz_gguf(const char *s, size_t n) {
     lc_tokenizer *t;
     if (lc_file_open_memory(s, n, "fuzz", &f) != LC_OK) return;
     if (lc_tokenizer_from_gguf(&t, f) == LC_OK) {
-        use(t, "ab </s>\xC3\xA9\xFF 12 <0x41>", 19);
+        use(t, sample, sizeof sample - 1);
         lc_tokenizer_free(t);
     }
     lc_file_close(f);
@@ -97,6 +131,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     const char *s = (const char *)data + 1;
     if (data[0] == 'j') return fuzz_json(s, size - 1), 0;
     if (data[0] == 'g') return fuzz_gguf(s, size - 1), 0;
+    if (data[0] == 's' || data[0] == 'S') return fuzz_spm(s, size - 1, data[0] == 'S'), 0;
+    if (data[0] == 't') return fuzz_tiktoken(s, size - 1), 0;
+    if (data[0] == 'c') return fuzz_charsmap(s, size - 1), 0;
     if (data[0] == 'r') return fuzz_regex(s, size - 1), 0;
     size_t which = data[0] % (sizeof fixed / sizeof *fixed);
     if (!t[which] && lc_tok_from_json(&t[which], "fixed", fixed[which], strlen(fixed[which])) != LC_OK) abort();

@@ -113,6 +113,56 @@ function M.regex_match(pattern, text)
   return matched[0] ~= 0
 end
 
+-- ---- documents in order ---------------------------------------------------------------------------------------------
+local NULL, BOOL, NUMBER, STRING, ARRAY = 0, 1, 2, 3, 4
+
+local function ordered_value(d, node, make)
+  local kind = C.lc_doc_kind(d, node)
+  if kind == NULL then return make.null end
+  if kind == BOOL then return C.lc_doc_number(d, node) ~= 0 end
+  if kind == NUMBER then
+    local n = C.lc_doc_number(d, node)
+    return C.lc_doc_is_integer(d, node) == 0 and make.float(n) or n
+  end
+  if kind == STRING then
+    local p = C.lc_doc_string(d, node, length_out)
+    return ffi.string(p, length_out[0])
+  end
+  local out, keys, child = {}, {}, C.lc_doc_first(d, node)
+  while child > 0 do
+    local key = #keys + 1
+    if kind ~= ARRAY then
+      local p = C.lc_doc_key(d, child, length_out)
+      key = ffi.string(p, length_out[0])
+    end
+    keys[#keys + 1] = key
+    out[key] = ordered_value(d, child, make)
+    child = C.lc_doc_next(d, child)
+  end
+  return kind == ARRAY and make.list(out) or kind ~= ARRAY and make.object(out, keys)
+end
+
+-- A JSON text as values; make = {null =, float = f(number with a fraction or exponent), list = f(t), object = f(t, keys in
+-- their order)} says of what kind.
+function M.parse_ordered(text, make)
+  local out = ffi.new("lc_doc *[1]")
+  check(C.lc_doc_parse(out, "json", "JSON", text, #text))
+  local d = ffi.gc(out[0], C.lc_doc_free)
+  return ordered_value(d, 0, make)
+end
+
+-- ---- case -----------------------------------------------------------------------------------------------------------
+-- A text in upper ("u"), lower ("l"), title ("t") or sentence ("c") case, by all of Unicode's rules.
+function M.case(text, how)
+  if not text:find("[\128-\255]") then
+    if how == "u" then return text:upper() elseif how == "l" then return text:lower() end
+  end
+  check(C.lc_text_case(text, #text, how:byte(), text_out, length_out), "case")
+  local out = ffi.string(text_out[0], length_out[0])
+  C.lc_free(text_out[0])
+  return out
+end
+
 -- ---- sampling -----------------------------------------------------------------------------------------------------
 local how = ffi.new("lc_sampling")
 local recent_room, recent_cells = 64, ffi.new("int32_t[64]")
