@@ -341,7 +341,10 @@ local function contains(v, item, line)
     if type(item) ~= "string" then fail(line, ("'in' looks for %s in a string"):format(type_name(item))) end
     return plain_find(v, item, 1) ~= nil
   end
-  if is_dict(v) then return v[item] ~= nil end
+  if is_dict(v) then
+    if is_list(item) and not is_tuple(item) or is_dict(item) then fail(line, type_name(item) .. " cannot be a key") end
+    return v[number_of(item) or item] ~= nil
+  end
   if not is_list(v) then fail(line, "'in' cannot look into " .. type_name(v)) end
   for _, each in ipairs(v) do if equal(each, item) then return true end end
   return false
@@ -368,7 +371,7 @@ end
 
 local function format_text(pattern, args, line)
   local i = 0
-  return (pattern:gsub("%%([-+ #0]*%d*%.?%d*)(.)", function(flags, kind)
+  local out = pattern:gsub("%%([-+ #0]*%d*%.?%d*)(.)", function(flags, kind)
     if kind == "%" then return "%" end
     i = i + 1
     local v = args[i]
@@ -381,7 +384,9 @@ local function format_text(pattern, args, line)
     end
     if kind:match("[dixXo]") then number = number < 0 and math.ceil(number) or math.floor(number) end
     return ("%" .. flags .. kind):format(number)
-  end))
+  end)
+  if i < #args and not is_dict(args[1]) then fail(line, "too many values for the format") end
+  return out
 end
 
 local numeric = {

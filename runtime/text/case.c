@@ -14,7 +14,7 @@ static lc_status put_upper(lc_tok_buf *out, uint32_t cp, bool title) {
     utf8proc_int32_t c = (utf8proc_int32_t)cp, folded[8];
     utf8proc_category_t g = utf8proc_category(c);
     int last = 0;
-    utf8proc_ssize_t n = cp < 0x80 || g == UTF8PROC_CATEGORY_LU || (title && utf8proc_totitle(c) != c) ||
+    utf8proc_ssize_t n = cp < 0x80 || g == UTF8PROC_CATEGORY_LU || (title && cp != 0xDF && utf8proc_totitle(c) != c) ||
                                  (title && g == UTF8PROC_CATEGORY_LT)
                              ? 1
                              : utf8proc_decompose_char(c, folded, 8, UTF8PROC_CASEFOLD, &last);
