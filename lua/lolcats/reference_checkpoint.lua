@@ -20,8 +20,9 @@ function M.fits(path)
     end))
 end
 
--- One name for all spellings: "layers.0.self_attn.q_proj.lora_A.weight".
-local function canonical(name)
+-- One name for all spellings: "layers.0.self_attn.q_proj.lora_A.weight". first: the number of a block file's layer 0.
+local function canonical(name, first)
+    if first then name = name:gsub("layers%.(%d+)%.", function(n) return ("layers.%d."):format(n + first) end, 1) end
     return (name:gsub("^.-(layers%.%d+%.)", "%1"):gsub("%.lora_([AB])%.default%.weight$", ".lora_%1.weight"))
 end
 
@@ -43,10 +44,11 @@ function M.load(student, path)
     if not files.exists(path) then lc.fail("there is no checkpoint %s", path) end
     local f = files.open_tensors(path)
     local mine, taken, left = {}, 0, 0
+    local first = files.basename(path):match "%-in=(%d+)%-out=" -- a block's file: its layers count from 0
     for _, p in ipairs(trained(student)) do mine[canonical(p.name)] = p.tensor end
     lc.no_grad(lc.scope, function()
         for _, name in ipairs(f:names()) do
-            local key = canonical(name)
+            local key = canonical(name, first)
             local p = mine[key]
             if p then
                 local x = f:tensor(name)

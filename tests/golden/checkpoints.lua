@@ -89,6 +89,89 @@ local function refuse_case(c, path, what)
     c.check("no large allocation", lc.peak_rss() - before < 64e6, ("%.0f MB"):format((lc.peak_rss() - before) / 1e6))
 end
 
+-- ---- logits ---------------------------------------------------------------------------------------------------------
+local REL = { f64 = 1e-9, f32 = 1e-4 }
+
+-- The model that the files belong to, and its student as the index of models describes it.
+local function paths_of(dir, json)
+    local base = dir .. "/../" .. (tostring(json.model):match "^golden/(model/%S+)" or "model/llama_tied_gqa")
+    local student = tostring(json.model):match "of (%w+)%.safetensors" or "hedgehog_terrace"
+    local all = files.read_json(dir .. "/../model/students.json")
+    return base, all[student] or all.hedgehog_terrace
+end
+
+local function logits_of(model, ids) return lc.no_grad(function() return model:logits(ids) end) end
+
+-- A whole model's file beside the config of another folder.
+local function whole_case(c, T, dir, base, name, dtype)
+    local t = T.tensors(dir .. "/expected_logits.safetensors")
+    local folder = os.tmpname()
+    os.remove(folder)
+    files.make_dirs(folder)
+    files.write(folder .. "/config.json", files.read(base .. "/config.json"))
+    local bin = name:match "%.bin$"
+    files.write(folder .. (bin and "/pytorch_model.bin" or "/model.safetensors"), files.read(dir .. "/" .. name))
+    local ok, model = pcall(lc.load, folder, { dtype = dtype })
+    for _, f in ipairs(files.list(folder)) do files.remove(folder .. "/" .. f) end
+    files.remove(folder)
+    if not ok then error(model, 0) end
+    local key = name:match "f16" and not name:match "bf16" and "model_f16" or "model_bf16"
+    c.close("logits", logits_of(model, t.ids:totable()), t["logits." .. key], REL[dtype])
+end
+
+local function student_case(c, T, dir, json, dtype, loads, key)
+    local base, s = paths_of(dir, json)
+    local t = T.tensors(dir .. "/expected_logits.safetensors")
+    local function value(v) if v ~= files.null then return v end end
+    local student = lc.linearize(lc.load(base, { dtype = dtype }), { map = s.map, kind = s.type, window = value(s.window),
+        full = s.fullspace, feature_dim = value(s.f), bias = s.bias })
+    local checkpoint = require "lolcats.reference_checkpoint"
+    for _, path in ipairs(loads) do
+        local rank
+        for name, e in pairs(json.files[path].tensors) do
+            if name:match "lora_A" then rank = e.shape[1] end
+        end
+        if rank and not student.lora then
+            local alpha = 2 * rank
+            for _, e in pairs(json.files) do alpha = tonumber(e.what:match("r " .. rank .. ", alpha (%d+)")) or alpha end
+            student:add_lora { rank = rank, alpha = alpha }
+        end
+        checkpoint.load(student, dir .. "/" .. path)
+    end
+    student:use_linear()
+    c.close("logits", logits_of(student, t.ids:totable()), t["logits." .. key], REL[dtype])
+end
+
+-- Which files together make which of the expected logits: those with the same tensors do, whatever their form and names.
+local function logits_cases(dir, T, json)
+    if not files.exists(dir .. "/expected_logits.safetensors") then return end
+    local first, second, both, blocks = {}, {}, {}, {}
+    for _, name in ipairs(sorted(json.files)) do
+        local maps, loras = false, false
+        for tensor in pairs(json.files[name].tensors) do
+            maps, loras = maps or tensor:match "window_factors$", loras or tensor:match "self_attn.*lora_A%.default"
+        end
+        if name:match "^blocks/.*_distill%.pt$" then blocks[#blocks + 1] = name
+        elseif maps and loras then both[#both + 1] = name
+        elseif loras then second[#second + 1] = name
+        elseif maps and json.files[name].tensors["model.layers.0.self_attn.window_factors"].dtype == "bfloat16" then first[#first + 1] = name end
+    end
+    if #blocks > 0 then first[#first + 1] = blocks end
+    for _, dtype in ipairs(T.DTYPES) do
+        local function case(loads, key)
+            T.case(("checkpoints/logits %s %s"):format(table.concat(loads, " + "), dtype), function(c) student_case(c, T, dir, json, dtype, loads, key) end)
+        end
+        for _, name in ipairs(first) do case(type(name) == "table" and name or { name }, "distill_bf16") end
+        for _, name in ipairs(second) do case({ first[1], name }, "distill_bf16+ft_lora_bf16") end
+        for _, name in ipairs(both) do case({ name }, "distill_bf16+ft_lora_bf16") end
+        for _, name in ipairs { "model_bf16.safetensors", "model_f16.safetensors", "pytorch_model_bf16.bin" } do
+            if json.files[name] then
+                T.case(("checkpoints/logits %s %s"):format(name, dtype), function(c) whole_case(c, T, dir, (paths_of(dir, json)), name, dtype) end)
+            end
+        end
+    end
+end
+
 return function(dir, T)
     local json = files.read_json(dir .. "/index.json")
     for _, name in ipairs(sorted(json.files)) do
@@ -99,5 +182,6 @@ return function(dir, T)
             refuse_case(c, dir .. "/" .. name, type(json.refuse[name]) == "table" and json.refuse[name] or {})
         end)
     end
+    logits_cases(dir, T, json)
     dofile(T.here .. "golden/peft.lua")(dir, T)
 end
