@@ -257,6 +257,10 @@ function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
     return self:finish(layer, x, y, ctx)
 end
 
+--- Both stages on texts longer than memory: long.lua. Backward runs inside; they return the loss as a number.
+function Student:transfer_long(ids, opts) return require("lolcats.long").transfer(self, ids, opts) end
+function Student:loss_long(ids, labels, opts) return require("lolcats.long").loss(self, ids, labels, opts) end
+
 --- Ends the first stage: the maps are frozen (but for parameters whose name matches a pattern in opts.keep_training).
 function Student:use_linear(opts)
     local keep = opts and opts.keep_training or {}
