@@ -128,7 +128,8 @@ end
 --- Adds adapters to the modules that `targets` means. A is U(-1/sqrt(in), 1/sqrt(in)), B is 0. opts: rank (8), alpha
 --- (16), targets (names or ends of names, a regular expression, or "all-linear"), layers (positions from 1; all but kept
 --- softmax layers), rank_pattern, alpha_pattern (of names or regular expressions), rslora, dropout (of the adapter's
---- input while gradients are recorded), modules_to_save (ends of names of modules to train whole).
+--- input while gradients are recorded), modules_to_save (ends of names of modules to train whole), weights (names of
+--- single weights to train, such as biases).
 function M.add(model, opts)
     opts = opts or {}
     local rank, alpha = opts.rank or opts.r or 8, opts.alpha or 16
@@ -150,10 +151,23 @@ function M.add(model, opts)
     end
     refuse_unknown_targets(targets, hits)
     if opts.modules_to_save then M.train_modules(model, opts.modules_to_save, opts.tie_weights) end
+    for _, name in ipairs(opts.weights or {}) do M.train_weight(model, name) end
     model.lora = { rank = rank, alpha = alpha, targets = targets, layers = opts.layers, rank_pattern = opts.rank_pattern,
                    alpha_pattern = opts.alpha_pattern, rslora = opts.rslora, dropout = opts.dropout,
-                   modules_to_save = opts.modules_to_save, any_layer = opts.any_layer, tie_weights = opts.tie_weights }
+                   modules_to_save = opts.modules_to_save, any_layer = opts.any_layer, tie_weights = opts.tie_weights,
+                   weights = opts.weights }
     return model
+end
+
+--- Gives the model a copy of its own of one weight, to be trained.
+function M.train_weight(model, name)
+    model.trained_weights = model.trained_weights or {}
+    for _, have in ipairs(model.trained_weights) do
+        if have == name then return end
+    end
+    if not model.weights[name] then lc.fail("there is no weight '%s' to train", tostring(name)) end
+    model:own_weight(name):requires_grad_(true)
+    table.insert(model.trained_weights, name)
 end
 
 --- Gives the model copies of its own of all weights of modules whose name ends in one of `names`, to be trained whole. A
@@ -164,7 +178,7 @@ function M.train_modules(model, names, tied)
     for _, p in ipairs(model:weight_names()) do
         local module = p:gsub("%.weight$", ""):gsub("%.bias$", "")
         for _, tail in ipairs(names) do
-            if ends_with(module, tail) then
+            if module:sub(-#tail) == tail then -- as PEFT: "norm" is every norm
                 wanted[p], wanted[tail] = true, true
                 heads = heads or module == "model.embed_tokens"
             end
@@ -172,7 +186,7 @@ function M.train_modules(model, names, tied)
     end
     if c.tie_word_embeddings then
         for _, tail in ipairs(names) do
-            if ends_with("lm_head", tail) then wanted["lm_head.weight"], wanted[tail], heads = true, true, true end
+            if ("lm_head"):sub(-#tail) == tail then wanted["lm_head.weight"], wanted[tail], heads = true, true, true end
         end
         if heads and tied then
             wanted["lm_head.weight"], wanted["model.embed_tokens.weight"] = nil, true
@@ -183,12 +197,8 @@ function M.train_modules(model, names, tied)
     for _, tail in ipairs(names) do
         if not wanted[tail] then lc.fail("modules_to_save: '%s' names no module of this model", tostring(tail)) end
     end
-    model.trained_weights = model.trained_weights or {}
     for _, name in ipairs(model:weight_names()) do
-        if wanted[name] then
-            model:own_weight(name):requires_grad_(true)
-            model.trained_weights[#model.trained_weights + 1] = name
-        end
+        if wanted[name] then M.train_weight(model, name) end
     end
 end
 

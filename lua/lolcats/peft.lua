@@ -120,9 +120,7 @@ local function read_whole(model, c, f, whole, where)
     for _, name in ipairs(model.trained_weights or {}) do own[name] = true end
     for name, stored in pairs(whole) do
         if not own[name] and biased and name:match "%.bias$" and known[name] then
-            model:own_weight(name):requires_grad_(true)
-            model.trained_weights = model.trained_weights or {}
-            table.insert(model.trained_weights, name)
+            lora.train_weight(model, name)
             own[name] = true
         end
         local into = model.weights[name]
@@ -158,6 +156,12 @@ local function record(model, c)
     local out = { rank = c.r, alpha = c.lora_alpha, targets = {}, rank_pattern = {}, alpha_pattern = {}, any_layer = true,
                   rslora = c.use_rslora == true or nil, modules_to_save = is_set(c.modules_to_save) and c.modules_to_save or nil,
                   dropout = (c.lora_dropout or 0) > 0 and c.lora_dropout or nil, tie_weights = c.ensure_weight_tying == true or nil }
+    for _, name in ipairs(model.trained_weights or {}) do
+        if name:match "%.bias$" then
+            out.weights = out.weights or {}
+            table.insert(out.weights, name)
+        end
+    end
     for _, p in ipairs(lora.places(model)) do
         local l = p.lora
         if l then
@@ -248,6 +252,26 @@ local function targets_of(model, list)
     return order, layers[order[1]]
 end
 
+-- Biases trained beside the adapters, without those of whole modules: PEFT's word for them, and the names under which it
+-- looks for those whose module has an adapter.
+local function biases_of(model, list)
+    local out, adapted = { mode = "none", names = {} }, {}
+    for _, p in ipairs(list) do adapted[p.name] = true end
+    local whole = {}
+    for _, name in ipairs(model.trained_weights or {}) do
+        if name:match "%.weight$" then whole[name:gsub("%.weight$", "")] = true end
+    end
+    for _, name in ipairs(model.trained_weights or {}) do
+        local module = name:match "^(.+)%.bias$"
+        if module and not whole[module] then
+            if out.mode == "none" then out.mode = "lora_only" end
+            if not adapted[module] then out.mode = "all" end
+            if adapted[module] then out.names[lora.PREFIX .. name] = lora.PREFIX .. module .. ".base_layer.bias" end
+        end
+    end
+    return out
+end
+
 --- Writes a model's adapters (and the modules trained whole beside them) as a PEFT folder.
 function M.save(model, dir)
     local list = {}
@@ -264,9 +288,9 @@ function M.save(model, dir)
     local r, ranks = pattern_of(list, function(p) return p.lora.a:size(1) end)
     local alpha, alphas = pattern_of(list, function(p) return p.lora.alpha end)
     local targets, layers = targets_of(model, list)
-    local about, tensors, biases = model.lora or {}, {}, false
-    for _, p in ipairs(lora.saved(model)) do tensors[p.name] = p.tensor:detach() end
-    for _, name in ipairs(model.trained_weights or {}) do biases = biases or name:match "%.bias$" ~= nil end
+    local about, tensors = model.lora or {}, {}
+    local bias = biases_of(model, list)
+    for _, p in ipairs(lora.saved(model)) do tensors[bias.names[p.name] or p.name] = p.tensor:detach() end
     files.make_dirs(dir)
     files.save_tensors(dir .. "/adapter_model.safetensors", tensors, { format = "pt" })
     files.write_json(dir .. "/adapter_config.json", {
@@ -274,7 +298,7 @@ function M.save(model, dir)
         r = r, lora_alpha = alpha, rank_pattern = ranks, alpha_pattern = alphas, target_modules = targets,
         layers_to_transform = layers or files.null, layers_pattern = files.null,
         modules_to_save = about.modules_to_save or files.null, use_rslora = rslora, use_dora = false,
-        lora_dropout = about.dropout or 0, bias = biases and not about.modules_to_save and "all" or "none",
+        lora_dropout = about.dropout or 0, bias = bias.mode,
         fan_in_fan_out = false, inference_mode = true, init_lora_weights = true,
     })
     return model
