@@ -98,8 +98,18 @@ function M.rows_of(state, first, n, like)
     return part
 end
 
+-- A record whose linear part counts `fade` times as much. Only the ratio of the two parts matters, gamma / lambda, and in
+-- the affine form that is exp(factor): so a share becomes a shift of the factors.
+function M.faded(a)
+    if not a.fade or a.window == 0 then return a end
+    local factors = a.affine and a.factors or a.factors:sigmoid():log()
+    return setmetatable({ factors = factors - math.log(a.fade), affine = true, fade = false }, { __index = a })
+end
+
 --- The student's attention of one layer. a: {map, fq, fk, factors, kind, window, affine, window_only, generic, compat}.
 function M.hybrid(a, q, k, v, ctx)
+    if a.drawn and lc.grad_enabled() then a = a.drawn end -- a smaller window, while training
+    a = M.faded(a)
     if a.compat then return M.reference(a, q, k, v, ctx) end
     if a.sinks or a.kind == "scale" or a.precision then return require("lolcats.attention_forms").hybrid(a, q, k, v, ctx) end
     if a.window_only then return M.window_only(a, q, k, v, ctx) end

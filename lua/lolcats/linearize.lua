@@ -261,6 +261,12 @@ end
 function Student:transfer_long(ids, opts) return require("lolcats.long").transfer(self, ids, opts) end
 function Student:loss_long(ids, labels, opts) return require("lolcats.long").loss(self, ids, labels, opts) end
 
+--- Beyond the reference's recipe: improve.lua.
+function Student:distill_loss(ids, labels, opts) return require("lolcats.improve").distill_loss(self, ids, labels, opts) end
+function Student:draw_windows(p, sizes) return require("lolcats.improve").draw_windows(self, p, sizes) end
+function Student:fade(share) return require("lolcats.improve").fade(self, share) end
+function Student:rank_layers(rows, opts) return require("lolcats.improve").rank_layers(self, rows, opts) end
+
 --- Ends the first stage: the maps are frozen (but for parameters whose name matches a pattern in opts.keep_training).
 function Student:use_linear(opts)
     local keep = opts and opts.keep_training or {}

@@ -53,6 +53,7 @@ local function plain_kind(a) return not (a.sinks or a.precision or a.compat or a
 function M.attend(a, q, k, v, ctx)
     local h, t = q:size(2), q:size(3)
     if a.compat then lc.fail('compat = "reference" is not for training in chunks') end
+    a = attention.faded(a)
     local fq, fk = attention.features(a, q, k, ctx)
     if fq.dtype ~= q.dtype then fq, fk = fq:to(q.dtype), fk:to(q.dtype) end
     if not plain_kind(a) then return attention.recurrent(a, q, k, v, fq, fk, ctx), fq, fk end
