@@ -140,18 +140,20 @@ local function streamer(tok)
         for i = a, b do out[#out + 1] = ids[i] end
         return tok:decode(out, { skip_special = true })
     end
+    -- behind what was said already; bytes that turn out to be no character may have changed that
+    local function rest(old, new) return (new:sub(#old + 1):gsub("^[\128-\191]+", "")) end
     return {
         add = function(id)
             ids[#ids + 1] = id
             local old, new = slice(prefix + 1, read), slice(prefix + 1, #ids)
             if #new <= #old or new:sub(-3) == BROKEN or open_tail(new) > 0 then return "" end
             prefix, read = read, #ids
-            return new:sub(#old + 1)
+            return rest(old, new)
         end,
         finish = function()
             local old, new = slice(prefix + 1, read), slice(prefix + 1, #ids)
             prefix, read = read, #ids
-            return new:sub(#old + 1)
+            return rest(old, new)
         end,
     }
 end
