@@ -124,7 +124,7 @@ local function distill(d) -- d: defaults of the arguments
         end,
     }
     for batch in run:steps() do
-        run:backward((student:loss(batch.ids, batch.labels)))
+        run:learn(student, batch.ids, batch.labels)
     end
     local lora = results:once("lora", function() return run:summary() end)
     perplexity("lora_ppl")

@@ -4,6 +4,7 @@
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local maps = require "lolcats.feature_map"
+local replay = require "lolcats.replay"
 local attention = require "lolcats.attention"
 local tiles = require "lolcats.attention_tiles"
 local lora = require "lolcats.lora"
@@ -192,26 +193,51 @@ end
 --- loss and gradient; 1 / accumulation), mse, xent, start (left padding), plain = true (maps computed in Lua),
 --- backward = false (only the loss). Returns the loss and a table of each layer's.
 function Student:transfer(ids, opts)
-    ids = self:check_ids(ids)
-    return self:transfer_hidden(function()
+    ids, opts = self:check_ids(ids), opts or {}
+    local function embedded(ids)
         local x = lc.embedding(self.embed, ids)
         return x.dtype ~= self.dtype and x:to(self.dtype) or x
-    end, opts, ids)
+    end
+    if self.device == "cpu" or opts.backward == false or opts.plain or opts.start or (opts.xent or 0) ~= 0 then
+        return self:transfer_hidden(function() return embedded(ids) end, opts, ids)
+    end
+    local key = ("%.17g,%.17g"):format(opts.scale or 1, opts.mse or 1000)
+    local losses = replay.step(self, "transfer", key, { ids = ids }, function(inputs)
+        return (self:transfer_losses(function() return embedded(inputs.ids) end, opts, inputs.ids))
+    end)
+    return self:sum_losses(losses)
 end
 
 --- The same from hidden states x [b, t, H] on, as the first of this model's layers gets them: a tensor, or a function
 --- that makes it.
 function Student:transfer_hidden(x, opts, ids)
-    opts = opts or {}
-    local scale, mse, xent = opts.scale or 1, opts.mse or 1000, opts.xent or 0
-    if mse == 0 and xent == 0 then lc.fail("transfer: mse and xent are both 0; there is no loss") end
+    return self:sum_losses(self:transfer_losses(x, opts, ids))
+end
+
+-- Number of layers that learn, the last of them.
+local function taught(self)
     local n, last = 0, 0
     for i, layer in ipairs(self.layers) do
         if layer.student then n, last = n + 1, i end
     end
     if n == 0 then lc.fail("transfer: every layer keeps its softmax attention; there is nothing to teach") end
-    local each = {}
-    local total = lc.no_grad(lc.scope, function()
+    return n, last
+end
+
+-- The sum, and each layer's as if it were alone.
+function Student:sum_losses(losses)
+    local each, sum, n = losses:totable(), 0, taught(self)
+    for i = 1, #each do sum, each[i] = sum + each[i], each[i] * n end
+    return sum, each
+end
+
+-- The layers' parts of the loss, on the device.
+function Student:transfer_losses(x, opts, ids)
+    opts = opts or {}
+    local scale, mse, xent = opts.scale or 1, opts.mse or 1000, opts.xent or 0
+    if mse == 0 and xent == 0 then lc.fail("transfer: mse and xent are both 0; there is no loss") end
+    local n, last = taught(self)
+    return lc.no_grad(lc.scope, function()
         local ctx = self:context(ids or x, opts)
         local losses = lc.zeros({ #self.layers }, { dtype = self.fine, device = self.device })
         local x = type(x) == "function" and x() or x:alias()
@@ -221,13 +247,8 @@ function Student:transfer_hidden(x, opts, ids)
                          { mse = mse * scale / n, xent = xent * scale / n, opts = opts })
             before:drop()
         end
-        each = losses:totable()
-        local sum = 0
-        for i = 1, last do sum = sum + each[i] end
-        return sum
+        return losses
     end)
-    for i = 1, #each do each[i] = each[i] * n end
-    return total, each
 end
 
 -- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the layer.
@@ -276,6 +297,7 @@ function Student:use_linear(opts)
         p.tensor:requires_grad_(wanted)
     end
     self.stage = "linear"
+    replay.forget(self)
     return self
 end
 

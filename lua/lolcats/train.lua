@@ -275,6 +275,13 @@ function Run:backward(loss)
     return v
 end
 
+--- Loss and backward of a model's next tokens in one, as steps that a device may record; the loss into the log.
+function Run:learn(model, ids, labels)
+    local v = model:learn(ids, labels, 1 / self.accumulate)
+    self:log { loss = v }
+    return v
+end
+
 function Run:row_list(k)
     local epoch = math.floor(k / self.per_epoch) + 1
     if self.order.epoch ~= epoch then

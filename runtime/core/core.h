@@ -78,6 +78,9 @@ void lc_keep_free(lc_keep *k);                          /* to the cache; NULL is
 void lc_scope_adopt(lc_tensor *t);                      /* into the current scope's list */
 void lc_scope_forget(lc_tensor *t);
 
+/* ---- graph.c --------------------------------------------------------------------------------------------------------- */
+int lc_graph_recording(void);                           /* the device that records, or -1 */
+
 /* ---- device.c -------------------------------------------------------------------------------------------------------- */
 enum { LC_MAX_DEVICES = 17 };
 typedef struct lc_device {

@@ -397,6 +397,8 @@ lc_status lc_run(lc_frame *c) {
     c->k_owned = 0;
     c->recording = needs_recording(c);
     if (c->recording && !r->rule->backward && !(r->flags & LC_F_GRAD)) return lc_op_error(c, LC_EGRAD, "it has no gradient");
+    if (r->flags & LC_F_RANDOM && c->x[0] && lc_graph_recording() == c->x[0]->device)
+        return lc_op_error(c, LC_EARG, "a graph is being recorded, and each of its runs would draw the same numbers");
     if (r->flags & LC_F_RANDOM && c->x[0]) lc_rng_take((uint64_t)lc_tensor_numel(c->x[0]), &c->seed, &c->offset);
     int outer = current;
     current = c->op;

@@ -11,6 +11,8 @@ struct lc_graph {
 };
 static int recording = -1; /* the device */
 
+int lc_graph_recording(void) { return recording; }
+
 static lc_status device_error(const lc_device *d) { return lc_fail(LC_EDEVICE, "%s: %s", d->name, d->backend->last_error()); }
 
 int lc_graph_begin(int device) {

@@ -225,9 +225,25 @@ lc_status lc_tensor_of_storage(lc_storage *s, size_t byte_offset, int dtype, int
     return LC_OK;
 }
 
+/* Zeros, where they are: nothing is copied to a device. */
+static lc_status fill_there(lc_tensor *t) {
+    lc_frame c;
+    lc_frame_init(&c, LC_OP_fill_);
+    c.x[0] = t;
+    bool old = lc_grad_enabled;
+    lc_grad_enabled = false;
+    lc_status rc = lc_run(&c);
+    lc_grad_enabled = old;
+    return rc;
+}
+
 static lc_status upload(lc_tensor *t, const void *data) {
     size_t bytes = lc_tensor_bytes(t);
     const lc_device *d = lc_device_get(t->device);
+    if (!data && d->backend && bytes && !lc_dtype_is_quant(t->dtype) && lc_device_kernel(t->device, LC_OP_fill_, false)->run) {
+        lc_status rc = fill_there(t);
+        if (rc != LC_ENOKERNEL) return rc;
+    }
     if (!d->backend) {
         if (data) memcpy(lc_tensor_ptr(t), data, bytes);
         else memset(lc_tensor_ptr(t), 0, bytes);

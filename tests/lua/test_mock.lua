@@ -116,6 +116,38 @@ t.test("decoding by recorded steps gives what single calls give", function()
   t.eq(#b, 5)
 end)
 
+t.test("training steps that are recorded give what single ones give", function()
+  local function run(recorded)
+    lc.manual_seed(7)
+    local student = lc.linearize(lc.model(CONFIG, {dtype = "f32", device = "mock:0"}), {map = "hedgehog", window = 8})
+    student.records = recorded
+    local optim, out = lc.adamw(student:trainable(), {lr = 1e-2}), {}
+    local function steps(n, step)
+      for i = 1, n do
+        local r = {}
+        for j = 1, 37 do r[j] = (i * 17 + j * j * 5 + j) % 61 end
+        out[#out + 1] = lc.scope(step, {r})
+        if i % 2 == 0 then optim:clip(1); optim:step(); optim:zero_grad() end
+      end
+    end
+    steps(9, function(r) return (student:transfer(r, {scale = 0.5})) end)
+    t.eq(student.recorded and student.recorded.transfer.graph ~= nil, recorded or nil)
+    student:use_linear()
+    t.eq(student.recorded, nil)
+    student:add_lora {rank = 2, alpha = 4}
+    optim = lc.adamw(student:trainable(), {lr = 1e-2})
+    steps(9, function(r) return student:learn(r, nil, 0.5) end)
+    t.eq(student.recorded and student.recorded.learn.graph ~= nil, recorded or nil)
+    local labels = {}
+    for j = 1, 37 do labels[j] = j % 3 == 0 and -100 or j end
+    steps(5, function(r) return student:learn(r, {labels}) end) -- other rows: recorded anew
+    steps(2, function() return student:learn(rows(2, 12)) end)  -- another shape
+    for _, p in ipairs(student:trainable()) do out[#out + 1] = p.tensor:detach():to("cpu"):abs():sum():item() end
+    return lc.tensor(out)
+  end
+  t.close(run(true), run(false), 1e-6)
+end)
+
 t.test("operands on two devices are refused", function()
   t.errors(function() return lc.ones(2) + lc.ones({2}, {device = "mock:0"}) end, "different devices")
   t.errors(function() return lc.ones({2}, {device = "mock:0"}) + lc.ones({2}, {device = "mock:1"}) end, "different devices")

@@ -12,7 +12,19 @@ local Graph = {}
 Graph.__index = Graph
 
 --- Runs it: what the function's ops did, on the same memory, with the same plain numbers.
-function Graph:run() bridge.check(C.lc_graph_run(self.handle), "record") end
+function Graph:run()
+  if not self.handle then bridge.fail("record: this graph was dropped") end
+  bridge.check(C.lc_graph_run(self.handle), "record")
+end
+
+--- Gives its memory back; its results are gone with it.
+function Graph:drop()
+  if not self.handle then return end
+  C.lc_graph_free(ffi.gc(self.handle, nil))
+  self.handle = nil
+  scope.walk(self.results, function(x) x:drop() end)
+  self.results = {}
+end
 
 --- lc.record(device, f, ...): calls f with the device recording: ops do nothing yet, and copies from and to the host
 --- fail. Returns a graph, whose run() does the work and whose `results` are f's, or nil and the reason where the device

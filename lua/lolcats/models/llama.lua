@@ -406,23 +406,48 @@ function Model:loss(ids, labels, opts)
     return self:loss_at(x, rows, wanted)
 end
 
---- Cross entropy of hidden states x [b, t, H] at flat rows (from 0) against labels. A head that is trained itself
+--- The same with its backward, as a step that a device may record: gradients of scale (1) times the loss add up in what is trained.
+--- Returns the loss, a number.
+function Model:learn(ids, labels, scale)
+    ids, scale = self:check_ids(ids), scale or 1
+    local rows, wanted = labelled_rows(labels or ids, ids)
+    if #rows == 0 then lc.fail("no label to learn from: every label is -100, or the row has a single token") end
+    local first, whole = rows[1], rows[#rows] - rows[1] + 1 == #rows
+    local as_i32 = { dtype = "i32" }
+    local inputs = { ids = ids, wanted = lc.tensor(wanted, as_i32), rows = not whole and lc.tensor(rows, as_i32) or nil }
+    local key = ("%.17g,%d,%s"):format(scale, whole and first or 0, tostring(whole))
+    local loss = require("lolcats.replay").step(self, "learn", key, inputs, function(at)
+        return lc.enable_grad(lc.scope, function()
+            local loss = self:loss_at(self:forward(at.ids), at.rows or rows, at.wanted)
+            if scale == 1 then loss:backward() else (loss * scale):backward() end
+            return loss:detach()
+        end)
+    end)
+    return loss:item()
+end
+
+--- Cross entropy of hidden states x [b, t, H] at flat rows (from 0) against labels, both tables or tensors. A head that is trained itself
 --- needs the logits whole, and then there are no losses of single rows.
 function Model:loss_at(x, rows, wanted)
     local where = { dtype = "i32", device = self.device }
     local flat = x:reshape(-1, x:size(-1))
-    if rows[#rows] - rows[1] + 1 == #rows then -- in one piece, as without padding and masks: no copy
+    local n = lc.is_tensor(wanted) and wanted:numel() or #wanted
+    if not lc.is_tensor(wanted) then wanted = lc.tensor(wanted, where) end
+    if lc.is_tensor(rows) then
+        flat = flat:index_select(1, rows:to(self.device))
+    elseif rows[#rows] - rows[1] + 1 == #rows then -- in one piece, as without padding and masks: no copy
         flat = flat:narrow(1, rows[1] + 1, #rows)
     else
         flat = flat:index_select(1, lc.tensor(rows, where))
     end
+    wanted = wanted:to(self.device)
     local l = self.head_proj.lora
     if lc.grad_enabled() and self.head.requires_grad or l and l.on then
-        return lc.cross_entropy(self:lm_head(flat), lc.tensor(wanted, where)), nil, nil, #rows
+        return lc.cross_entropy(self:lm_head(flat), wanted), nil, nil, n
     end
-    local loss, each, best = lc.linear_cross_entropy(flat, self.head, lc.tensor(wanted, where),
+    local loss, each, best = lc.linear_cross_entropy(flat, self.head, wanted,
                                                      { grad = lc.grad_enabled() and flat.requires_grad })
-    return loss, each, best, #rows
+    return loss, each, best, n
 end
 
 --- Sum of the losses and number of tokens of one row of ids, without gradient.
