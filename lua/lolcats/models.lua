@@ -63,8 +63,8 @@ local function add_ids(set, list)
     for _, id in ipairs(list) do set[id] = true end
 end
 
--- The config of some layers of a model: part = {first =, last = (positions of layers), embed =, head = (booleans)}. Its
--- layers keep their names.
+-- The config of some layers of a model: part = {first =, last = (positions of layers), embed =, head = (booleans),
+-- tokenizer = (boolean; a folder's words too)}. Its layers keep their names.
 local function cut(c, part)
     if not part then return c end
     local n, out = c.num_hidden_layers, {}
@@ -81,6 +81,9 @@ local function cut(c, part)
     end
     return out
 end
+
+-- A part without any weights is asked for because of what stands beside them.
+local function tokenizer_alone(part, c) return c.num_hidden_layers == 0 and not (part.embed or part.head) end
 
 -- ---- a Hugging Face folder ------------------------------------------------------------------------------------------
 local function load_folder(dir, opts)
@@ -101,7 +104,7 @@ local function load_folder(dir, opts)
     local w = weights.load({ file = file, format = "safetensors", path = dir }, c, opts)
     file:close()
     local model_opts = { dtype = opts.compute, device = opts.device, source = opts.source or dir, special = {} }
-    if opts.part then return llama.new(c, w, model_opts) end
+    if opts.part and not tokenizer_alone(opts.part, c) then return llama.new(c, w, model_opts) end
     if files.exists(dir .. "/tokenizer.json") then model_opts.tokenizer = lc.tokenizer(dir .. "/tokenizer.json") end
     local tc = optional_json(dir .. "/tokenizer_config.json")
     local gc = optional_json(dir .. "/generation_config.json")
@@ -130,7 +133,7 @@ function M.load_gguf(path, opts)
     end
     c = cut(c, opts.part)
     local w = weights.load({ file = file, format = "gguf", path = path }, c, opts)
-    if opts.part then
+    if opts.part and not tokenizer_alone(opts.part, c) then
         file:close()
         return llama.new(c, w, { dtype = opts.compute, device = opts.device, source = opts.source or path, special = {} })
     end
