@@ -117,12 +117,12 @@ static lc_status next_char(lc_records *r, char *c) {
 
 static lc_status next_line_of_json(lc_records *r, lc_doc **record) {
     for (;;) {
-        size_t n, blank = 0;
+        size_t n, used;
         LC_TRY(find_line(r, 0, &n));
         if (n == 0) return LC_OK;
         const char *line = r->text + r->at;
-        while (blank < n && is_space(line[blank])) blank++;
-        if (blank < n) LC_TRY(lc_json_parse_at(r->name, r->line, 1, line, n, record));
+        for (used = n; used > 0 && is_space(line[used - 1]); used--) continue;
+        if (used > 0) LC_TRY(lc_json_parse_at(r->name, r->line, r->column, line, used, record));
         step(r, n);
         if (*record) return LC_OK;
     }

@@ -1,16 +1,18 @@
--- data.lua: Alpaca records through prompt, tokenizer, labels and packing, for every tokenizer whose tokenizer.json is there; and
+-- data.lua: Alpaca records through prompt, tokenizer, labels and packing, for every tokenizer that is there; and
 -- the packing rule on made-up samples. Exact.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local data = require "lolcats.data"
 
--- The tokenizer.json of a case, and what to put before a prompt.
+-- The tokenizer of a case, a tokenizer.json or a tokenizer.model as Hugging Face's tools run it, and what to put before a prompt.
+local opened = {}
 local function tokenizer_of(T, case)
-    local path = case.tokenizer_file and case.tokenizer_file:match "^%S+tokenizer%.json"
+    local path = case.tokenizer_file and (case.tokenizer_file:match "^%S+tokenizer%.json" or case.tokenizer_file:match "^%S+tokenizer%.model")
     path = path and T.data(path)
     if not path then return nil end
+    opened[path] = opened[path] or lc.tokenizer(path, path:match "%.model$" and { style = "hf" } or nil)
     local bos = case.bos
-    return lc.tokenizer(path), type(bos) == "number" and bos or nil
+    return opened[path], type(bos) == "number" and bos or nil
 end
 
 local function stream_of(tok, records, first, last, eos, bos)
@@ -53,7 +55,7 @@ local function alpaca_cases(dir, T)
         local name = ("data/alpaca %s %d %s"):format(case.tokenizer, case.chunk_size, case.split)
         local tok, bos = tokenizer_of(T, case)
         if not records or not tok then
-            T.skip(name, records and "there is no tokenizer.json for it" or "the records are not here")
+            T.skip(name, records and "its tokenizer is not here" or "the records are not here")
         else
             T.case(name, function(c)
                 local key = case.tokenizer .. case.split
@@ -95,7 +97,7 @@ local function record_cases(dir, T, records, head)
         local tok, bos
         if of[name] then tok, bos = tokenizer_of(T, of[name]) end
         if not tok or not records then
-            T.skip("data/records " .. name, "there is no tokenizer.json for it")
+            T.skip("data/records " .. name, "its tokenizer is not here")
         else
             T.case("data/records " .. name, function(c)
                 for _, case in ipairs(groups[name]) do

@@ -163,9 +163,9 @@ local function refused(name, pattern, source, opts)
     t.test("refused: " .. name, function() t.errors(function() lc.data(source, opts) end, pattern) end)
 end
 local how = { tokenizer = bytes, eos = "~", seq = 32 }
+refused("an unknown ending", "Names of data files end in", write("a.doc", "x"), how)
 refused("no such file", "no such file", root .. "/none.json", how)
-refused("a folder", "is a folder", root, how)
-refused("parquet", "parquet", write("a.parquet", "PAR1"), how)
+refused("a parquet file that is none", "a.parquet: not a parquet file", write("a.parquet", "PAR1"), how)
 refused("text shorter than a row", "too few for one row of 32", write("short.txt", "a few words"), how)
 refused("an empty text", "empty", write("empty.txt", " \n"), how)
 refused("records that are none", "an array of records", write("object.json", "{}"), how)

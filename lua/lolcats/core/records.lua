@@ -1,6 +1,8 @@
--- Records of files over FFI: one at a time as Lua values, in a memory that holds one. lolcats.data.records is the public face.
+-- Records of files over FFI: one at a time as Lua values, in a memory that holds one; and files of plain numbers, written
+-- piece by piece and mapped. lolcats.data.source and lolcats.data.stream are the public faces.
 local bridge = require "lolcats.core.ffi"
 local io_core = require "lolcats.core.io"
+local tensor = require "lolcats.core.tensor"
 local ffi, C, check = bridge.ffi, bridge.C, bridge.check
 local M = {}
 
@@ -39,6 +41,40 @@ end
 function Records:close()
   if self.handle then C.lc_records_close(ffi.gc(self.handle, nil)) end
   self.handle = nil
+end
+
+-- ---- files of numbers -----------------------------------------------------------------------------------------------
+-- n numbers of a dtype from byte `offset` of a file: a view of its mapping.
+function M.map(path, offset, dtype, n)
+  local x = bridge.handle()
+  check(C.lc_map_file(x, path, offset, tensor.dtype_id(dtype), 1, ffi.new("int32_t[1]", n)), "map")
+  return bridge.adopt(x)
+end
+
+local Writer = {}
+Writer.__index = Writer
+
+-- A file that grows by what is written from the beginning of CPU tensors.
+function M.writer(path)
+  local file, why = io.open(path, "wb")
+  if not file then bridge.raise("EIO", "writer", "cannot write " .. why) end
+  return setmetatable({file = file, path = path}, Writer)
+end
+
+function Writer:write(x, n)
+  local bytes = n * C.lc_dtype_bytes(C.lc_dtype_of(x), 1)
+  local ok, why = self.file:write(ffi.string(x:data(), bytes))
+  if not ok then
+    self:close()
+    bridge.raise("EIO", "writer", ("cannot write %s: %s"):format(self.path, why))
+  end
+end
+
+function Writer:close()
+  if not self.file then return end
+  local ok, why = self.file:close()
+  self.file = nil
+  if not ok then bridge.raise("EIO", "writer", ("cannot write %s: %s"):format(self.path, tostring(why))) end
 end
 
 return M
