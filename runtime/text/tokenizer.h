@@ -7,8 +7,8 @@
  *
  * and back through the decoders (tokenizer_decode.c). Built from tokenizer.json by tokenizer_load.c, from a GGUF's
  * metadata by tokenizer_gguf.c, from SentencePiece's tokenizer.model by tokenizer_spm.c, from tiktoken's by
- * tokenizer_tiktoken.c; tokenizer_open.c tells them apart. A SentencePiece model runs either as Hugging Face runs it, or
- * as its own library does. A tokenizer holds scratch buffers: one thread at a time. */
+ * tokenizer_tiktoken.c; tokenizer_open.c tells them apart. A SentencePiece model runs as Hugging Face runs it, or as
+ * its own library does. A tokenizer holds scratch buffers: one thread at a time. */
 #ifndef LC_TOKENIZER_H
 #define LC_TOKENIZER_H
 
@@ -98,7 +98,8 @@ typedef struct lc_tok_charsmap {
 } lc_tok_charsmap;
 lc_status lc_tok_charsmap_set(lc_tok_charsmap *m, const char *blob, size_t n); /* copies; empty: no map */
 void lc_tok_charsmap_drop(lc_tok_charsmap *m);
-lc_status lc_tok_charsmap_apply(const lc_tok_charsmap *m, const char *s, size_t n, lc_tok_buf *out); /* Hugging Face's */
+/* As Hugging Face applies it; lc_tok_spm_normalize does it as SentencePiece. */
+lc_status lc_tok_charsmap_apply(const lc_tok_charsmap *m, const char *s, size_t n, lc_tok_buf *out);
 
 /* ---- components ---- */
 typedef enum {
@@ -313,7 +314,7 @@ lc_status lc_tok_from_bytes(lc_tokenizer **out, const char *name, const char *da
                             const lc_tok_options *how); /* any kind of file */
 bool lc_tok_base64(const char *s, size_t n, bool alphabet, lc_tok_buf *out, lc_status *status);
 lc_status lc_tok_added_from_doc(lc_tokenizer *t, const struct lc_doc *d, int32_t list); /* a list of added_tokens */
-extern const char lc_tok_gpt2_regex[];
+extern const char lc_tok_gpt2_regex[], lc_tok_llama3_regex[], lc_tok_qwen_regex[], lc_tok_o200k_regex[];
 
 /* ---- running ---- */
 lc_status lc_tok_normalize(lc_tokenizer *t, const char *s, size_t n, const char **out, size_t *out_len);

@@ -7,30 +7,41 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LETTERS_AND_DIGITS "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}"
-#define REST               "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-#define UPPER              "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
-#define LOWER              "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
-#define OTHER              "[^\\r\\n\\p{L}\\p{N}]?"
+#define UPPER "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]"
+#define LOWER "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
+#define OTHER "[^\\r\\n\\p{L}\\p{N}]?"
 
-static const char llama3[] = LETTERS_AND_DIGITS "{1,3}" REST;
-static const char qwen2[] = LETTERS_AND_DIGITS REST;
 static const char tekken[] = OTHER UPPER "*" LOWER "+|" OTHER UPPER "+" LOWER "*|\\p{N}"
                                          "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
-/* Names of tokenizer.ggml.pre. A NULL regex is GPT-2's, with digits cut one by one where `digits` says so. */
+/* Names of tokenizer.ggml.pre. A NULL regex is GPT-2's. NFC: texts are normalized, which the file does not say but the
+ * model's own tokenizer does. */
+enum { DIGITS = 1, WHOLE = 2, BOS = 4, NFC = 8 }; /* digits one by one; words that are tokens whole; BOS unless told */
 static const struct pre {
     const char *name, *regex;
-    bool digits, ignore_merges, bos;
-} known[] = {{"smollm", NULL, true, false, false},      {"starcoder", NULL, true, false, false},
-             {"refact", NULL, true, false, false},      {"command-r", NULL, true, false, false},
-             {"codeshell", NULL, true, false, false},   {"exaone", NULL, true, false, false},
-             {"gpt-2", NULL, false, false, false},      {"phi-2", NULL, false, false, false},
-             {"mpt", NULL, false, false, false},        {"olmo", NULL, false, false, false},
-             {"jais", NULL, false, false, false},       {"llama-bpe", llama3, false, true, true},
-             {"llama3", llama3, false, true, true},     {"llama-v3", llama3, false, true, true},
-             {"qwen2", qwen2, false, false, false},     {"deepseek-r1-qwen", qwen2, false, false, false},
-             {"stablelm2", qwen2, false, false, false}, {"tekken", tekken, false, true, true}};
+    int how;
+} known[] = {{"smollm", NULL, DIGITS},
+             {"starcoder", NULL, DIGITS},
+             {"refact", NULL, DIGITS},
+             {"command-r", NULL, DIGITS},
+             {"codeshell", NULL, DIGITS},
+             {"exaone", NULL, DIGITS},
+             {"gpt-2", NULL, 0},
+             {"phi-2", NULL, 0},
+             {"mpt", NULL, 0},
+             {"olmo", NULL, 0},
+             {"jais", NULL, 0},
+             {"llama-bpe", lc_tok_llama3_regex, WHOLE | BOS},
+             {"llama3", lc_tok_llama3_regex, WHOLE | BOS},
+             {"llama-v3", lc_tok_llama3_regex, WHOLE | BOS},
+             {"dbrx", lc_tok_llama3_regex, 0},
+             {"smaug-bpe", lc_tok_llama3_regex, 0},
+             {"qwen2", lc_tok_qwen_regex, NFC},
+             {"deepseek-r1-qwen", lc_tok_qwen_regex, NFC},
+             {"stablelm2", lc_tok_qwen_regex, 0},
+             {"gpt-4o", lc_tok_o200k_regex, 0},
+             {"llama4", lc_tok_o200k_regex, BOS},
+             {"tekken", tekken, WHOLE | BOS}};
 
 typedef struct loader {
     lc_tokenizer *t;
@@ -204,9 +215,14 @@ static lc_status byte_level(loader *x) {
         return lc_fail(LC_EPARSE, "pre-tokenizer '%.*s' (tokenizer.ggml.pre) is not supported", (int)(n > 60 ? 60 : n),
                        name);
     LC_TRY(listed_merges(x));
-    x->t->ignore_merges = pre->ignore_merges;
+    x->t->ignore_merges = pre->how & WHOLE;
+    lc_tok_norm *nfc;
+    if (pre->how & NFC) {
+        LC_TRY(lc_tok_add_norm(x->t, &nfc));
+        nfc->kind = LC_NORM_NFC;
+    }
     lc_tok_pre *digits;
-    if (pre->digits) {
+    if (pre->how & DIGITS) {
         LC_TRY(lc_tok_add_pre(x->t, &digits));
         digits->kind = LC_PRE_CLASS, digits->klass = LC_TOK_NUMERIC, digits->behavior = LC_SPLIT_ISOLATED;
     }
@@ -215,7 +231,7 @@ static lc_status byte_level(loader *x) {
     lc_tok_dec *k;
     LC_TRY(lc_tok_add_dec(x->t, &k));
     k->kind = LC_DEC_BYTE_LEVEL;
-    return add_template(x, pre->bos);
+    return add_template(x, pre->how & BOS);
 }
 
 static lc_status sentencepiece(loader *x) {

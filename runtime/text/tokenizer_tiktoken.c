@@ -16,9 +16,9 @@
 #define LOWER   "[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]"
 #define ENDING  "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 
-static const char llama3[] = LETTERS "{1,3}" REST;
-static const char qwen[] = LETTERS REST;
-static const char o200k[] =
+const char lc_tok_llama3_regex[] = LETTERS "{1,3}" REST;
+const char lc_tok_qwen_regex[] = LETTERS REST;
+const char lc_tok_o200k_regex[] =
     "[^\\r\\n\\p{L}\\p{N}]?" UPPER "*" LOWER "+" ENDING "|[^\\r\\n\\p{L}\\p{N}]?" UPPER "+" LOWER "*" ENDING
     "|\\p{N}{1,3}| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+";
 
@@ -26,15 +26,16 @@ static const char o200k[] =
 static const struct known {
     int32_t ranks, specials;
     const char *regex, *bos, *eos, *special[12];
-} known[] = {{128000,
-              256,
-              llama3,
-              "<|begin_of_text|>",
-              "<|end_of_text|>",
-              {"<|begin_of_text|>", "<|end_of_text|>", "*", "*", "*", "*", "<|start_header_id|>", "<|end_header_id|>",
-               "*", "<|eot_id|>"}},
-             {151643, 208, qwen, NULL, NULL, {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_*|>"}},
-             {200000, 0, o200k, "<|begin_of_text|>", "<|end_of_text|>", {NULL}}};
+} known[] = {
+    {128000,
+     256,
+     lc_tok_llama3_regex,
+     "<|begin_of_text|>",
+     "<|end_of_text|>",
+     {"<|begin_of_text|>", "<|end_of_text|>", "*", "*", "*", "*", "<|start_header_id|>", "<|end_header_id|>", "*",
+      "<|eot_id|>"}},
+    {151643, 208, lc_tok_qwen_regex, NULL, NULL, {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_*|>"}},
+    {200000, 0, lc_tok_o200k_regex, "<|begin_of_text|>", "<|end_of_text|>", {NULL}}};
 
 typedef struct line {
     size_t number, at; /* at: its first byte's place in the file */
@@ -132,7 +133,7 @@ static lc_status special_tokens(lc_tokenizer *t, const struct known *k) {
     int reserved = 0;
     for (int32_t i = 0; i < k->specials; i++) {
         const char *s = i < 12 && k->special[i] ? k->special[i] : "*";
-        if (!strcmp(s, "*") && k->regex == llama3)
+        if (!strcmp(s, "*") && k->regex == lc_tok_llama3_regex)
             snprintf(name, sizeof name, "<|reserved_special_token_%d|>", reserved++);
         else if (strchr(s, '*')) /* the rest of Qwen's */
             snprintf(name, sizeof name, "<|extra_%d|>", reserved++);
