@@ -52,7 +52,7 @@ int K(rms_norm)(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* gx = rstd (g w - x rstd^2 mean(g w x)) */
+/* gx = rstd (g w - x rstd^2 mean(g w x)) + add */
 static void norm_gx(void *ctx, int64_t begin, int64_t end, int thread) {
     const lc_kargs *k = ctx;
     const lc_view *x = &k->x[1];
@@ -64,6 +64,9 @@ static void norm_gx(void *ctx, int64_t begin, int64_t end, int thread) {
         real *restrict out = row_at(&k->y[0], r), rstd = rstds[r];
         real pull = (real)(dot3(pg, w, px, n) / (double)n * (double)rstd * (double)rstd);
         for (int64_t i = 0; i < n; i++) out[i] = rstd * (pg[i] * w[i] - px[i] * pull);
+        if (!k->x[4].data) continue;
+        const real *restrict add = row_at(&k->x[4], r);
+        for (int64_t i = 0; i < n; i++) out[i] += add[i];
     }
 }
 

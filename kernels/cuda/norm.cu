@@ -112,13 +112,13 @@ template <class T> static int run_norm(const lc_kargs *k, int64_t rows, int64_t 
     return LC_K_OK;
 }
 
-/* ---- its gradients: gx = rstd (g w - x rstd^2 mean(g w x)), gw = sum over rows of g x rstd -------------------- */
+/* ---- its gradients: gx = rstd (g w - x rstd^2 mean(g w x)) + add, gw = sum over rows of g x rstd -------------------- */
 typedef struct norm_back {
-    const void *g, *x, *w, *rstd;
+    const void *g, *x, *w, *rstd, *add; /* add or NULL */
     void *gx;         /* or NULL */
     void *partial;    /* [blocks, n packs of V], or NULL where gw is not wanted */
     int64_t count, n; /* rows; elements a row (in norm_back_rows: packs) */
-    walk<3> rows;     /* g, x, gx */
+    walk<4> rows;     /* g, x, gx, add */
 } norm_back;
 
 /* A block takes rows b, b + blocks, ..; BACK_PACKS packs a thread at most. DW: gw's part of these rows stays in
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(MOST, 1) norm_back_rows(const norm_back j) {
 #pragma unroll
     for (int i = 0; i < (DW ? P * V : 1); i++) part[i] = 0;
     for (int64_t r = blockIdx.x; r < j.count; r += gridDim.x) {
-        int64_t at[3];
+        int64_t at[4];
         pack<T, V> g[P], x[P], w[P];
         R sum = 0, rstd = ((const R *)j.rstd)[r];
         walk_at(j.rows, r, at);
@@ -166,6 +166,12 @@ __global__ void __launch_bounds__(MOST, 1) norm_back_rows(const norm_back j) {
 #pragma unroll
             for (int c = 0; c < V; c++)
                 out[c] = rstd * (load<R>(g[p].v[c]) * load<R>(w[p].v[c]) - load<R>(x[p].v[c]) * pull);
+            if (j.add) {
+                R more[V];
+                load_pack<V>((const T *)j.add + at[3] + i * V, more);
+#pragma unroll
+                for (int c = 0; c < V; c++) out[c] += more[c];
+            }
             store_pack<V>((T *)j.gx + at[2] + i * V, out);
         }
     }
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(MOST, 1) norm_back_rows(const norm_back j) {
 template <class T> __global__ void __launch_bounds__(256) norm_back_plain(const norm_back j) {
     typedef real_of<T> R;
     __shared__ double room[32];
-    int64_t at[3];
+    int64_t at[4];
     walk_at(j.rows, blockIdx.x, at);
     const T *g = (const T *)j.g + at[0], *x = (const T *)j.x + at[1], *w = (const T *)j.w;
     R rstd = ((const R *)j.rstd)[blockIdx.x];
@@ -193,15 +199,18 @@ template <class T> __global__ void __launch_bounds__(256) norm_back_plain(const 
         sum += (double)(load<R>(g[i]) * load<R>(w[i]) * load<R>(x[i]));
     sum = block_reduce(sum, op_sum(), 0.0, room);
     R pull = (R)(sum / (double)j.n * (double)rstd * (double)rstd);
-    for (int64_t i = threadIdx.x; i < j.n; i += blockDim.x)
-        ((T *)j.gx)[at[2] + i] = store<T>(rstd * (load<R>(g[i]) * load<R>(w[i]) - load<R>(x[i]) * pull));
+    const T *add = (const T *)j.add + at[3];
+    for (int64_t i = threadIdx.x; i < j.n; i += blockDim.x) {
+        R out = rstd * (load<R>(g[i]) * load<R>(w[i]) - load<R>(x[i]) * pull);
+        ((T *)j.gx)[at[2] + i] = store<T>(j.add ? out + load<R>(add[i]) : out);
+    }
 }
 
 /* gw's parts by blocks of 32 columns x DW_ROWS threads, for any n: block y takes rows y, y + parts, .. */
 template <class T> __global__ void __launch_bounds__(32 * DW_ROWS) norm_dw_plain(const norm_back j) {
     typedef real_of<T> R;
     __shared__ R room[DW_ROWS][32];
-    int64_t column = (int64_t)blockIdx.x * 32 + threadIdx.x, at[3];
+    int64_t column = (int64_t)blockIdx.x * 32 + threadIdx.x, at[4];
     R sum = 0;
     if (column < j.n)
         for (int64_t r = (int64_t)blockIdx.y * DW_ROWS + threadIdx.y; r < j.count; r += (int64_t)gridDim.y * DW_ROWS) {
@@ -237,8 +246,8 @@ static int64_t norm_parts(int64_t rows) { return rows < DW_BLOCKS ? rows : (int6
 
 template <class T> static int run_norm_back(const lc_kargs *k, norm_back j) {
     constexpr int V = pack_of<T>();
-    const lc_view *g = &k->x[0], *x = &k->x[1], *gx = &k->y[0], *gw = &k->y[1];
-    bool packs = view_packs(g, V) && view_packs(x, V) && (!gx->data || view_packs(gx, V)) && aligned16(k->x[2].data),
+    const lc_view *g = &k->x[0], *x = &k->x[1], *gx = &k->y[0], *gw = &k->y[1], *add = &k->x[4];
+    bool packs = view_packs(g, V) && view_packs(x, V) && (!gx->data || view_packs(gx, V)) && (!add->data || view_packs(add, V)) && aligned16(k->x[2].data),
          done = !j.count;
     int64_t parts = norm_parts(j.count), n = j.n;
     if constexpr (sizeof(T) < 8) {
@@ -348,13 +357,14 @@ size_t lc_cuda_rms_norm_backward_work(const lc_kargs *k) {
 }
 
 int lc_cuda_rms_norm_backward(const lc_kargs *k) {
-    const lc_view *g = &k->x[0], *x = &k->x[1], *gx = &k->y[0];
+    const lc_view *g = &k->x[0], *x = &k->x[1], *gx = &k->y[0], *add = &k->x[4];
     norm_back j;
+    j.add = add->data;
     j.g = g->data, j.x = x->data, j.w = k->x[2].data, j.rstd = k->x[3].data, j.gx = gx->data;
     j.count = view_rows(x), j.n = x->dim[x->ndim - 1];
     j.partial = k->y[1].data && j.count ? k->work : NULL;
-    j.rows = rows_of<3>({g, x, gx});
-    if (g->dtype != x->dtype || k->x[2].dtype != x->dtype ||
+    j.rows = rows_of<4>({g, x, gx, add->data ? add : x});
+    if (g->dtype != x->dtype || k->x[2].dtype != x->dtype || (add->data && add->dtype != x->dtype) ||
         k->x[3].dtype != (x->dtype == LC_K_F64 ? LC_K_F64 : LC_K_F32))
         return LC_K_UNSUPPORTED;
     if (!j.n || (!gx->data && !k->y[1].data)) return LC_K_OK;

@@ -348,8 +348,18 @@ static lc_status reach_node(lc_backward *b, lc_node *n, int out, lc_tensor *g) {
     return gather(&n->g[out], g);
 }
 
-/* Sends the gradients of a node's inputs on; uses the references in gx up. */
-static lc_status deliver(lc_backward *b, lc_node *n, lc_tensor **gx) {
+/* What other results have already sent to input i, borrowed, or NULL. A rule that takes it hands over the sum of it and its own
+ * part as the gradient of i: no pass over memory of its own adds the two. */
+lc_tensor *lc_back_pending(lc_back *b, int i) {
+    const lc_edge *e = &b->node->edge[i];
+    lc_tensor *g = e->node && e->node->g ? e->node->g[e->out] : NULL;
+    if (g && g->dtype != e->dtype) g = NULL;
+    b->whole[i] = g != NULL;
+    return g;
+}
+
+/* Sends the gradients of a node's inputs on; uses the references in gx up. whole, where given: which are sums already. */
+static lc_status deliver(lc_backward *b, lc_node *n, lc_tensor **gx, const bool *whole) {
     lc_status rc = LC_OK;
     for (int i = 0; i < n->n_in; i++) {
         lc_tensor *g = gx[i];
@@ -365,6 +375,10 @@ static lc_status deliver(lc_backward *b, lc_node *n, lc_tensor **gx) {
                          n->op < 0 ? "custom function" : lc_row_of(n->op)->name, i + 1, g);
             lc_release(g);
             continue;
+        }
+        if (whole && whole[i]) {
+            lc_release(e->node->g[e->out]);
+            e->node->g[e->out] = NULL;
         }
         rc = e->leaf ? reach_leaf(e->leaf, g) : reach_node(b, e->node, e->out, g);
     }
@@ -382,10 +396,10 @@ enum { STACK_EDGES = 64 };
 
 static lc_status run_node(lc_backward *b, lc_node *n) {
     lc_tensor *stack_gx[STACK_EDGES], **gx = stack_gx;
-    bool stack_need[STACK_EDGES], *need = stack_need;
+    bool stack_need[2 * STACK_EDGES], *need = stack_need;
     if (n->n_in > STACK_EDGES) {
         gx = lc_alloc((size_t)n->n_in, sizeof *gx);
-        need = lc_alloc((size_t)n->n_in, sizeof *need);
+        need = lc_alloc(2 * (size_t)n->n_in, sizeof *need);
         if (!gx || !need) {
             free(gx);
             free(need);
@@ -395,14 +409,15 @@ static lc_status run_node(lc_backward *b, lc_node *n) {
     for (int i = 0; i < n->n_in; i++) {
         gx[i] = NULL;
         need[i] = n->edge[i].node || n->edge[i].leaf;
+        need[n->n_in + i] = false;
     }
-    lc_back back = {.node = n, .gx = gx, .need = need};
+    lc_back back = {.node = n, .gx = gx, .need = need, .whole = need + n->n_in};
     for (int i = 0; i < n->n_out; i++) back.g[i] = n->g[i];
     lc_status rc = check_versions(n);
     if (rc == LC_OK) rc = lc_row_of(n->op)->rule->backward(&back);
     free_saved(n);
     free_gradients(n);
-    if (rc == LC_OK) rc = deliver(b, n, gx);
+    if (rc == LC_OK) rc = deliver(b, n, gx, back.whole);
     for (int i = 0; i < n->n_in; i++) lc_release(gx[i]);
     if (gx != stack_gx) {
         free(gx);
@@ -448,7 +463,7 @@ static lc_status finish_lua_node(lc_backward *b) {
     b->lua = NULL;
     free_gradients(n);
     n->freed = true;
-    lc_status rc = deliver(b, n, b->gx);
+    lc_status rc = deliver(b, n, b->gx, NULL);
     free(b->gx);
     b->gx = NULL;
     n->owner = NULL;

@@ -152,7 +152,9 @@ typedef struct lc_back {
     lc_tensor *g[LC_MAX_OUT];   /* gradients of its results; NULL: none came */
     lc_tensor **gx;             /* to be filled with references: of inputs, then of list elements; NULL stays "none" */
     const bool *need;           /* which of them are wanted */
+    bool *whole;                /* set by lc_back_pending */
 } lc_back;
+lc_tensor *lc_back_pending(lc_back *b, int i);
 struct lc_rule {
     lc_status (*shape)(lc_frame *c);   /* checks, makes c->y; of a view also the whole work */
     lc_status (*backward)(lc_back *b); /* NULL: not differentiable */

@@ -19,6 +19,7 @@ static lc_status rms_norm_backward(lc_back *b) {
     c.x[3] = b->node->y[1];
     c.skip[0] = !b->need[0];
     c.skip[1] = !b->need[1];
+    if (b->need[0]) c.x[4] = lc_back_pending(b, 0); /* of the residual beside the norm */
     x_run(&e, &c);
     for (int i = 0; i < 2; i++) x_give(&e, b, i, c.y[i]);
     return x_done(&e);

@@ -149,6 +149,12 @@ for _, n in ipairs {24, 100, 333, 1024, 4096, 9000} do
 end
 add("rms_norm of parts of rows", {randn(4, 6, 128), randn(64)}, function(x, w) return lc.rms_norm(x, w, 1e-6) end,
     {view = {function(x) return x:slice(-1, 1, 64):transpose(1, 2) end}})
+for _, n in ipairs {64, 33, 9000} do
+  add("rms_norm beside a residual of " .. n, {randn(9, n), randn(n)}, function(x, w)
+    local y = x * 1.5 -- the sum reaches y first, so that the norm's gradient takes it along
+    return y + lc.rms_norm(y, w, 1e-5)
+  end)
+end
 add("rms_norm, w alone", {randn(1100, 64), randn(64)}, function(x, w) return lc.rms_norm(x:detach(), w, 1e-5) end)
 for _, d in ipairs {128, 64, 6} do
   local pos = lc.arange(9, {dtype = "f64"}) * 11
