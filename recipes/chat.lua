@@ -19,11 +19,13 @@ local args = lc.args {
     { "stats", false, "after each reply: tokens and rate on standard error" },
     { "dtype", "f32", "of the weights", choices = { "f32", "bf16", "f16", "f64" } },
     { "device", "cpu", "where to compute" },
+    { "state_dtype", "", "of a linearized model's state on a GPU: f32, or what dtype says, which halves what a token reads of it" },
 }
 
 local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
 local function system_message() return args.system ~= "" and args.system or nil end
-local chat = lc.chat(model, { system = system_message(), teacher = args.teacher or nil })
+local chat = lc.chat(model, { system = system_message(), teacher = args.teacher or nil,
+                            state_dtype = args.state_dtype ~= "" and args.state_dtype or nil })
 local interactive = program.is_terminal and program.is_terminal(0)
 local turn = 0
 

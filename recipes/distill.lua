@@ -36,6 +36,9 @@ local function distill(d) -- d: defaults of the arguments
         { "seed", d.seed or 0, "order of rows and start of LoRA" },
         { "prompt", d.prompt or "", "what the samples continue, or answer; without one, the start of a held-out row" },
         { "sample", d.sample or 40, "tokens a sample; 0: none", min = 0 },
+        { "transfer", d.transfer ~= false, "first stage: maps learn to copy attention; --no-transfer leaves it out" },
+        { "train_maps", d.train_maps or false, "the second stage trains maps and window factors too" },
+        { "bias", d.bias or false, "feature maps with a bias" },
         { "fresh", false, "start over instead of going on" },
         unpack(d.more or {}),
     }
@@ -49,7 +52,7 @@ local function distill(d) -- d: defaults of the arguments
     log.say("%s", tostring(data))
     if not data.held then lc.fail("hold_out is 0: there is nothing to measure perplexity on") end
     local student = lc.linearize(teacher, { map = args.map, window = args.window, kind = args.window > 0 and args.kind or "linear",
-                                            feature_dim = args.feature_dim > 0 and args.feature_dim or nil })
+                                            feature_dim = args.feature_dim > 0 and args.feature_dim or nil, bias = args.bias or nil })
 
     -- Measured values go to results.json at once, so that a run that is resumed does not measure twice.
     local results = lc.train.results(args.out)
@@ -91,30 +94,34 @@ local function distill(d) -- d: defaults of the arguments
     sample("swapped_sample", student)
 
     -- 1. Attention transfer: each layer learns to copy the softmax attention it replaces. Backward runs inside, layer by layer.
-    local max_steps, epochs = steps_or_epochs(args.transfer_steps)
-    local run = lc.run {
-        name = "transfer", out = args.out, data = data, params = student:trainable(), model = student,
-        optim = lc.adamw { lr = args.transfer_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
-        max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
-        eval_every = args.eval_every, metric = "mse", eval = function()
-            local mse = 0
-            for _, row in ipairs(watched) do mse = mse + student:transfer(row.ids, { backward = false }) / #watched end
-            return { mse = mse }
-        end,
-    }
-    for batch in run:steps() do
-        local loss = student:transfer(batch.ids, { scale = 1 / run.accumulate })
-        run:log { mse = loss * run.accumulate }
+    local function transfer_stage()
+        local max_steps, epochs = steps_or_epochs(args.transfer_steps)
+        local run = lc.run {
+            name = "transfer", out = args.out, data = data, params = student:trainable(), model = student,
+            optim = lc.adamw { lr = args.transfer_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
+            max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
+            eval_every = args.eval_every, metric = "mse", eval = function()
+                local mse = 0
+                for _, row in ipairs(watched) do mse = mse + student:transfer(row.ids, { backward = false }) / #watched end
+                return { mse = mse }
+            end,
+        }
+        for batch in run:steps() do
+            local loss = student:transfer(batch.ids, { scale = 1 / run.accumulate })
+            run:log { mse = loss * run.accumulate }
+        end
+        local summary = results:once("transfer", function() return run:summary() end)
+        perplexity("transfer_ppl")
+        if args.window > 0 then perplexity("transfer_window_ppl", "window") end
+        sample("transfer_sample", student)
+        return summary
     end
-    local transfer = results:once("transfer", function() return run:summary() end)
-    perplexity("transfer_ppl")
-    if args.window > 0 then perplexity("transfer_window_ppl", "window") end
-    sample("transfer_sample", student)
+    local transfer = args.transfer and transfer_stage() or {}
 
     -- 2. Low-rank repair: plain next-token loss through the linear attentions.
-    student:use_linear():add_lora { rank = args.rank, alpha = args.alpha, targets = args.targets }
-    max_steps, epochs = steps_or_epochs(args.lora_steps)
-    run = lc.run {
+    student:use_linear({ keep_training = args.train_maps and { "." } or nil }):add_lora { rank = args.rank, alpha = args.alpha, targets = args.targets }
+    local max_steps, epochs = steps_or_epochs(args.lora_steps)
+    local run = lc.run {
         name = "lora", out = args.out, data = data, params = student:trainable(), model = student,
         optim = lc.adamw { lr = args.lora_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
         max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
@@ -141,7 +148,8 @@ local function distill(d) -- d: defaults of the arguments
     print(log.table({
         stage("teacher (softmax)", nil, nil, r.teacher_ppl),
         stage("swapped, untrained", nil, r.swapped_window_ppl, r.swapped_ppl),
-        stage("attention transfer", transfer, r.transfer_window_ppl, r.transfer_ppl, transfer.peak_device_mb or transfer.peak_rss_mb),
+        args.transfer and stage("attention transfer", transfer, r.transfer_window_ppl, r.transfer_ppl,
+                                transfer.peak_device_mb or transfer.peak_rss_mb) or stage "no attention transfer",
         stage("LoRA", lora, r.window_only_ppl, r.lora_ppl, lora.peak_device_mb or lora.peak_rss_mb),
     }, { "", "perplexity", "window only", "tokens/s", "peak memory" }))
     print(("\nPerplexity on %d held-out rows of %d tokens of %s. Window only: the linear part switched off."):format(#held, args.seq, args.data))
@@ -160,7 +168,7 @@ local function distill(d) -- d: defaults of the arguments
         window_only_ppl = r.window_only_ppl, swapped_window_ppl = r.swapped_window_ppl, transfer_window_ppl = r.transfer_window_ppl,
         transfer_tok_s = transfer.tok_s, lora_tok_s = lora.tok_s, transfer_steps = transfer.updates, lora_steps = lora.updates,
         transfer_seconds = transfer.seconds, lora_seconds = lora.seconds,
-        peak_rss_mb = math.max(transfer.peak_rss_mb, lora.peak_rss_mb), transfer_peak_rss_mb = transfer.peak_rss_mb,
+        peak_rss_mb = math.max(transfer.peak_rss_mb or 0, lora.peak_rss_mb), transfer_peak_rss_mb = transfer.peak_rss_mb,
         device = args.device, transfer_peak_device_mb = transfer.peak_device_mb, lora_peak_device_mb = lora.peak_device_mb,
         samples = { teacher = r.teacher_sample, swapped = r.swapped_sample, transfer = r.transfer_sample, lora = r.lora_sample },
     })

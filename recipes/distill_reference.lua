@@ -64,7 +64,7 @@ local function distill(d)
     if options and compat then options.compat = "reference" end
     local student = options and lc.linearize(teacher, options) or teacher
     if args.print_model then print(student) end
-    local out = checkpoint.fits(paths.distill:gsub("_distill%.pt$", "") .. ".run")
+    local function folder(path) return checkpoint.fits((path:gsub("_%a+%.pt$", "") .. ".run")) end -- of lc.run's own files
     local chunk = model_tree.attention.state_chunk_len
     local function load_data(tree, name)
         return datasets.load(tree.dataset, { model = teacher, source = args.data ~= "" and args.data or nil, data_dir = args.data_dir,
@@ -83,7 +83,7 @@ local function distill(d)
     if trains_first then
         local function save(path, values, step) checkpoint.save(student, path, { step = step, ["distill/eval/loss"] = values.loss }, args.format, "maps") end
         local s = stage.train {
-            name = "distill", out = out, tree = first, student = student, params = student:trainable(), data = load_data(first, args.distill_config),
+            name = "distill", out = folder(paths.distill), tree = first, student = student, params = student:trainable(), data = load_data(first, args.distill_config),
             seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, fresh = args.fresh, chunk = chunk,
             save = function(step, values) save(names.periodic(paths.distill, step), values, step) end,
         }
@@ -104,7 +104,7 @@ local function distill(d)
     if second and second.trainer.name and (not args.load_finetune_checkpoint or args.resume_finetune) then
         local function save(path, values, step) checkpoint.save(student, path, { step = step, ["eval/loss"] = values.loss }, args.format, "trained") end
         local s = stage.train {
-            name = "ft", out = out, tree = second, student = student, params = student:trainable(), data = load_data(second, args.finetune_config),
+            name = "ft", out = folder(paths.finetune), tree = second, student = student, params = student:trainable(), data = load_data(second, args.finetune_config),
             seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, csv = checkpoint.fits(paths.csv), fresh = args.fresh,
             chunk = chunk, save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
         }

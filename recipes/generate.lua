@@ -18,6 +18,7 @@ local args = lc.args {
     { "stop", {}, "texts that end the generation" },
     { "dtype", "f32", "of the weights", choices = { "f32", "bf16", "f16", "f64" } },
     { "device", "cpu", "where to compute" },
+    { "state_dtype", "", "of a linearized model's state on a GPU: f32, or what dtype says, which halves what a token reads of it" },
     { "json", false, "one JSON object instead of streamed text" },
 }
 
@@ -25,7 +26,8 @@ local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
 if not model.tokenizer then lc.fail("%s has no tokenizer (tokenizer.json)", args.model) end
 local prompt = args.prompt == "-" and io.read "*a" or args.prompt
 local opts = { max_new = args.max_new, temperature = args.temperature, top_k = args.top_k, top_p = args.top_p,
-               min_p = args.min_p, repetition = args.repetition, seed = args.seed, stop = args.stop }
+               min_p = args.min_p, repetition = args.repetition, seed = args.seed, stop = args.stop,
+               state_dtype = args.state_dtype ~= "" and args.state_dtype or nil }
 if not args.json then
     opts.stream = function(piece)
         io.write(piece)

@@ -184,45 +184,30 @@ function M.override_model(tree, flags)
 end
 
 -- ---- what the keys mean ---------------------------------------------------------------------------------------------
--- attention_type -> how the window moves. Several of the reference's names are one implementation here: they differ in
--- memory or in rounding, not in what they compute.
-local TYPES = {
-    lolcats_llama = "linear", lolcats_llama_window_tk = "terrace", lolcats_llama_window_sw = "sliding",
-    lolcats_llama_window_sw_linear = "sliding", lolcats_long_llama_window_tk = "terrace", lolcats_long_llama_window_sw = "sliding",
-    lolcats_llama_window_tk_gen = "terrace", lolcats_llama_window_tk_bf16 = "terrace", lolcats_llama_window_tk_fa2 = "terrace",
-    lolcats_llama_window_tk_sdpa = "terrace", softmax = "softmax",
-}
-local MAPS = { softmax_dim = true, exp_dim = true, pos_elu = true, relu = true }
-
---- Options of lc.linearize for a model configuration; nil when its attention stays softmax.
+--- Options of lc.linearize for a model configuration; nil when its attention stays softmax. What an attention_type means
+--- stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel (null: none).
 function M.linearize_options(tree)
     local a = tree.attention
-    local kind = TYPES[a.attention_type]
-    if not kind then
-        local names = {}
-        for name in pairs(TYPES) do names[#names + 1] = name end
-        local near = cli.suggest(tostring(a.attention_type), names)
-        lc.fail("attention_type '%s' is not known%s", tostring(a.attention_type), near and ("; did you mean %s?"):format(near) or "")
-    end
-    if kind == "softmax" then return nil end
-    if a.learned_kernel and a.learned_kernel ~= "untied_head_einsum" then
-        lc.fail("learned_kernel '%s' is not built; there is untied_head_einsum", tostring(a.learned_kernel))
-    end
-    if not MAPS[a.feature_map or "softmax_dim"] then
-        lc.fail("feature_map '%s' is not known; there are softmax_dim, exp_dim, pos_elu, relu", tostring(a.feature_map))
-    end
+    local found = require("lolcats.attention_types").find(a.attention_type)
+    if found.options.softmax then return nil end
+    local kind = found.options.kind
     local k, f = a.learned_kernel_kwargs or {}, a.feature_map_kwargs or {}
     local keep
     for _, i in ipairs(a.softmax_attentions or {}) do -- they count layers from 0
         keep = keep or {}
         keep[#keep + 1] = i + 1
     end
+    local kernel = a.learned_kernel == files.null and "none" or a.learned_kernel and require("lolcats.maps.kernels").name(a.learned_kernel, a.feature_map) or nil
+    local train_factor = a.train_window_factor ~= false
+    if found.options.train_window_factor == false then train_factor = false end
     return {
-        map = a.feature_map or "softmax_dim", kind = kind, window = kind ~= "linear" and (a.window_size or 64) or 0,
+        attention = a.attention_type, map = a.feature_map or "softmax_dim", kind = kind,
+        window = kind ~= "linear" and (found.options.window or a.window_size or 64) or 0,
         feature_dim = k.feature_dim, full = f.fullspace ~= false, bias = k.bias or false, skip = k.skip_connection or false,
+        kernel = kernel ~= "untied" and kernel or nil, hidden_dim = k.hidden_dim, tie_qk = a.tie_qk_kernels or nil,
         init = k.normal_init and "normal" or k.zero_init and "identity" or "kaiming",
         window_factor = a.init_window_factor or 0, affine = a.affine_attention_factors or false, softmax_layers = keep,
-        train_window_factor = a.train_window_factor ~= false,
+        train_window_factor = train_factor,
     }
 end
 
@@ -272,5 +257,5 @@ function M.length(tree)
              accumulate = t.gradient_accumulation_steps or 1, eval_every = t.eval_steps or 100 }
 end
 
-M.TYPES, M.KEYS = TYPES, KEYS
+M.KEYS = KEYS
 return M

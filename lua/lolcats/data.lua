@@ -65,7 +65,6 @@ end
 -- A text is one stream; what is held out is its end.
 local function rows_of_text(stream, opts, name, seq)
     local n, hold_out = stream.n, opts.hold_out
-    if opts.pack == false then lc.fail("%s: a plain text is packed; pack = false is for records", name) end
     if not hold_out or hold_out == 0 then return packed(stream, 0, n, seq, name, opts, "the text") end
     local want = math.max(hold_out < 1 and math.ceil(hold_out * n) or hold_out * seq + 1, seq + 1)
     if n - want <= seq then too_short(name, n, seq, "the text (with a part held out)") end
@@ -145,6 +144,7 @@ local function from_files(given, opts, seq)
     local paths, kind = source.find(given, opts)
     local name = given
     if kind == "text" then
+        if opts.pack == false then lc.fail("%s: a plain text is packed; pack = false is for records", name) end
         local stream = tokens_of(paths, how, opts, name, function(to) fill_text(to, how, paths) end)
         return rows_of_text(stream, opts, name, seq)
     end

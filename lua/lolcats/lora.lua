@@ -268,10 +268,11 @@ function M.unmerge(model)
     return model
 end
 
---- Forgets the adapters; merged ones stay in the weights.
+--- Forgets the adapters; merged ones, and modules that were trained whole, stay in the weights.
 function M.drop(model)
     for _, p in ipairs(M.places(model)) do p.lora = nil end
-    model.lora = nil
+    for _, name in ipairs(model.trained_weights or {}) do model.weights[name]:requires_grad_(false) end
+    model.lora, model.trained_weights = nil, nil
     return model
 end
 

@@ -63,8 +63,8 @@ local function add_ids(set, list)
     for _, id in ipairs(list) do set[id] = true end
 end
 
--- The config of some layers of a model: part = {first =, last = (positions of layers), embed =, head = (booleans),
--- tokenizer = (boolean; a folder's words too)}. Its layers keep their names.
+-- The config of some layers of a model: part = {first =, last = (positions of layers), embed =, head = (booleans)}. Its
+-- layers keep their names.
 local function cut(c, part)
     if not part then return c end
     local n, out = c.num_hidden_layers, {}

@@ -104,4 +104,19 @@ function M.prepare(out, model, data, family, seed, more)
     return model, data
 end
 
+--- Puts a tiny run's settings over a recipe's defaults when --tiny was given, and makes the model and the data before it starts.
+function M.apply(defaults, family, more)
+    defaults.more = defaults.more or {}
+    table.insert(defaults.more, { "tiny", false, "a small random model of the same shape, written to OUT/model, and little text: to see it run" })
+    if not M.wanted() then return defaults end
+    for k, v in pairs { model = "OUT/model", data = "OUT/text.txt", out = defaults.out .. "_tiny", seq = 128, window = 16, hold_out = 0.05,
+                        eval_rows = 8, transfer_steps = 20, lora_steps = 20, accumulate = 2, eval_every = 10, sample = 16, dtype = "bf16" } do
+        defaults[k] = v
+    end
+    for k, v in pairs(more or {}) do defaults[k] = v end
+    local shape = defaults.tiny_shape
+    function defaults.prepare(args) args.model, args.data = M.prepare(args.out, args.model, args.data, family, args.seed, shape) end
+    return defaults
+end
+
 return M

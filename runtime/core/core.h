@@ -47,6 +47,8 @@ struct lc_tensor {
 /* ---- tensor.c -------------------------------------------------------------------------------------------------------- */
 lc_tensor *lc_get(const lc_handle *h);                  /* borrowed; NULL with LC_ESTALE recorded when the handle is stale */
 lc_status lc_stale(const lc_handle *h);                 /* records and returns LC_ESTALE */
+uint32_t lc_header_count(void);
+const lc_tensor *lc_header_at(uint32_t i);              /* one without a storage is free */
 lc_tensor *lc_header_new(void);                         /* one reference, nothing set but slot and gen */
 static inline lc_tensor *lc_retain(lc_tensor *t) { t->refs++; return t; }
 void lc_release(lc_tensor *t);                          /* NULL is fine */
@@ -74,6 +76,8 @@ void lc_scratch_release(int device, void *p, size_t granted);
 typedef struct lc_keep lc_keep;
 lc_status lc_keep_begin(int device);
 lc_keep *lc_keep_end(void);
+double lc_kept_bytes(int device);
+void lc_memory_holders(int device, char *out, size_t size); /* holders.c: the largest, a line each */
 void lc_keep_free(lc_keep *k);                          /* to the cache; NULL is fine */
 void lc_scope_adopt(lc_tensor *t);                      /* into the current scope's list */
 void lc_scope_forget(lc_tensor *t);

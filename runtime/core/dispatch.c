@@ -17,7 +17,7 @@ int lc_check_finite(int on) { int old = check_finite; if (on >= 0) check_finite 
 
 /* ---- errors ---------------------------------------------------------------------------------------------------------- */
 lc_status lc_op_error(const lc_frame *c, lc_status code, const char *format, ...) {
-    char fact[512], text[3000];
+    char fact[1024], text[3000];
     va_list list;
     va_start(list, format);
     vsnprintf(fact, sizeof fact, format, list);
@@ -374,6 +374,17 @@ static lc_status finite_or_error(lc_frame *c) {
     return LC_OK;
 }
 
+/* Adds to the message of an allocation that failed the op's operands and who holds the memory. */
+static lc_status out_of_memory(const lc_frame *c) {
+    const lc_tensor *t = c->x[0] ? c->x[0] : c->n_list ? c->list[0] : NULL;
+    char why[512], holders[1024];
+    snprintf(why, sizeof why, "%s", lc_error_message());
+    for (int i = 1; !t && i < c->row->n_x; i++) t = c->x[i];
+    lc_memory_holders(t ? t->device : 0, holders, sizeof holders);
+    lc_op_error(c, LC_ENOMEM, "%s", why);
+    return lc_fail(LC_ENOMEM, "%s\n  held there:%s", lc_error_message(), holders);
+}
+
 static lc_status run_kernel(lc_frame *c) {
     const lc_row *r = c->row;
     const lc_tensor *any = c->x[0] ? c->x[0] : c->n_list ? c->list[0] : NULL;
@@ -417,6 +428,7 @@ lc_status lc_run(lc_frame *c) {
         profile[c->op].calls++;
     }
     current = outer;
+    if (rc == LC_ENOMEM && outer < 0) rc = out_of_memory(c);
     if (rc != LC_OK)
         for (int i = 0; i < r->n_y; i++) {
             lc_release(c->y[i]);

@@ -2,6 +2,7 @@
  * that a training step touches the same pages as the one before (fresh pages cost more than the arithmetic on them). Classes
  * stand an eighth of an octave apart: at most 1/8 is lost to rounding. */
 #define _GNU_SOURCE
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -17,7 +18,7 @@ typedef struct free_list {
 
 static struct pool {
     free_list list[CLASSES];
-    double live, cached, peak, limit;
+    double live, cached, peak, limit, kept; /* kept: of live, what stays with graphs */
 } pools[LC_MAX_DEVICES];
 
 /* Blocks given back while a graph is recorded (graph.c): they count as live until it is freed. */
@@ -88,12 +89,24 @@ static bool push_block(free_list *l, void *p) {
     return true;
 }
 
+static lc_status no_memory(int device, size_t bytes, bool over) {
+    const lc_device *d = lc_device_get(device);
+    size_t left = 0, all = 0;
+    char rest[80] = "";
+    if (over) snprintf(rest, sizeof rest, " (limit reached)");
+    else if (d->backend && d->backend->memory && !d->backend->memory(d->index, &left, &all)) /* other processes may hold some */
+        snprintf(rest, sizeof rest, ", %.1f of the device's %.1f MB are free", (double)left / 1e6, (double)all / 1e6);
+    return lc_fail(LC_ENOMEM, "out of memory on %s: %.1f MB wanted by %s, %.1f MB in use here%s", d->name, (double)bytes / 1e6, lc_current_op(),
+                   pools[device].live / 1e6, rest);
+}
+
 lc_status lc_scratch(int device, size_t bytes, void **out, size_t *granted) {
     struct pool *p = &pools[device];
     int k = class_of(bytes, granted);
     if (k >= CLASSES) return lc_fail(LC_ENOMEM, "an allocation of %.1f GB", (double)bytes / 1e9);
     if (keeping && keeping->device == device && keeping->list[k].count) {
         *out = keeping->list[k].item[--keeping->list[k].count];
+        p->kept -= (double)*granted;
         return LC_OK;
     }
     if (exact_memory()) *granted = bytes;
@@ -112,9 +125,7 @@ lc_status lc_scratch(int device, size_t bytes, void **out, size_t *granted) {
             lc_trim(device);
             *out = system_alloc(device, *granted);
         }
-        if (!*out)
-            return lc_fail(LC_ENOMEM, "out of memory on %s: %.1f MB wanted by %s, %.1f MB in use%s", lc_device_get(device)->name,
-                           (double)bytes / 1e6, lc_current_op(), p->live / 1e6, over ? " (limit reached)" : "");
+        if (!*out) return no_memory(device, bytes, over);
     }
     p->live += (double)*granted;
     if (p->live > p->peak) p->peak = p->live;
@@ -125,11 +136,16 @@ void lc_scratch_release(int device, void *ptr, size_t granted) {
     struct pool *p = &pools[device];
     size_t again;
     int k = class_of(granted, &again);
-    if (keeping && keeping->device == device && again == granted && push_block(&keeping->list[k], ptr)) return;
+    if (keeping && keeping->device == device && again == granted && push_block(&keeping->list[k], ptr)) {
+        p->kept += (double)granted;
+        return;
+    }
     p->live -= (double)granted;
     if (exact_memory() || !push_block(&p->list[k], ptr)) system_free(device, ptr, granted);
     else p->cached += (double)granted;
 }
+
+double lc_kept_bytes(int device) { return pools[device].kept; }
 
 lc_status lc_keep_begin(int device) {
     if (exact_memory()) return lc_fail(LC_ENOKERNEL, "with LOLCATS_EXACT_MEMORY no block may stay with a graph");
@@ -148,7 +164,10 @@ lc_keep *lc_keep_end(void) {
 
 void lc_keep_free(lc_keep *k) {
     for (int i = 0; k && i < CLASSES; i++) {
-        while (k->list[i].count) lc_scratch_release(k->device, k->list[i].item[--k->list[i].count], class_bytes(i));
+        while (k->list[i].count) {
+            pools[k->device].kept -= (double)class_bytes(i);
+            lc_scratch_release(k->device, k->list[i].item[--k->list[i].count], class_bytes(i));
+        }
         free(k->list[i].item);
     }
     free(k);

@@ -26,6 +26,9 @@ static lc_status grow_headers(void) {
     return LC_OK;
 }
 
+uint32_t lc_header_count(void) { return chunk_count * CHUNK; }
+const lc_tensor *lc_header_at(uint32_t i) { return &chunks[i / CHUNK][i % CHUNK]; }
+
 lc_tensor *lc_header_new(void) {
     if (!free_headers && grow_headers() != LC_OK) return NULL;
     lc_tensor *t = free_headers;
@@ -259,8 +262,14 @@ static lc_status upload(lc_tensor *t, const void *data) {
 int lc_from_host(lc_handle *out, int dtype, int device, int ndim, const int32_t *dims, const void *data) {
     if (device < 0 || device >= lc_device_count()) return lc_fail(LC_EDEVICE, "no device %d", device);
     lc_tensor *t;
-    LC_TRY(lc_tensor_new(dtype, device, ndim, dims, &t));
-    lc_status rc = upload(t, data);
+    lc_status rc = lc_tensor_new(dtype, device, ndim, dims, &t);
+    if (rc == LC_ENOMEM) {
+        char holders[1024];
+        lc_memory_holders(device, holders, sizeof holders);
+        return lc_fail(rc, "%s\n  held there:%s", lc_error_message(), holders);
+    }
+    if (rc != LC_OK) return rc;
+    rc = upload(t, data);
     if (rc != LC_OK) lc_release(t);
     else lc_give_handle(t, out);
     return rc;

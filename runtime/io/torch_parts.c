@@ -232,17 +232,30 @@ static lc_status plain_value(parts *s, const lc_pickle_node *name) {
     return status;
 }
 
-/* Where each name's path in the saved dict begins with the same wrapper, it is no part of the names. */
-static size_t wrapper_bytes(const lc_pickle *p) {
+static bool names_tensor(const lc_pickle *p, int32_t list, int32_t name) {
+    char text[4096];
+    if (!lc_pickle_is(p, name, LC_PK_STRING) || p->node[name].bytes.size >= sizeof text) return true;
+    memcpy(text, p->node[name].bytes.data, p->node[name].bytes.size);
+    text[p->node[name].bytes.size] = 0;
+    int32_t record = lc_pickle_get(p, list, text);
+    return lc_pickle_is(p, record, LC_PK_OBJECT) && strcmp(p->node[record].global.name, "TensorStorageMetadata") == 0;
+}
+
+/* Where the path of every tensor in the saved dict begins with the same wrapper, it is no part of the names. */
+static size_t wrapper_bytes(const lc_pickle *p, int32_t list) {
     static const char *const known[] = {"model_state_dict", "state_dict", "model", "module"};
     int32_t data = lc_pickle_get(p, p->root, "planner_data"), first = -1;
+    int look = 1000; /* values beside the tensors, which have other paths; each costs a search */
     if (!lc_pickle_is(p, data, LC_PK_DICT)) return 0;
     for (int32_t i = p->node[data].items.first; i >= 0; i = p->item[i].next) {
+        int32_t name = p->item[i].value;
         i = p->item[i].next;
         int32_t path = p->item[i].value, head = lc_pickle_item_at(p, path, 0);
-        if (!lc_pickle_is(p, path, LC_PK_TUPLE) || p->node[path].items.count < 2 || !lc_pickle_is(p, head, LC_PK_STRING)) return 0;
-        if (first >= 0 && compare_text(&p->node[first], &p->node[head]) != 0) return 0;
-        first = head;
+        bool nested = lc_pickle_is(p, path, LC_PK_TUPLE) && p->node[path].items.count >= 2 && lc_pickle_is(p, head, LC_PK_STRING);
+        if (nested && (first < 0 || compare_text(&p->node[first], &p->node[head]) == 0) && (first >= 0 || names_tensor(p, list, name)))
+            first = head;
+        else if (look-- == 0 || names_tensor(p, list, name))
+            return 0;
     }
     for (size_t k = 0; k < sizeof known / sizeof *known; k++)
         if (lc_pickle_text_is(p, first, known[k])) return strlen(known[k]) + 1;
@@ -268,7 +281,7 @@ static lc_status read_all(parts *s) {
     if (!lc_pickle_is(p, list, LC_PK_DICT)) return lc_fail(LC_EPARSE, "the metadata has no dict 'state_dict_metadata'");
     s->file->entry = lc_alloc((size_t)p->node[list].items.count / 2 + 1, sizeof *s->file->entry);
     if (!s->file->entry) return LC_ENOMEM;
-    s->prefix = wrapper_bytes(p);
+    s->prefix = wrapper_bytes(p, list);
     LC_TRY(list_blocks(s));
     if (lc_doc_build_node(&s->doc, LC_DOC_OBJECT) < 0 || !lc_doc_build_open(&s->doc)) return s->doc.status;
     for (int32_t i = p->node[list].items.first; i >= 0; i = p->item[i].next) {

@@ -2,6 +2,8 @@
 -- broken ones that must give an error.
 local lc = require "lolcats"
 local files = require "lolcats.files"
+local ffi = require "ffi"
+local bit = require "bit"
 
 local function number_of(v) return type(v) == "string" and tonumber(v) or v end
 
@@ -76,6 +78,70 @@ local function refuse_case(c, path)
     c.check("no large allocation", lc.peak_rss() - before < 64e6, ("%.0f MB"):format((lc.peak_rss() - before) / 1e6))
 end
 
+local function scratch(ending)
+    local path = os.tmpname()
+    os.remove(path)
+    return path .. ending
+end
+
+local function raw_digest(x) return files.sha256(ffi.string(ffi.cast("const char *", x:data()), x:nbytes())) end
+
+-- Quantised here from the same values: the blocks' bytes are the other writer's.
+local function quantise_case(c, T, dir, kind, want)
+    local t = T.tensors(dir .. "/dequantised.safetensors")
+    local from, to = scratch ".safetensors", scratch ".gguf"
+    files.save_tensors(from, { x = t.source })
+    local ok, err = pcall(function()
+        require("lolcats.convert").convert(from, to, { dtype = kind:lower() })
+        local f = files.open_tensors(to)
+        c.check("type", f:info("x").file_dtype == kind, f:info("x").file_dtype)
+        c.check("bytes", raw_digest(f:tensor "x") == want.sha256_bytes, "sha256 differs")
+        f:close()
+    end)
+    files.remove(from)
+    if files.exists(to) then files.remove(to) end
+    if not ok then error(err, 0) end
+end
+
+-- Special values through the readers' conversions, bit by bit. NaNs need only stay NaNs.
+local function special_case(c, T, dir)
+    local f = files.open_tensors(dir .. "/dequantised.safetensors")
+    local special = f:tensor "special"
+    local path = scratch ".safetensors"
+    files.save_tensors(path, { bf16 = special, f16 = special })
+    local g = files.open_tensors(path)
+    for _, dtype in ipairs { "f16", "bf16" } do
+        local got = ffi.cast("const uint16_t *", g:tensor(dtype, { dtype = dtype }):data())
+        local want = f:tensor("special_" .. dtype .. "_bits", { dtype = "i32" }):totable()
+        for i, w in ipairs(want) do
+            local v = special:totable()[i]
+            c.check(("special[%d] as %s"):format(i - 1, dtype), v ~= v and bit.band(got[i - 1], 0x7fff) > 0x7c00 or got[i - 1] == w,
+                    ("%04x, expected %04x"):format(got[i - 1], w))
+        end
+    end
+    g:close()
+    files.remove(path)
+    -- all halves: a tensor of every 16-bit pattern, read back as float32
+    local all = f:tensor "all_f16_bits_to_f32"
+    local bits = {}
+    for i = 0, 65535 do bits[i + 1] = string.char(i % 256, math.floor(i / 256)) end
+    local head = '{"x":{"dtype":"F16","shape":[65536],"data_offsets":[0,131072]}}'
+    head = head .. (" "):rep(-#head % 8)
+    files.write(path, string.char(#head % 256, math.floor(#head / 256)) .. ("\0"):rep(6) .. head .. table.concat(bits))
+    g = files.open_tensors(path)
+    local x = g:tensor("x", { dtype = "f32" })
+    local a, b = ffi.cast("const uint32_t *", x:data()), ffi.cast("const uint32_t *", all:contiguous():data())
+    local wrong = 0
+    for i = 0, 65535 do
+        local nan = bit.band(i, 0x7fff) > 0x7c00
+        if a[i] ~= b[i] and not (nan and bit.band(a[i], 0x7fffffff) > 0x7f800000) then wrong = wrong + 1 end
+    end
+    c.check("every half as float32", wrong == 0, wrong .. " differ")
+    g:close()
+    files.remove(path)
+    f:close()
+end
+
 return function(dir, T)
     local json = files.read_json(dir .. "/index.json")
     local function names(t)
@@ -90,6 +156,17 @@ return function(dir, T)
                 gguf_case(c, dir .. "/" .. file, json.gguf[file], T.tensors(dir .. "/dequantised.safetensors"))
             end)
         end
+    end
+    for _, e in ipairs(json.types or {}) do
+        local all = type(json.gguf["all_types.gguf"]) == "table" and json.gguf["all_types.gguf"].tensors or {}
+        for _, want in ipairs(all) do
+            if e.how:match "^quantize" and want.name == "quant." .. e.type then
+                T.case("quant/quantise " .. e.type, function(c) quantise_case(c, T, dir, e.type, want) end)
+            end
+        end
+    end
+    if files.exists(dir .. "/dequantised.safetensors") and T.tensors(dir .. "/dequantised.safetensors").special then
+        T.case("quant/special values", function(c) special_case(c, T, dir) end)
     end
     for _, file in ipairs(names(json.accept)) do
         T.case("quant/accept/" .. file, function(c) accept_case(c, dir .. "/accept/" .. file, json.accept[file]) end)

@@ -182,19 +182,23 @@ t.test("flags over values", function()
     local m = configs.override_model(configs.load("model", "distill_mistral_7b_lk_smd_wtk64_fd64_w01"),
         { lk_zero_init = true, window_size = 16, attention_type = "lolcats_llama_window_sw", pretrained_model_name_or_path = "x/y" })
     t.eq(configs.linearize_options(m), {
-        map = "softmax_dim", kind = "sliding", window = 16, feature_dim = 64, full = true, bias = false, skip = false, init = "identity",
+        attention = "lolcats_llama_window_sw", map = "softmax_dim", kind = "sliding", window = 16, feature_dim = 64, full = true, bias = false, skip = false, init = "identity",
         window_factor = -2.1972245773362196, affine = false, train_window_factor = true })
     t.eq(m.model.pretrained_model_name_or_path, "x/y")
 end)
 
 t.test("what the keys mean", function()
     t.eq(configs.linearize_options(configs.load("model", "distill_llama3_8b_lk_t2r")), {
-        map = "relu", kind = "linear", window = 0, feature_dim = 128, full = true, bias = true, skip = false, init = "kaiming",
+        attention = "lolcats_llama", map = "relu", kind = "linear", window = 0, feature_dim = 128, full = true, bias = true, skip = false, init = "kaiming",
         window_factor = 0, affine = false, train_window_factor = true })
     t.eq(configs.linearize_options(configs.load("model", "base_llama3_8b")), nil)
     t.eq(configs.linearize_options(configs.load("model", "llama3_1_8b/distill_llama_3_8b_lk_smd_wtk64_fd64_w01_attn4layers")).softmax_layers,
          { 8, 16, 24, 32 })
-    t.errors(configs.linearize_options, "did you mean lolcats_llama_window_tk%?", { attention = { attention_type = "lolcats_llama_window_tkk" } })
+    local o = configs.linearize_options { attention = { attention_type = "lolcats_llama_window_tk_gen", feature_map = "exp_dim",
+        learned_kernel = "untied_head_adapter", learned_kernel_kwargs = { hidden_dim = 32 }, tie_qk_kernels = true } }
+    t.eq({ o.kind, o.window, o.kernel, o.hidden_dim, o.tie_qk }, { "terrace", 64, "adapter", 32, true })
+    t.eq(configs.linearize_options({ attention = { attention_type = "lolcats_llama", learned_kernel = files.null } }).kernel, "none")
+    t.errors(configs.linearize_options, "did you mean '?lolcats_llama_window_tk'?%?", { attention = { attention_type = "lolcats_llama_window_tkk" } })
     local lora, train = configs.lora_options(configs.load("experiment", "finetune_lora_fqkvo_alpaca_clean"))
     t.eq(lora, { rank = 8, alpha = 16, targets = { "q_proj", "k_proj", "v_proj", "o_proj" } })
     t.eq(train, { "feature%_map%_q%.mlp%.layer", "feature%_map%_k%.mlp%.layer", "window%_factors" })

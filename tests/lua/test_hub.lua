@@ -182,6 +182,27 @@ t.test("a dataset's files by kind", function()
     t.ok(paths[1]:find("/hub/datasets--org--data/snapshots/" .. COMMIT .. "/data/test.jsonl", 1, true), paths[1])
 end)
 
+t.test("lc.data reads data sets by name, config and split", function()
+    local bytes = { size = 256, encode = function(_, s) return { s:byte(1, -1) } end, id = function(_, s) return s:byte() end }
+    local function texts(name, o)
+        o = o or {}
+        o.tokenizer, o.eos, o.seq, o.quiet, o.shuffle = bytes, "~", 2, true, false
+        local rows, out = lc.data(name, o), {}
+        for i = 1, rows.rows do
+            for _, id in ipairs(rows:row(i).ids:reshape(-1):totable()) do out[#out + 1] = string.char(id) end
+        end
+        return table.concat(out)
+    end
+    t.eq(texts "org/data", "first~second") -- the last token needs one after it
+    t.eq(texts "org/data:main:test", "held")
+    t.eq(texts("org/data", { config = "main", split = "test" }), "held")
+    t.eq(require("lolcats.data").records("org/plain", { split = "validation", quiet = true }), { { text = "v" } })
+    t.errors(function() texts("org/data", { config = "other" }) end, "no config 'other'; it has main")
+    t.errors(function() texts("org/plain", { split = "test" }) end, "no split 'test'; it has train, validation")
+    t.errors(function() texts "org/nothing" end, "does not exist")
+    t.eq(texts("org/data", { offline = true }), "first~second")
+end)
+
 -- ---- other processes ----------------------------------------------------------------------------------------------
 local function child(code, log)
     files.write(root .. "/child.lua", code)

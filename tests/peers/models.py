@@ -1,4 +1,5 @@
-"""models.py FOLDER [SEED]: tiny random models of every family, written by transformers, with their logits in float64.
+"""models.py FOLDER [SEED] | --numbers: tiny random models of every family, written by transformers, with their logits in
+float64; or rows of numbers for the test that needs no Python.
 
 Each model gets a folder with config.json, model.safetensors and expected.safetensors: ids [2, t], logits [2, t, vocab]
 of one forward, and logits.steps of a prefill followed by single steps with a cache. transformers rounds rotary tables,
@@ -89,7 +90,48 @@ def make(folder, name, seed):
               os.path.join(path, "expected.safetensors"))
 
 
+def made_weight(name, shape):
+    """The same weights from nothing, here and in tests/lua/test_families.lua."""
+    h = 7
+    for byte in name.encode():
+        h = (h * 31 + byte) % 65521
+    i = torch.arange(torch.Size(shape).numel(), dtype=torch.int64)
+    v = ((i * i % 65521 * 31337 + i * 97 + h * 613) % 65536).double() / 65536 - 0.5
+    return (v if len(shape) > 1 else v * 0.4 + (1 if name.endswith("norm.weight") else 0)).reshape(shape)
+
+
+def print_numbers():
+    """Lua rows for tests/lua/test_families.lua: config, and some logits of the last of 30 positions, whole and stepped."""
+    import json
+    import textwrap
+    for name, (kind, more) in CASES.items():
+        config = kind(**{**BASE, "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4 if "head_dim" in more else 3,
+                         "num_key_value_heads": 2 if "head_dim" in more else 1, **more})
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().double()
+        for key, p in model.named_parameters():
+            p.data = made_weight(key, p.shape)
+        model.tie_weights()
+        ids = torch.tensor([[(7 * i * i + 3 * i + 5) % 91 for i in range(30)]])
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits[0, -1, :5]
+            out = model(ids[:, :11], use_cache=True)
+            for i in range(11, 30):
+                out = model(ids[:, i:i + 1], past_key_values=out.past_key_values, use_cache=True)
+        raw = json.loads(config.to_json_string(use_diff=False))
+        keys = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+                "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window",
+                "max_window_layers", "layer_types"]
+        row = {k: raw[k] for k in keys if k in raw and not (k == "layer_types" and name != "qwen3_window")}
+        text = "\n        ".join(textwrap.wrap(json.dumps(row), 108))
+        print("    { name = \"%s\", config = [[\n        %s]],\n      whole = { %s },\n      stepped = { %s } }," % (
+            name, text, ", ".join("%.10g" % x for x in whole), ", ".join("%.10g" % x for x in out.logits[0, -1, :5])))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    if sys.argv[1] == "--numbers":
+        print_numbers()
+        sys.exit(0)
     for number, case in enumerate(CASES):
         make(sys.argv[1], case, int(sys.argv[2] if len(sys.argv) > 2 else 0) * 100 + number)

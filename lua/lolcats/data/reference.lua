@@ -4,44 +4,24 @@
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local data = require "lolcats.data"
+local streams = require "lolcats.data.stream"
 local log = require "lolcats.log"
 
 local M = {}
 
 -- ---- sources --------------------------------------------------------------------------------------------------------
--- Does a file hold one record a line (whatever its name says), and not one array?
-local function is_lines(path)
-    if path:match "%.jsonl$" or path:match "%.ndjson$" then return true end
-    local file = path:match "%.json$" and io.open(path, "rb")
-    if not file then return false end
-    local head = file:read(4096) or ""
-    file:close()
-    return head:match "^%s*([%[{])" == "{"
-end
-
 -- f(record, number) for each record of a file, a data set by name, or a table; it ends the reading by returning true.
 local function each_record(source, f)
-    if type(source) == "string" and files.is_file(source) and is_lines(source) then
-        local n = 0
-        for line in io.lines(source) do
-            if line:find "%S" then
-                n = n + 1
-                if f(files.parse_json(line, ("%s: record %d"):format(source, n)), n) then return end
-            end
+    local n = 0
+    if type(source) == "table" then
+        for i, record in ipairs(source) do
+            if f(record, i) then return end
         end
         return
     end
-    local list = source
-    if type(source) == "string" and source:match "%.json$" and files.is_file(source) then
-        list = files.read_json(source)
-        if type(list) == "table" and list[1] == nil and type(list.data) == "table" then list = list.data end
-        if type(list) ~= "table" or list[1] == nil then lc.fail("%s: an array of records was expected", source) end
-    elseif type(source) == "string" then
-        if not data.records then lc.fail("the data set %s must be a file here (--data FILE)", source) end
-        list = data.records(source)
-    end
-    for i, record in ipairs(list) do
-        if f(record, i) then return end
+    for record in data.each((data.find(source))) do
+        n = n + 1
+        if f(record, n) then return end
     end
 end
 
@@ -57,73 +37,16 @@ local function part(list, first, last)
     return out
 end
 
--- ---- rows that are not packed ---------------------------------------------------------------------------------------
--- One record a row; a batch is filled up on the right, where a causal model does not look, with labels of -100.
-local Unpacked = {}
-Unpacked.__index = Unpacked
-
-local function unpacked(streams, pad, name)
-    local self = setmetatable({ items = {}, rows = 0, pad = pad, name = name, tokens = 0, seq = 0 }, Unpacked)
-    for _, s in ipairs(streams) do
-        if s.answers > 0 and s.n > 1 then
-            self.rows = self.rows + 1
-            self.items[self.rows], self.tokens, self.seq = s, self.tokens + s.n, math.max(self.seq, s.n)
-        end
-    end
-    if self.rows == 0 then lc.fail("%s: no record has an answer to learn", name) end
-    return self
-end
-
-function Unpacked:batch(list)
-    local longest, ids, labels = 0, {}, {}
-    for _, i in ipairs(list) do longest = math.max(longest, self.items[i].n) end
-    for r, i in ipairs(list) do
-        local s, a, b = self.items[i], {}, {}
-        for j = 1, longest do
-            a[j] = j <= s.n and s.p_ids[j - 1] or self.pad
-            b[j] = j <= s.n and s.p_labels[j - 1] or data.IGNORE
-        end
-        ids[r], labels[r] = a, b
-    end
-    return { ids = lc.tensor(ids, { dtype = "i32" }), labels = lc.tensor(labels, { dtype = "i32" }), index = list[1] }
-end
-
-function Unpacked:row(i)
-    if type(i) ~= "number" or i < 1 or i > self.rows then lc.fail("row %s: there are %d rows", tostring(i), self.rows) end
-    return self:batch { i }
-end
-
-function Unpacked:list(limit)
-    local out = {}
-    for i = 1, math.min(limit or self.rows, self.rows) do out[i] = lc.keep(self:row(i)) end
-    return out
-end
-
-function Unpacked:order(epoch, seed) return data.order(self.rows, epoch, seed, self.shuffle) end
-
-function Unpacked:describe()
-    if not self.hash then
-        local parts = {}
-        for i, s in ipairs(self.items) do parts[i] = files.sha256(s.ids:narrow(1, 1, s.n):contiguous()) end
-        self.hash = files.sha256(table.concat(parts))
-    end
-    return { source = self.name, rows = self.rows, packed = false, ids_sha256 = self.hash }
-end
-
-function Unpacked:__tostring() return ("%s: %d records, %d tokens, not packed"):format(self.name, self.rows, self.tokens) end
-
 -- ---- records to rows ------------------------------------------------------------------------------------------------
--- Streams of records by add(stream, record, where): one for all, or one each.
+-- Rows of records that add(stream, how, record, where) writes: packed, or one each.
 local function rows_of(records, how, add, seq, name, packed)
     if #records == 0 then lc.fail("%s: there are no records", name) end
-    local stream, each = data.stream(how.vocabulary), {}
+    local stream = data.stream(how.vocabulary)
     for i, record in ipairs(records) do
-        local s = packed and stream or data.stream(how.vocabulary)
-        add(s, how, record, ("%s: record %d"):format(name, i))
-        each[i] = s
+        add(stream, how, record, ("%s: record %d"):format(name, i))
+        stream:mark()
     end
-    if not packed then return unpacked(each, how.pad, name) end
-    local rows = data.pack(stream, seq, { targets = true })
+    local rows = packed and data.pack(stream, seq, { targets = true }) or streams.unpacked(stream, math.huge, 1, #records, how.pad)
     if rows.rows == 0 then
         lc.fail("%s: %d records have %d tokens, too few for one row of %d with something to learn", name, #records, stream.n, seq)
     end

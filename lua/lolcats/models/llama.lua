@@ -145,6 +145,16 @@ function Model:own_weight(name)
     return copy
 end
 
+--- Weights of this model's own in another dtype, to be saved: it computes no more with them as they are.
+function Model:cast_weights(dtype)
+    self.weights = shallow(self.weights)
+    for _, name in ipairs(self:weight_names()) do
+        local w = self.weights[name]
+        if w.dtype ~= dtype then self.weights[name] = lc.keep(w:detach():to(dtype)) end
+    end
+    self:set_ends()
+end
+
 --- Parts a tied head from the embedding: still one tensor, but each can be replaced alone.
 function Model:untie()
     if not self.config.tie_word_embeddings then return end

@@ -47,6 +47,10 @@ local function eval_rows(rows, trainer, compat)
     return rows:list(n)
 end
 
+-- Flags that change nothing in training.
+local NEUTRAL = { "no_init_eval", "max_new_tokens", "top_k", "top_p", "num_generations", "verbose", "print_model", "benchmark", "no_wandb",
+                  "wandb_entity", "project_name", "huggingface_token", "eval_config", "format", "results_dir" }
+
 -- ---- the stage ------------------------------------------------------------------------------------------------------
 --- Trains. o: name ("distill" or "ft"), out (folder of lc.run's files), tree (the experiment), student, params, data ({train =,
 --- validation =}), seed, batch, clip, compat, csv (path), fresh, chunk, save(step, values): called at every num_save_ckpt_steps updates
@@ -69,7 +73,7 @@ function M.train(o)
         schedule = configs.schedule(o.tree), clip = clip > 0 and clip or nil, epochs = length.epochs, max_steps = length.max_steps,
         accumulate = length.accumulate, batch = o.batch or o.tree.dataloader and o.tree.dataloader.batch_size or 1, seed = o.seed,
         eval_every = length.eval_every, metric = "loss", mode = t.greater_is_better and "max" or "min", fresh = o.fresh,
-        load_best = t.load_best_model_at_end ~= false, eval = function(self)
+        load_best = t.load_best_model_at_end ~= false, neutral = NEUTRAL, eval = function(self)
             local values = trainer.evaluate(o.student, rows, how)
             if o.csv then M.add_result(o.csv, self.step, values) end
             if o.save and self.step % every == 0 then o.save(self.step, values) end

@@ -1,0 +1,219 @@
+-- The reference's command line on a small random model: names, paths, results file and checkpoints as it has them, every flag, what a
+-- wrong one says, its ways with compat, loading and going on; the trainers by name.
+local t = dofile((arg and arg[0] or ""):match "^(.*/)" .. "harness.lua")
+local lc = require "lolcats"
+local files = lc.files
+local tiny, trainers, names = require "lolcats.tiny", require "lolcats.train.trainers", require "lolcats.run_name"
+local stage, configs = require "lolcats.train.stage", require "lolcats.configs"
+
+local me = os.getenv "LOLCATS_PROGRAM" or require("lolcats.program").path
+local root = os.tmpname()
+os.remove(root)
+files.make_dirs(root)
+lc.manual_seed(1)
+tiny.write_model(root .. "/lama", "llama3_1", { num_hidden_layers = 2, initializer_range = 0.3 })
+tiny.write_records(root .. "/records.json", 120)
+
+local M, D, F = "distill_llama3_1_8b_lk_smd_wtk64_fd64_w01", "distill_alpaca_clean_xent0_mse1000_lr1e-2", "finetune_lora_qkvo_alpaca_clean"
+
+-- Runs the recipe in the folder root/where; returns status, stdout, stderr.
+local function distill(where, flags)
+    files.make_dirs(root .. "/" .. where)
+    local out = root .. "/said"
+    local status = os.execute(("cd '%s/%s' && '%s' distill %s > '%s.out' 2> '%s.err' < /dev/null"):format(root, where, me, flags, out, out))
+    if status > 255 then status = math.floor(status / 256) end
+    return status, files.read(out .. ".out"), files.read(out .. ".err")
+end
+
+local COMMON = ("--pretrained_model_name_or_path '%s/lama' --data '%s/records.json' --dtype f32 --dataset_chunk_size 160 --window_size 8 " ..
+    "--lk_zero_init --max_eval_batches 3 --gradient_accumulation_steps 2 --no_wandb"):format(root, root)
+local BOTH = ("--model_config %s --distill_config %s --finetune_config %s "):format(M, D, F) .. COMMON
+local FIRST = ("dl-d=%s-m=%s-f=%s-s=0-dcs=160-gas=2-ms=4-se=0-re=0-ws=8-lzi=1-pmnop=lama"):format(D, M, F)
+local SECOND = FIRST .. "-dcs=160-bs=1-gas=2-nte=2-ms=4-se=0-re=0"
+
+local function fits(name) return require("lolcats.reference_checkpoint").fits(name) end
+
+t.test("both stages: files under the reference's names, its results file, its checkpoints", function()
+    local status, out, err = distill("a", BOTH .. " --max_steps 4 --eval_steps 2 --max_new_tokens 5")
+    t.eq(status, 0, err)
+    local dir = root .. "/a/checkpoints/" .. M .. "/"
+    local csv = files.read(root .. "/a/results/" .. M .. "/" .. fits(SECOND .. "_ft.csv"))
+    local head, one, two = csv:match "^([^\n]*)\n([^\n]*)\n([^\n]*)\n$"
+    t.eq(head, ",eval_step,eval/loss,eval/ppl,eval/seq_len")
+    t.ok(one:match "^0,2,%d+%.%d+,%d+%.%d+,160%.0$", one)
+    t.ok(two:match "^1,4,%d+%.%d+,%d+%.%d+,160%.0$", two)
+    local f = files.open_tensors(dir .. fits(FIRST .. "_distill.pt"))
+    t.eq(#f:names(), 6)
+    t.ok(table.concat(f:names(), " "):find("model.layers.1.self_attn.feature_map_k.mlp.layer", 1, true))
+    t.eq(f:meta "step" or f:meta "model_state_dict.step" or 4, 4)
+    f:close()
+    f = files.open_tensors(dir .. fits(SECOND .. "_ft.pt"))
+    t.eq(#f:names(), 16)
+    t.ok(table.concat(f:names(), " "):find("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight", 1, true))
+    f:close()
+    t.ok(out:find("--attn_mlp_checkpoint_path ./checkpoints/" .. M, 1, true), out)
+    t.ok(out:find("> fine-tuned:", 1, true), out)
+end)
+
+t.test("the first stage is loaded instead of trained; the second goes on from its own file", function()
+    local status, _, err = distill("a", BOTH .. " --max_steps 4 --eval_steps 2 --no_init_eval --load_distill_checkpoint default")
+    t.eq(status, 0, err)
+    t.ok(err:find("6 tensors loaded", 1, true), err)
+    -- what stage 1 left in the names is gone
+    t.ok(files.exists(root .. "/a/checkpoints/" .. M .. "/" .. fits(FIRST .. "-dcs=160-gas=2-ms=4-se=0-re=0_ft.pt")))
+    status, _, err = distill("a", BOTH .. " --max_steps 2 --no_init_eval --load_distill_checkpoint 'checkpoints/" .. M .. "/" ..
+        fits(FIRST .. "_distill.pt") .. "' --load_finetune_checkpoint 'checkpoints/" .. M .. "/" .. fits(SECOND .. "_ft.pt") ..
+        "' --resume_finetune")
+    t.eq(status, 0, err)
+    t.ok(err:find("16 tensors loaded", 1, true), err)
+    status, _, err = distill("a", BOTH .. " --max_steps 2 --load_distill_checkpoint nowhere.pt")
+    t.ok(status ~= 0 and err:find("there is no checkpoint nowhere.pt", 1, true), err)
+end)
+
+t.test("compat takes the reference's ways and says so", function()
+    local status, _, err = distill("c", BOTH .. " --max_steps 2 --eval_steps 2 --no_init_eval --compat reference --format folder")
+    t.eq(status, 0, err)
+    for _, what in ipairs { "trainer settings stand over the second's", "one batch more than max_eval_batches", "means over chunks",
+                            "terrace blocks counted from the end", "rounded to bfloat16" } do
+        t.ok(err:find(what, 1, true), what .. "\n" .. err)
+    end
+end)
+
+t.test("other trainers, optimizers and schedules by their names", function()
+    files.make_dirs(root .. "/configs/experiment")
+    files.write(root .. "/configs/experiment/first.yaml", [[
+dataset: {name: alpaca_clean, dataset_config: {path: x, chunk_size: 96}}
+dataloader: {batch_size: 2}
+optimizer: {optim: adafactor, lr: 0.05}
+lr_scheduler: {lr_scheduler_type: cosine_warmup, num_warmup_steps: 1, num_training_steps: 4}
+trainer: {name: distill_attention_xent_mse, xent_factor: 1, mse_factor: 10, max_steps: 4, eval_steps: 2, num_save_ckpt_steps: 2}
+]])
+    files.write(root .. "/configs/experiment/second.yaml", [[
+dataset: {name: alpaca_clean, dataset_config: {path: x, concat_data: false}}
+dataloader: {batch_size: 3}
+optimizer: {optim: sgd, lr: 0.05, momentum: 0.9}
+lr_scheduler: {lr_scheduler_type: timm_cosine, t_initial: 2}
+trainer: {name: mini_finetune_xent_mse, xent_factor: 0, max_steps: 2, eval_steps: 2, max_eval_batches: 2, max_step: 3}
+finetune: {method: lora, kwargs: {r: 2, lora_alpha: 4, target_modules: [q_proj, self_attn.v_proj]}, trainable_weights: [window_factors]}
+]])
+    local status, _, err = distill(".", ("--model_config %s --distill_config first --finetune_config second "):format(M) ..
+        COMMON:gsub("%-%-dataset_chunk_size 160 ", ""):gsub("%-%-gradient_accumulation_steps 2 ", "") .. " --no_init_eval --device cpu")
+    t.eq(status, 0, err)
+    t.ok(err:find("the key trainer.max_step (did you mean max_steps?) has no meaning", 1, true), err)
+    local base = ("%s/checkpoints/%s/dl-d=first-m=%s-f=second-s=0-se=0-re=0-ws=8-lzi=1-pmnop=lama"):format(root, M, M)
+    t.ok(files.exists(base .. "_distill_2.pt") and files.exists(base .. "_distill_4.pt") and files.exists(base .. "_distill.pt"))
+    local f = files.open_tensors(base .. "-ms=4-se=0-re=0_ft.pt")
+    t.eq(#f:names(), 10) -- q and v of two layers, and window factors
+    f:close()
+end)
+
+t.test("what is wrong with a command line", function()
+    local function says(flags, what)
+        local status, _, err = distill("w", flags)
+        t.ok(status ~= 0 and err:find(what, 1, true), err)
+    end
+    says(BOTH .. " --lk_zero_initt", "did you mean --lk-zero-init?")
+    says("--distill_config " .. D, "--model-config is required")
+    says(("--model_config %s --distill_config %s"):format(M, D .. "x"), "did you mean " .. D .. "?")
+    says("--model_config distill_llama3_1_8b_lk_smd_wtk64_fd64_w1 ", "did you mean " .. M)
+    says(BOTH .. " --max_steps 2.5", "takes a whole number")
+    says(BOTH .. " --optim lion", "there is no optimizer 'lion'")
+    says(BOTH .. " --attention_type lolcats_lama", "did you mean 'lolcats_llama'")
+end)
+
+t.test("every flag of the reference is taken", function()
+    local rows = require("lolcats.reference_flags").rows()
+    local argv = {}
+    for _, r in ipairs(rows) do
+        argv[#argv + 1] = "--" .. r[1]
+        if r.type == "number" then argv[#argv + 1] = "1" elseif r.type == "string" then argv[#argv + 1] = "x" end
+    end
+    local cli = require "lolcats.cli"
+    rows[#rows + 1] = "all"
+    local values = cli.parse(rows, argv)
+    for _, r in ipairs(rows) do
+        if type(r) == "table" then t.ok(values[r[1]] ~= nil, r[1]) end
+    end
+    for flag in ([[project_name model_config distill_config finetune_config eval_config pretrained_model_name_or_path load_distill_checkpoint
+        resume_distill load_finetune_checkpoint resume_finetune attention_type learned_kernel lk_skip_connection lk_zero_init lk_normal_init
+        tie_qk_kernels train_qk state_chunk_len window_size lr weight_decay optim scheduler gradient_accumulation_steps num_train_epochs max_steps
+        max_finetune_steps no_peft_grad_ckpt batch_size num_workers no_init_eval eval_steps max_eval_batches huggingface_token checkpoint_dir
+        results_dir replicate seed verbose no_wandb wandb_entity debug no_attention_mask no_cuda]]):gmatch "%S+" do
+        t.ok(values[flag] ~= nil, flag)
+    end
+end)
+
+-- ---- trainers -----------------------------------------------------------------------------------------------------
+local function student(options)
+    lc.manual_seed(3)
+    local teacher = lc.load(root .. "/lama", { dtype = "f64" })
+    return lc.linearize(teacher, options or { window = 4, map = "softmax_dim", feature_dim = 8 })
+end
+local ids = { { 1, 40, 33, 270, 300, 12, 90, 91, 17, 5, 60, 61, 62, 280 } }
+
+t.test("adapters taught by attention: without adapters' effect it is the transfer loss; gradients are true", function()
+    local s = student()
+    local want = s:transfer(ids, { mse = 7, xent = 3, backward = false })
+    s:use_linear():add_lora { rank = 2, alpha = 4 }
+    t.close({ trainers.adapter_transfer(s, ids, { mse = 7, xent = 3, backward = false }) }, { want }, 1e-9)
+    local q, o = s.layers[1].proj.q_proj.lora, s.layers[1].proj.o_proj.lora
+    lc.no_grad(function()
+        q.b:detach():normal_()
+        o.b:detach():normal_()
+    end)
+    for _, projected in ipairs { false, true } do
+        local how = { mse = 7, xent = projected and 0 or 3, projected = projected }
+        for _, p in ipairs(s:trainable()) do
+            if p.tensor.grad then p.tensor.grad:zero_() end
+        end
+        trainers.adapter_transfer(s, ids, how)
+        local w = projected and o.a or q.a
+        local got = w.grad:totable()[1][3]
+        how.backward = false
+        local view, eps = w:detach():narrow(1, 1, 1):narrow(2, 3, 1), 1e-5
+        local function at(delta)
+            lc.no_grad(function() view:add_(lc.full({ 1, 1 }, delta, { dtype = "f64" })) end)
+            return trainers.adapter_transfer(s, ids, how)
+        end
+        local up = at(eps)
+        local down = at(-2 * eps)
+        at(eps)
+        t.close({ got }, { (up - down) / (2 * eps) }, 1e-5)
+        t.ok(math.abs(got) > 1e-7, "a gradient of nothing")
+    end
+    t.ok(s.layers[1].proj.q_proj.lora.on)
+end)
+
+t.test("evaluation: tokens count alike, or chunks as in the reference", function()
+    local s = student()
+    s:use_linear()
+    local rows = { { ids = lc.tensor({ { 1, 40, 33, 270 } }, { dtype = "i32" }), labels = lc.tensor({ { -100, 40, 33, 270 } }, { dtype = "i32" }) },
+                   { ids = lc.tensor({ { 1, 90, 91, 17 } }, { dtype = "i32" }), labels = lc.tensor({ { -100, -100, -100, 17 } }, { dtype = "i32" }) } }
+    local a, n = s:nll(rows[1].ids, rows[1].labels)
+    local b = s:nll(rows[2].ids, rows[2].labels)
+    t.eq(n, 3)
+    local lm = trainers.find "default_lm"
+    local v = lm.evaluate(s, rows, {})
+    t.close({ v.loss, v.ppl, v.seq_len }, { (a + b) / 4, math.exp((a + b) / 4), 4 }, 1e-9)
+    v = lm.evaluate(s, rows, { reference = true })
+    t.close({ v.loss, v.ppl }, { (a / 3 + b) / 2, (math.exp(a / 3) + math.exp(b)) / 2 }, 1e-9)
+    t.errors(trainers.find, "did you mean default_lm%?", "defaultlm")
+    t.eq(#trainers.names(), 10)
+end)
+
+t.test("answers are scored by ROUGE", function()
+    local fake = { generate = function(_, prompt) return prompt == "p1" and "the cat sat" or "" end }
+    local s, texts = trainers.score_answers(fake, { { prompt = "p1", answer = "the cat sat" }, { prompt = "p2", answer = "x" } })
+    t.eq({ s["rouge/rouge1"], s.num_predicted, texts[1] }, { 50, 2, "the cat sat" })
+end)
+
+t.test("the results file: rows of later updates go when a run goes back", function()
+    local path = root .. "/r/x.csv"
+    stage.add_result(path, 100, { loss = 1.5, ppl = 4.5, seq_len = 1024 })
+    stage.add_result(path, 200, { loss = 1.25, ppl = 3.5, seq_len = 1024 })
+    stage.add_result(path, 200, { loss = 1, ppl = 2.75, seq_len = 1024 })
+    t.eq(files.read(path), ",eval_step,eval/loss,eval/ppl,eval/seq_len\n0,100,1.5,4.5,1024.0\n1,200,1.0,2.75,1024.0\n")
+end)
+
+os.execute("rm -rf '" .. root .. "'")
+t.finish()
