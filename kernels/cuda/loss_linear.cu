@@ -1,16 +1,16 @@
 /* loss_linear.cu: cross-entropy straight from hidden states x [n, d] and the output matrix w [v, d]. Rows go in chunks
- * whose logits [rows, v], f32 (f64 beside f64), fit a workspace of some 256 MB: a product, then one kernel that takes
- * each row's maximum, sum and argmax and, when the gradient is wanted, leaves softmax - onehot in the row's place (in
- * the operands' dtype, so in its first half for halves), then a product with w. Operands that differ in dtype, or are
- * quantised, are converted: x a chunk at a time, w in tiles of the vocabulary. Ignored rows are computed too, and count
- * as nothing: how many there are is known on the device only. Option plain_loss selects a twin that takes every dot
- * product in double. */
+ * whose logits [rows, v], f32 (f64 beside f64), fit a workspace of some 64 MB, but 256 rows at least: a product, then
+ * one kernel that takes each row's maximum, sum and argmax and, when the gradient is wanted, leaves softmax - onehot in
+ * the row's place (in the operands' dtype, so in its first half for halves), then a product with w. Operands that
+ * differ in dtype, or are quantised, are converted: x a chunk at a time, w in tiles of the vocabulary. Ignored rows are
+ * computed too, and count as nothing: how many there are is known on the device only. Option plain_loss selects a twin
+ * that takes every dot product in double. */
 #include "gemm.cuh"
 #include "loss.cuh"
 #include "quant.cuh"
 
-enum { ROW_BLOCK = 512, PLAIN_BLOCK = 256 };
-#define LOGITS_BYTES ((int64_t)256 << 20)
+enum { ROW_BLOCK = 512, PLAIN_BLOCK = 256, LEAST_ROWS = 256 /* fewer, and the products are slow */ };
+#define LOGITS_BYTES ((int64_t)64 << 20)
 #define TILE_BYTES   ((int64_t)64 << 20)
 
 /* dtypes: c of the products' operands, a of the logits. Pointers are NULL until the workspace is there. */
@@ -47,7 +47,7 @@ static lce plan_lce(const lc_kargs *k) {
     p.c = quantised || x->dtype == w->dtype ? x->dtype : (int)LC_K_F32;
     bool widen_x = x->dtype != p.c && !p.plain, widen_w = w->dtype != p.c && !(p.plain && !quantised);
     p.direct = p.c == x->dtype && !widen_w && p.c != LC_K_F16; /* a half's range holds softmax, not softmax / count */
-    p.rows = limited(LOGITS_BYTES / (p.v * dtype_bytes(p.a) + 1), 1, p.n);
+    p.rows = limited(LOGITS_BYTES / (p.v * dtype_bytes(p.a) + 1), limited(LEAST_ROWS, 1, p.n), p.n);
     if (p.rows > 128 && p.rows < p.n) p.rows = p.rows / 128 * 128;
     p.tile = p.v;
     if (widen_w && !p.plain)
