@@ -36,7 +36,7 @@ if not args.json then
 end
 local text, ids, info
 if args.chat then
-    text, ids, info = lc.chat(model, { system = args.system ~= "" and args.system or nil }):say(prompt, opts)
+    text, ids, info = lc.chat(model, { system = args.system ~= "" and args.system or nil, state_dtype = opts.state_dtype }):say(prompt, opts)
 else
     if not args.json then io.write(prompt) end
     text, ids, info = model:generate(prompt, opts)

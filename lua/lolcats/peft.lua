@@ -23,8 +23,40 @@ local function is_set(v)
     return type(v) ~= "table" or next(v) ~= nil
 end
 
+local function is_list(v)
+    for _, x in ipairs(v) do
+        if type(x) ~= "string" then return false end
+    end
+    for k in pairs(v) do
+        if type(k) ~= "number" then return false end
+    end
+    return true
+end
+
+-- What the keys that are read may hold, where they hold anything.
+local KINDS = {
+    modules_to_save = { "a list of names", function(v) return type(v) == "table" and is_list(v) end },
+    target_modules = { "a list of names or a regular expression",
+                       function(v) return type(v) == "string" or type(v) == "table" and is_list(v) end },
+    lora_dropout = { "a number from 0 to 1", function(v) return type(v) == "number" and v >= 0 and v < 1 end },
+    use_rslora = { "true or false", function(v) return type(v) == "boolean" end },
+    rank_pattern = { "an object of numbers", function(v) return type(v) == "table" end },
+    alpha_pattern = { "an object of numbers", function(v) return type(v) == "table" end },
+    base_model_name_or_path = { "a text", function(v) return type(v) == "string" end },
+}
+
+local function check_kinds(c, where)
+    for key, kind in pairs(KINDS) do
+        if c[key] ~= nil and c[key] ~= files.null and not kind[2](c[key]) then
+            lc.fail("%s: '%s' must be %s, it is %s", where, key, kind[1],
+                    type(c[key]) == "table" and "something else" or tostring(c[key]))
+        end
+    end
+end
+
 local function check_config(c, where)
     if type(c) ~= "table" then lc.fail("%s: expected a JSON object", where) end
+    check_kinds(c, where)
     if c.peft_type ~= "LORA" then
         lc.fail("%s: peft_type '%s' is not supported; LORA is", where, tostring(c.peft_type))
     end
@@ -38,8 +70,9 @@ local function check_config(c, where)
         lc.fail("%s: init_lora_weights = '%s' changes the base weights; convert the adapter with PEFT first", where, start)
     end
     for _, key in ipairs { "r", "lora_alpha" } do
-        if type(c[key]) ~= "number" or c[key] <= 0 then
-            lc.fail("%s: '%s' must be a number above 0, it is %s", where, key, tostring(c[key]))
+        if type(c[key]) ~= "number" or not (c[key] > 0 and c[key] < 2 ^ 31) or key == "r" and c[key] % 1 ~= 0 then
+            lc.fail("%s: '%s' must be a %snumber above 0, it is %s", where, key, key == "r" and "whole " or "",
+                    type(c[key]) == "table" and "a table" or tostring(c[key]))
         end
     end
     for _, key in ipairs { "rank_pattern", "alpha_pattern" } do
@@ -67,7 +100,8 @@ function M.is_adapter(dir) return files.exists(dir .. "/adapter_config.json") en
 
 --- The base model that an adapter names: its id or folder, or nil.
 function M.base_of(dir)
-    local base = files.read_json(dir .. "/adapter_config.json").base_model_name_or_path
+    local c = files.read_json(dir .. "/adapter_config.json")
+    local base = type(c) == "table" and c.base_model_name_or_path
     return type(base) == "string" and base ~= "" and base or nil
 end
 
@@ -179,6 +213,9 @@ function M.load(model, dir)
     if not files.exists(where) then lc.fail("%s has no adapter_config.json: it is not an adapter folder", dir) end
     local c = files.read_json(where)
     check_config(c, where)
+    for key, v in pairs(c) do
+        if v == files.null then c[key] = nil end
+    end
     local path = weights_file(dir)
     local f = files.open_tensors(path)
     local ok, err = pcall(function()
