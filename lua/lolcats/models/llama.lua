@@ -35,7 +35,8 @@ local function make_layers(model)
         layer.q_norm, layer.k_norm = w[attn .. "q_norm.weight"], w[attn .. "k_norm.weight"]
         layer.window = model.config.windows and model.config.windows[i] -- keys of the softmax attention; nil: all
         local function record(pre, p)
-            layer.proj[p] = { name = pre .. p, layer = i, weight = w[pre .. p .. ".weight"], bias = w[pre .. p .. ".bias"] }
+            local full = pre .. p
+            layer.proj[p] = { name = full, layer = i, weight = w[full .. ".weight"], bias = w[full .. ".bias"] }
         end
         for _, p in ipairs(ATTN) do record(attn, p) end
         for _, p in ipairs(MLP) do record(mlp, p) end
@@ -82,8 +83,8 @@ end
 --- Do the rotary frequencies change with the length of the text? Then a recorded step would turn by old ones.
 function Model:rotary_varies() return rope.varies(self.config) end
 
---- cos and sin of positions pos of a text that reaches `length` positions in all. A cached key keeps the rotation of the
---- length at which it was read, as with Hugging Face.
+--- cos and sin of positions pos of a text that reaches `length` positions in all. A cached key keeps the rotation of
+--- the length at which it was read, as with Hugging Face.
 function Model:rotary(pos, length)
     if rope.varies(self.config) and length ~= self.rotary_length then self:set_rotary(length) end
     local cos, sin = lc.rope_table(pos, self.inv_freq)
@@ -103,7 +104,8 @@ local function refresh(model)
         for p, record in pairs(fresh.proj) do
             layer.proj[p].weight, layer.proj[p].bias = record.weight, record.bias
         end
-        for _, key in ipairs { "qkv", "gate_up", "qkv_bias", "gate_up_bias", "input_norm", "post_norm", "q_norm", "k_norm" } do
+        for _, key in ipairs { "qkv", "gate_up", "qkv_bias", "gate_up_bias", "input_norm", "post_norm", "q_norm",
+                               "k_norm" } do
             layer[key] = fresh[key]
         end
     end
