@@ -11,7 +11,13 @@ local SWITCHES = { "plain_attention", "plain_hybrid", "plain_linear", "plain_los
 -- recorded: maps computed in Lua, dropout.
 local function places(model)
     local out = { model.embed:storage_id(), model.head:storage_id(), model.stage or "" }
+    if model:rotary_varies() then return nil end -- the frequencies of a text of another length lie elsewhere
     for _, name in ipairs(SWITCHES) do out[#out + 1] = lc.get_option(name) end
+    for _, p in ipairs { model.embed_proj, model.head_proj } do
+        local l = p.lora
+        if l and l.dropout and l.dropout > 0 then return nil end
+        out[#out + 1] = l and l.on and l.scale or "-"
+    end
     for _, layer in ipairs(model.layers) do
         for _, p in pairs(layer.proj) do
             local l = p.lora
