@@ -14,9 +14,23 @@ function M.repeat_heads(x, h)
     return x:unsqueeze(3):expand(b, g, h / g, t, d):reshape(b, h, t, d)
 end
 
+-- Several sequences in one row: f on each by itself. Results lie as [b, t, h, d].
+local function each_sequence(ctx, f, q, k, v)
+    local out = {}
+    for i, s in ipairs(ctx.sequences) do
+        local part = {}
+        for name, x in pairs(ctx) do part[name] = x end
+        part.sequences, part.pos = nil, ctx.pos:narrow(1, s[1], s[2])
+        part.hidden = ctx.hidden and ctx.hidden:narrow(2, s[1], s[2])
+        out[i] = f(q:narrow(3, s[1], s[2]), k:narrow(3, s[1], s[2]), v:narrow(3, s[1], s[2]), part):transpose(2, 3)
+    end
+    return lc.cat(out, 2):transpose(2, 3)
+end
+
 -- ---- softmax --------------------------------------------------------------------------------------------------------
 --- Causal softmax attention. state: a cache made by M.softmax_state, or nil. ctx.start: first real token of each row.
 function M.softmax(q, k, v, ctx)
+    if ctx.sequences then return each_sequence(ctx, M.softmax, q, k, v) end
     local state = ctx.state
     if not state then
         return (lc.attention(q, k, v, { start = ctx.start, window = ctx.window or 0 }))
@@ -108,6 +122,9 @@ end
 
 --- The student's attention of one layer. a: {map, fq, fk, factors, kind, window, affine, window_only, generic, compat}.
 function M.hybrid(a, q, k, v, ctx)
+    if ctx.sequences then
+        return each_sequence(ctx, function(q, k, v, part) return M.hybrid(a, q, k, v, part) end, q, k, v)
+    end
     if a.drawn and lc.grad_enabled() then a = a.drawn end -- a smaller window, while training
     a = M.faded(a)
     if a.compat then return M.reference(a, q, k, v, ctx) end
