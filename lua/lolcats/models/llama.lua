@@ -609,7 +609,7 @@ end
 function Model:load_adapter(dir) return require("lolcats.peft").load(self, dir) end
 function Model:save_adapter(dir) return require("lolcats.peft").save(self, dir) end
 
-function Model:save_weights(dir) return weights.save(self, dir) end
+function Model:save_weights(dir, opts) return weights.save(self, dir, opts) end
 function Model:generate(prompt, opts) return require("lolcats.session").generate(self, prompt, opts) end
 function Model:session(opts) return require("lolcats.session").new(self, opts) end
 
