@@ -10,4 +10,5 @@ lc.recipe "distill_blocks" (tiny.apply({
     model = "meta-llama/Meta-Llama-3.1-405B", data = "data/long-llm/redpajama/train.json", out = "runs/llama3_1_405b", layers = 9, seq = 1024,
     hold_out = 500, dtype = "bf16", window = 64, feature_dim = 64, epochs = 1, accumulate = 8, mse = 1000, xent = 1, transfer_lr = 1e-2,
     lora_lr = 1e-4, schedule = "plateau", clip = 1, rank = 4, alpha = 8, tiny_shape = { num_hidden_layers = 6 },
-}, "llama3_1", { layers = 2, feature_dim = 8, transfer_steps = 6, lora_steps = 6, eval_every = 3 }))
+}, "llama3_1", { layers = 2, feature_dim = 8, data = "OUT/records.json", records = 60, hold_out = 8,
+                 transfer_steps = 6, lora_steps = 6, eval_every = 3, eval_rows = 4 }))

@@ -3,8 +3,8 @@ local lc = require "lolcats"
 local files = require "lolcats.files"
 
 local args = lc.args {
-    "Adds the adapters of a PEFT folder, or of a saved student, into the weights of its base model. A student becomes a folder " ..
-    "of its own (feature maps) beside the merged base: OUT and OUT/base.",
+    "Adds the adapters of a PEFT folder, or of a saved student, into the weights of its base model. A student becomes " ..
+    "a folder of its own (feature maps) beside the merged base: OUT and OUT/base.",
     { "adapter", lc.required, "a PEFT adapter folder, or a saved student", positional = true },
     { "out", lc.required, "folder to write", positional = true },
     { "base", "", "the base model, where the adapter does not name it or it lies elsewhere" },
@@ -13,8 +13,8 @@ local args = lc.args {
 }
 
 -- Files that go with a model, beside its weights.
-local BESIDE = { "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-                 "generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt" }
+local BESIDE = { "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+                 "added_tokens.json", "generation_config.json", "chat_template.jinja", "vocab.json", "merges.txt" }
 
 local function copy_beside(from, to)
     if not from or not files.is_dir(from) then return end
@@ -41,5 +41,5 @@ if model.is_student then
     model.source = weights_in
     model:save(args.out)
 end
-print(("%s: %d weights in %s%s, %.1f s"):format(args.out, #model:weight_names(), args.dtype,
-                                               maps and (", %d parameters of feature maps"):format(#maps) or "", lc.now() - t0))
+local extra = maps and (", %d parameters of feature maps"):format(#maps) or ""
+print(("%s: %d weights in %s%s, %.1f s"):format(args.out, #model:weight_names(), args.dtype, extra, lc.now() - t0))

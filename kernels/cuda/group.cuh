@@ -89,6 +89,16 @@ __device__ __forceinline__ void groups_meet(int number, int groups) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(groups * 128) : "memory");
 #endif
 }
+/* The larger; NaN stays NaN. */
+__device__ __forceinline__ float at_least(float v, float least) {
+#ifdef LC_EMULATED
+    return v < least ? least : v;
+#else
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(v), "f"(least));
+    return y;
+#endif
+}
 /* 4 bytes of shared memory by their address there, as shared_place() tells it: what is exchanged by a row's number changes a few bits of it. */
 #ifdef LC_EMULATED
 typedef uintptr_t shared_at;

@@ -1,36 +1,41 @@
-/* hybrid_forward_tiles.cu: hybrid attention forward in bf16 on the tensor cores, with or without a carried state. A block of two
+/* hybrid_forward_tiles.cu: hybrid attention forward in bf16 on the tensor cores, with or without a carried state. A block of four
  * warpgroups walks the 64-token chunks of one segment of one head; where there are too few heads to fill the machine, a head is cut into
  * segments, and a first kernel sums what the keys of each segment but the last add to the state.
  *
  * Chunk c (window 64): softmax over blocks c - 1 (terrace: all of it; sliding: keys after the query's place) and c (causal); linear:
  * the state, which holds blocks before c - 1, and, sliding, the other keys of block c - 1, as masked products. Then block c - 1 enters
- * the state. Window 0: the state holds blocks before c, block c is all masked products. Warpgroup 0 (side 0) makes the query features,
- * which stay in its registers, and adds up block c and the linear term; warpgroup 1 (side 1) makes the key features and adds up block
- * c - 1. Then each gives the other half of its columns, and finishes its own. */
+ * the state. Window 0: the state holds blocks before c, block c is all masked products. Every step is shared by all groups: first the
+ * features, half of the queries' by groups 0 and 1, of the keys' by 2 and 3, and a quarter of the scores each (32 keys of block c - 1 by
+ * groups 0 and 1, of c by 2 and 3); when the maxima are known, the weights of those, while the state takes the old block up; then a
+ * quarter of the columns of the result, from weights and features that all groups left in shared memory. */
 #include "hybrid_forward.cuh"
 
 enum { BLOCKS_WANTED = 132, MOST_SEGMENTS = 32 };
 
-/* early: there is room of its own for the exchange of results; else it takes the chunk's queries and old keys, and the next chunk's are
- * fetched later. */
+/* early: there is room of their own for the queries' features and the weights, and the next chunk's queries and keys are fetched early; else
+ * those take the chunk's queries and old keys, and the next are fetched late; not where there is wgmma, which has room enough. */
 template <int D, int F, int IN> struct forward_tiles {
     typedef tile_sizes<D, F, IN> Z;
-    bf16 *q, *k, *v, *wq, *wk, *fk, *s; /* [64][D], 2 of [64][D] twice, [D][IN] twice, [64][F], [D][F] */
-    float *z, *lin, *top, *sum;         /* [F], [64], [2][64] twice: by side */
-    int *arg;                           /* [2][64] */
+    bf16 *q, *k, *v, *w, *fk, *s, *fq_; /* [64][D], 2 of [64][D] twice, 2 of [D][IN] or [64][F], [64][F], [D][F], [64][F] and [64][128] */
+    float *z, *top, *sum;               /* [F], [4][64] twice: by group */
+    uint8_t *arg;                       /* [4][64] */
     bool early;
-    enum { HALVES = 5 * Z::X + 2 * Z::W + Z::PHI + Z::STATE, BYTES = 2 * HALVES + 4 * (F + 64 * 7), ROOM = 4 * Z::X };
-    __device__ __forceinline__ forward_tiles(char *base, bool early_) : early(early_) {
-        q = (bf16 *)base + (early ? 2 * Z::X : 0), k = q + Z::X, v = k + 2 * Z::X, wq = v + 2 * Z::X, wk = wq + Z::W;
-        fk = wk + Z::W, s = fk + Z::PHI;
-        z = (float *)(s + Z::STATE), lin = z + F, top = lin + 64, sum = top + 128, arg = (int *)(sum + 128);
+    enum { WEIGHTS = Z::W > Z::PHI ? Z::W : Z::PHI };
+    enum { HALVES = 5 * Z::X + 2 * WEIGHTS + Z::PHI + Z::STATE, BYTES = 2 * HALVES + 4 * (F + 64 * 9), ROOM = 2 * (Z::PHI + 64 * 128) };
+    /* Elsewhere the tiles that wait for room have it in q and keys(c - 1). */
+    static constexpr bool FITS = Z::PHI <= Z::X && 64 * 128 <= Z::X;
+    __device__ __forceinline__ forward_tiles(char *base, bool early_) : early(LC_WGMMA || early_) {
+        q = (bf16 *)base, k = q + Z::X, v = k + 2 * Z::X, w = v + 2 * Z::X, fk = w + 2 * WEIGHTS, s = fk + Z::PHI;
+        fq_ = s + Z::STATE;
+        bf16 *end = fq_ + (early ? Z::PHI + 64 * 128 : 0);
+        z = (float *)end, top = z + F, sum = top + 256, arg = (uint8_t *)(sum + 256);
     }
     __device__ __forceinline__ bf16 *keys(int c) const { return k + (c & 1) * Z::X; }
     __device__ __forceinline__ bf16 *values(int c) const { return v + (c & 1) * Z::X; }
-    __device__ __forceinline__ bf16 *fq() const { return wq; } /* [64][F]: ready features; there are no weights then */
-    __device__ __forceinline__ float4 *room(int side, int c) const { /* [D / 16][128] */
-        return (float4 *)(early ? q - (2 - side) * Z::X : side ? keys(c - 1) : q);
-    }
+    __device__ __forceinline__ bf16 *wq() const { return w; }
+    __device__ __forceinline__ bf16 *wk() const { return w + WEIGHTS; }
+    __device__ __forceinline__ bf16 *fq() const { return early ? fq_ : q; }
+    __device__ __forceinline__ bf16 *weights(int c) const { return early ? fq_ + Z::PHI : keys(c - 1); } /* [64][128] */
 };
 
 /* Rows before the first token: 0, with a denominator that harms nobody. */
@@ -46,103 +51,93 @@ __device__ __forceinline__ void put_padding(const hybrid &a, const segment &g, c
 }
 
 /* ---- weights of one chunk --------------------------------------------------------------------------------------------- */
-/* x: dots of the 16 rows r with a block's keys: masked to -inf where softmax does not look; row maxima to `top`. side 0: block c. */
-__device__ __forceinline__ void mask_scores(const hybrid &a, int side, bool there, float *top, float (&x)[8][4]) {
-    int l = threadIdx.x & 31, r = threadIdx.x / 32 % 4, row = 16 * r + l / 4;
+/* x: dots of the 16 rows r with 32 of a block's keys from n0 on: masked to -inf where softmax does not look; row maxima to `top` of the
+ * group. old: block c - 1, else c. */
+__device__ __forceinline__ void mask_scores(const hybrid &a, bool old, bool there, int n0, float *top, float (&x)[4][4]) {
+    int l = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + l / 4, least = row - n0 - l % 4 * 2; /* key - row, less the lane's */
     float m[2] = {-INFINITY, -INFINITY};
-    bool all = there && side && a.kind == KIND_TERRACE;
+    bool all = there && old && a.kind == KIND_TERRACE;
 #pragma unroll
-    for (int n = 0; n < 8; n++)
+    for (int n = 0; n < 4; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            int key = 8 * n + l % 4 * 2 + (e & 1), query = row + 8 * (e >> 1);
-            if (!all && (!there || (side ? key <= query : key > query))) x[n][e] = -INFINITY;
+            int key = 8 * n + (e & 1) - 8 * (e >> 1);
+            if (!all && (!there || (old ? key <= least : key > least))) x[n][e] = -INFINITY;
             m[e >> 1] = fmaxf(m[e >> 1], x[n][e]);
         }
     m[0] = quad_max(m[0]), m[1] = quad_max(m[1]);
-    if (l % 4 == 0) top[64 * side + row] = m[0], top[64 * side + row + 8] = m[1];
+    if (l % 4 == 0) top[row] = m[0], top[row + 8] = m[1];
 }
 
 /* x = gamma exp(score - maximum) from dots, summed up; notes the first key of the maximum, if it is here. lift: log2(gamma) */
-__device__ __forceinline__ void window_weights(float scale, float lift, int side, const float *top, int *arg, float (&x)[8][4], float (&sum)[2]) {
-    int l = threadIdx.x & 31, r = threadIdx.x / 32 % 4, row = 16 * r + l / 4;
+__device__ __forceinline__ void window_weights(float scale, float lift, int group, int n0, const float *top, uint8_t *arg, float (&x)[4][4], float (&sum)[2]) {
+    int l = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + l / 4;
     float by = scale * LC_LOG2E;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float m = fmaxf(top[row + 8 * half], top[64 + row + 8 * half]), shift = lift - m * by;
+        const float *t = top + row + 8 * half;
+        float m = fmaxf(fmaxf(t[0], t[64]), fmaxf(t[128], t[192])), shift = lift - m * by;
         int at = 64;
 #pragma unroll
-        for (int n = 7; n >= 0; n--)
+        for (int n = 3; n >= 0; n--)
 #pragma unroll
             for (int e = 2 * half + 1; e >= 2 * half; e--) {
-                if (x[n][e] == m) at = 8 * n + l % 4 * 2 + (e & 1);
+                if (x[n][e] == m) at = 8 * n + (e & 1);
                 sum[half] += x[n][e] = exp2_fast(fmaf(x[n][e], by, shift));
             }
+        at = at == 64 ? 64 : at + n0 + l % 4 * 2;
         at = min(at, __shfl_xor_sync(0xffffffffu, at, 1));
         at = min(at, __shfl_xor_sync(0xffffffffu, at, 2));
-        if (l % 4 == 0) arg[64 * side + row + 8 * half] = at;
+        if (l % 4 == 0) arg[64 * group + row + 8 * half] = (uint8_t)at;
     }
 }
 
-/* p: where a key precedes the query, the linear weight (phi holds the factor lambda already), else 0; added to the sum. */
-template <int F> __device__ __forceinline__ void linear_weights(const uint32_t (&phi)[F / 16][4], const bf16 *fk, uint32_t (&p)[4][4], float (&sum)[2]) {
-    int l = threadIdx.x & 31, r = threadIdx.x / 32 % 4, row = 16 * r + l / 4;
-    float u[8][4];
+/* x += where a key precedes the query, the linear weight (the queries' features hold the factor lambda already), which sum gets too. */
+template <int F> __device__ __forceinline__ void linear_weights(const bf16 *fq, const bf16 *fk, int n0, float (&x)[4][4], float (&sum)[2]) {
+    int l = threadIdx.x & 31, row = threadIdx.x / 32 % 4 * 16 + l / 4;
+    float u[4][4];
     set_all(u, 0);
     group_begin();
-    group_product<64, F, CHUNK, ALONG_K>(u, phi, fk, 0);
+    group_product<32, F, CHUNK, ALONG_K, CHUNK, ALONG_K>(u, fq, 0, fk, n0);
     group_end();
     group_hold(u);
 #pragma unroll
-    for (int n = 0; n < 8; n++)
+    for (int n = 0; n < 4; n++)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
-            int key = 8 * n + l % 4 * 2 + (e & 1), query = row + 8 * (e >> 1);
-            sum[e >> 1] += u[n][e] = key <= query ? u[n][e] : 0;
+            int key = n0 + 8 * n + l % 4 * 2 + (e & 1), query = row + 8 * (e >> 1);
+            float v = key <= query ? u[n][e] : 0;
+            x[n][e] += v, sum[e >> 1] += v;
         }
-    as_fragments<64>(p, u);
 }
 
 /* ---- results of one chunk --------------------------------------------------------------------------------------------- */
-/* y [64][D] / denominators: own columns, to which the other side's share is added. The exchange's first half: */
-template <int D> __device__ __forceinline__ void give_results(int side, float4 *room, const float (&y)[D / 8][4], float (&own)[D / 16][4]) {
-#pragma unroll
-    for (int n = 0; n < D / 16; n++) {
-        float v[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            own[n][e] = side ? y[D / 16 + n][e] : y[n][e];
-            v[e] = side ? y[n][e] : y[D / 16 + n][e];
-        }
-        room[n * 128 + threadIdx.x % 128] = make_float4(v[0], v[1], v[2], v[3]);
-    }
-}
-template <int D> __device__ __forceinline__ void take_results(const float4 *room, float (&own)[D / 16][4]) {
-#pragma unroll
-    for (int n = 0; n < D / 16; n++) {
-        float4 v = room[n * 128 + threadIdx.x % 128];
-        own[n][0] += v.x, own[n][1] += v.y, own[n][2] += v.z, own[n][3] += v.w;
-    }
+template <int D, int F, int IN>
+__device__ __forceinline__ float denominator(const hybrid &a, const forward_tiles<D, F, IN> &t, int row) {
+    return t.sum[row] + t.sum[64 + row] + t.sum[128 + row] + t.sum[192 + row] + (a.window ? 0 : (float)a.eps);
 }
 
+/* y [64][D / 4]: the group's columns, over the denominators. */
 template <int D, int F, int IN>
-__device__ __forceinline__ void put_results(const hybrid &a, const segment &g, const hybrid_out &o, const forward_tiles<D, F, IN> &t, int c, int side,
-                                            const float (&own)[D / 16][4]) {
+__device__ __forceinline__ void put_results(const hybrid &a, const segment &g, const hybrid_out &o, const forward_tiles<D, F, IN> &t, int c, int group,
+                                            const float (&y)[D / 32][4]) {
     int l = threadIdx.x & 31, r = threadIdx.x / 32 % 4;
-    float eps = a.window ? 0 : (float)a.eps;
+    bf16 *base = o.y.row<bf16>(g.b, g.h, c * CHUNK + g.at.shift) + group * (D / 4);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        int row = 16 * r + 8 * half + l / 4, p = c * CHUNK + row;
-        float by = 1 / (t.sum[row] + t.sum[64 + row] + t.lin[row] + eps);
+        int row = 16 * r + 8 * half + l / 4, p = c * CHUNK + row, at = row * (int)o.y.s[2];
+        float by = 1 / denominator(a, t, row);
         bool there = p >= g.at.p0 && p < g.at.p1;
-        bf16 *to = o.y.row<bf16>(g.b, g.h, p + g.at.shift) + side * (D / 2) + l % 4 * 8;
+        uint32_t v[D / 32];
 #pragma unroll
-        for (int n = 0; n < D / 16; n += 4) {
-            uint32_t v[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) v[i] = pack2<bf16>(own[n + i][2 * half] * by, own[n + i][2 * half + 1] * by);
+        for (int n = 0; n < D / 32; n++) v[n] = pack2<bf16>(y[n][2 * half] * by, y[n][2 * half + 1] * by);
+        if constexpr (D == 128) {
             quad_transpose(v);
-            if (there) *(uint4 *)(to + 8 * n) = make_uint4(v[0], v[1], v[2], v[3]);
+            if (there) *(uint4 *)(base + (at + l % 4 * 8)) = make_uint4(v[0], v[1], v[2], v[3]);
+        } else {
+#pragma unroll
+            for (int n = 0; n < D / 32; n++)
+                if (there) *(uint32_t *)(base + (at + 8 * n + l % 4 * 2)) = v[n];
         }
     }
 }
@@ -152,139 +147,147 @@ template <int D, int F, int IN>
 __device__ __forceinline__ void put_kept(const hybrid &a, const segment &g, const hybrid_out &o, const forward_tiles<D, F, IN> &t, int c) {
     int row = threadIdx.x, p = c * CHUNK + row, i = p + g.at.shift;
     if (row >= CHUNK || p < g.at.p0 || p >= g.at.p1) return;
-    if (o.z.p) *o.z.row<float>(g.b, g.h, i) = t.sum[row] + t.sum[64 + row] + t.lin[row] + (a.window ? 0 : (float)a.eps);
+    if (o.z.p) *o.z.row<float>(g.b, g.h, i) = denominator(a, t, row);
     if (!a.window) {
         if (o.c.p) *o.c.row<float>(g.b, g.h, i) = 0;
         if (o.at.p) *o.at.row<int>(g.b, g.h, i) = i;
         return;
     }
-    float here = t.top[row], before = t.top[64 + row];
+    float before = fmaxf(t.top[row], t.top[64 + row]), here = fmaxf(t.top[128 + row], t.top[192 + row]);
     if (o.c.p) *o.c.row<float>(g.b, g.h, i) = fmaxf(here, before) * (float)a.scale;
-    int key = before >= here ? t.arg[64 + row] - CHUNK : t.arg[row];
+    int first = before >= here ? 0 : 128, key = min(t.arg[first + row], t.arg[first + 64 + row]) - (before >= here ? CHUNK : 0);
     if (o.at.p) *o.at.row<int>(g.b, g.h, i) = min(c * CHUNK + key, p) + g.at.shift;
 }
 
 /* ---- the walk --------------------------------------------------------------------------------------------------------- */
 template <int D, int F, int IN> struct walker {
+    typedef halves<F, IN> H;
     const hybrid &a;
     const carried &s;
     const hybrid_out &o;
     const segment &g;
     forward_tiles<D, F, IN> t;
     float lift, lambda, bias;
-    int side;
+    int group, hf;      /* hf: half of the features, of a block's keys */
+    bool old;           /* groups 0 and 1: features of queries, block c - 1 */
+    row_source from_q, from_k, from_v;
 
     __device__ __forceinline__ bool has_prev(int c) const { return a.window && c * CHUNK > g.at.k_min; }
 
-    /* Chunk c's queries, their ready features, and keys; its values and the ready features of keys. */
+    /* Chunk c's queries and keys; where features are ready: those of the queries and of the keys that will enter the state. */
     __device__ __forceinline__ void fetch_keys(int c) {
-        load_rows<D>(t.q, query_source(a, g, a.q), c * CHUNK);
-        load_rows<D>(t.keys(c), key_source(a, s, g, 0), c * CHUNK);
-        if (a.map == MAP_NONE) load_rows<F>(t.fq(), query_source(a, g, a.mq), c * CHUNK);
+        load_rows<D>(t.q, from_q, c * CHUNK);
+        load_rows<D>(t.keys(c), from_k, c * CHUNK);
+        if (a.map == MAP_NONE) {
+            load_rows<F>(t.wq(), query_source(a, g, a.mq), c * CHUNK);
+            fetch_features(a.window ? c - 1 : c);
+        }
     }
-    __device__ __forceinline__ void fetch_values(int c) {
-        load_rows<D>(t.values(c), key_source(a, s, g, 1), c * CHUNK);
-        if (a.map == MAP_NONE) fetch_features(a.window ? c - 1 : c);
-    }
+    __device__ __forceinline__ void fetch_values(int c) { load_rows<D>(t.values(c), from_v, c * CHUNK); }
     __device__ __forceinline__ void fetch_features(int c) {
         row_source r = key_source(a, s, g, 2);
         r.to = min(r.to, g.absorb_end);
-        load_rows<F>(t.fk, r, c * CHUNK);
+        load_rows<F>(t.wk(), r, c * CHUNK);
     }
 
-    /* Of chunk c: the features, side 0's to phi, side 1's to shared memory, and the scores to x. */
-    __device__ __forceinline__ void features_and_scores(int c, uint32_t (&phi)[F / 16][4], float (&x)[8][4]) {
+    /* Of chunk c: the features into their tiles, the scores to x. */
+    __device__ __forceinline__ void features_and_scores(int c, float (&dot)[2], float (&x)[4][4]) {
         int block = a.window ? c - 1 : c; /* of the keys whose features are wanted */
-        float dot[2] = {0, 0}, in[IN / 8][4];
-        const bf16 *rows = side ? t.keys(block) : t.q;
+        float in[H::N / 8][4];
+        const bf16 *rows = old ? t.q : t.keys(block);
         set_all(in, bias), set_all(x, 0);
         group_begin(); /* whether wanted or not: products behind a branch would not run side by side with other work */
-        map_inputs<D, IN>(in, rows, side ? t.wk : t.wq);
+        H::template inputs<D>(in, rows, old ? t.wq() : t.wk(), hf);
         group_commit();
-        group_product<64, D, CHUNK, ALONG_K, CHUNK, ALONG_K>(x, t.q, 0, t.keys(c - side), 0);
+        group_product<32, D, CHUNK, ALONG_K, CHUNK, ALONG_K>(x, t.q, 0, t.keys(old ? c - 1 : c), 32 * hf);
         group_commit();
         group_wait<1>();
         group_hold(in);
+        if (!t.early) { /* the queries' place gets their features */
+            group_wait<0>();
+            group_hold(x);
+            __syncthreads();
+        }
         if (a.map == MAP_NONE) {
-            if (!side) query_ready<F>(t.fq(), phi, lambda, t.z, dot);
+            move_ready<F>(t.fq(), t.wq(), lambda, t.z, t.sum);
+            move_ready<F>(t.fk, t.wk(), 1, NULL, NULL);
         } else {
-            if (IN == D && a.skip) add_skip<IN>(in, rows);
-            int from = side ? g.at.k_min - block * CHUNK : 0, to = side ? g.absorb_end - block * CHUNK : CHUNK; /* keys of the state's range count */
-            features_of<F, IN>(a, in, side ? 1 : lambda, t.z, dot, phi, side ? t.fk : NULL, from, to);
+            if (IN == D && a.skip) H::add_skip(in, rows, hf);
+            int row = H::row() + block * CHUNK; /* keys of the state's range count */
+            float by[2] = {lambda, lambda};
+            if (!old) by[0] = row >= g.at.k_min && row < g.absorb_end, by[1] = row + 8 >= g.at.k_min && row + 8 < g.absorb_end;
+            H::put(a, in, hf, by, old ? t.z : NULL, dot, old ? t.fq() : t.fk, t.sum + (old ? 0 : 128), old ? 1 : 2);
         }
         group_wait<0>();
         group_hold(x);
-        if (a.window) mask_scores(a, side, !side || has_prev(c), t.top, x);
-        if (side) return;
-        int l = threadIdx.x & 31, row = threadIdx.x / 32 * 16 + l / 4;
-        dot[0] = quad_sum(dot[0]), dot[1] = quad_sum(dot[1]);
-        if (l % 4 == 0) t.lin[row] = dot[0], t.lin[row + 8] = dot[1];
+        if (a.window) mask_scores(a, old, !old || has_prev(c), 32 * hf, t.top + 64 * group, x);
     }
 
-    /* The side's share y [64][D] of chunk c; the features of the block that leaves the window enter the state (zeros where none does). */
-    __device__ __forceinline__ void results(state<D, F> &st, int c, const uint32_t (&phi)[F / 16][4], float (&x)[8][4], float (&y)[D / 8][4]) {
-        int block = a.window ? c - 1 : c;
-        float sum[2] = {0, 0};
-        uint32_t p[4][4] = {};
+    /* The weights into their tile; the features of the block that leaves the window enter the state (zeros where none does). */
+    __device__ __forceinline__ void weigh(state<D, F> &st, int c, float (&sum)[2], float (&x)[4][4]) {
+        int l = threadIdx.x & 31, row = H::row(), block = a.window ? c - 1 : c;
+        if (a.map == MAP_NONE && !group && l % 4 == 0) sum[0] = t.sum[row], sum[1] = t.sum[row + 8];
         group_begin();
         st.absorb(t.fk, t.values(block));
         group_commit();
         st.absorb_z(t.fk);
-        if (a.window) window_weights((float)a.scale, lift, side, t.top, t.arg, x, sum);
+        if (a.window) window_weights((float)a.scale, lift, group, 32 * hf, t.top, t.arg, x, sum);
+        else set_all(x, 0);
         group_wait<0>();
         group_hold(st.s);
-        set_all(y, 0);
-        if (!side) {
-            if (!a.window || (a.kind == KIND_SLIDING && has_prev(c))) {
-                linear_weights<F>(phi, t.fk, p, sum);
-                group_begin();
-                group_product<D, CHUNK, CHUNK, ACROSS_K>(y, p, t.values(block), 0);
-                group_end();
-                group_hold(y);
-            }
-            group_begin();
-            group_product<D, F, D, ALONG_K>(y, phi, t.s, 0);
-            group_end();
-            group_hold(y);
+        if (a.window ? old && a.kind == KIND_SLIDING && has_prev(c) : !old) linear_weights<F>(t.fq(), t.fk, 32 * hf, x, sum);
+        bf16 *tile = t.weights(c) + (old ? 0 : 64 * 64);
+        int g8 = l / 4;
+        shared_at at = shared_place(tile) + 2 * (row * 64 + ((g8 << 3 ^ 32 * hf) | l % 4 * 2));
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            shared_put(at ^ n << 4, pack2<bf16>(x[n][0], x[n][1]));
+            shared_put((at ^ n << 4) + 8 * 128, pack2<bf16>(x[n][2], x[n][3]));
         }
-        if (a.window) {
-            as_fragments<64>(p, x);
-            group_begin();
-            group_product<D, CHUNK, CHUNK, ACROSS_K>(y, p, t.values(c - side), 0);
-            group_end();
-            group_hold(y);
-        }
-        int l = threadIdx.x & 31, row = 64 * side + threadIdx.x / 32 % 4 * 16 + l / 4;
+        if (a.map == MAP_NONE) __syncthreads(); /* its dots lie where the sums come */
         sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
-        if (l % 4 == 0) t.sum[row] = sum[0], t.sum[row + 8] = sum[1];
+        if (l % 4 == 0) t.sum[64 * group + row] = sum[0], t.sum[64 * group + row + 8] = sum[1];
+    }
+
+    __device__ __forceinline__ void results(int c, float (&y)[D / 32][4]) {
+        int n0 = group * (D / 4);
+        const bf16 *p = t.weights(c);
+        set_all(y, 0);
+        group_begin();
+        group_product<D / 4, F, CHUNK, ALONG_K, D, ALONG_K>(y, t.fq(), 0, t.s, n0);
+        group_product<D / 4, CHUNK, CHUNK, ALONG_K, CHUNK, ACROSS_K>(y, p, 0, t.values(c - 1), n0); /* window 0: weights of 0, values of old */
+        group_product<D / 4, CHUNK, CHUNK, ALONG_K, CHUNK, ACROSS_K>(y, p + 64 * 64, 0, t.values(c), n0);
+        group_end();
+        group_hold(y);
     }
 
     __device__ __forceinline__ void chunk(state<D, F> &st, int c) {
         bool more = c + 1 < g.c1;
-        uint32_t phi[F / 16][4];
-        float x[8][4], y[D / 8][4], own[D / 16][4];
-        copy_wait<1>(); /* the values may still be under way */
+        float dot[2] = {0, 0};
+        {
+            float x[4][4];
+            copy_wait<1>(); /* the values may still be under way */
+            shared_fence();
+            __syncthreads();
+            st.put(t.s);
+            features_and_scores(c, dot, x);
+            copy_wait<0>();
+            shared_fence();
+            __syncthreads();
+            if (t.early && more) fetch_keys(c + 1);
+            copy_commit();
+            weigh(st, c, dot, x);
+        }
         shared_fence();
         __syncthreads();
-        features_and_scores(c, phi, x);
-        copy_wait<0>();
-        shared_fence();
-        __syncthreads();
-        if (t.early && more) fetch_keys(c + 1);
-        copy_commit();
-        results(st, c, phi, x, y);
-        give_results<D>(side, t.room(1 - side, c), y, own);
-        __syncthreads();
-        if (t.early && more) fetch_values(c + 1);
-        copy_commit();
-        take_results<D>(t.room(side, c), own);
-        if (more) st.put(t.s, t.z);
-        put_results<D, F, IN>(a, g, o, t, c, side, own);
+        float y[D / 32][4];
+        results(c, y);
+        st.save_z(t.z);
+        put_results<D, F, IN>(a, g, o, t, c, group, y);
         put_kept<D, F, IN>(a, g, o, t, c);
-        if (t.early || !more) return;
+        if (!more) return;
         __syncthreads();
-        fetch_keys(c + 1);
-        copy_commit();
+        if (!t.early) fetch_keys(c + 1), copy_commit();
         fetch_values(c + 1);
         copy_commit();
     }
@@ -292,22 +295,16 @@ template <int D, int F, int IN> struct walker {
     /* Asks for all that the first chunk wants but the state. Block c0 - 1: zeros where there is none. */
     __device__ __forceinline__ void begin() {
         int c = g.c0;
+        from_q = query_source(a, g, a.q), from_k = key_source(a, s, g, 0), from_v = key_source(a, s, g, 1);
         weights<D, IN> q, k;
-        if (a.map != MAP_NONE) q.take(t.wq, a.mq, g.h), k.take(t.wk, a.mk, g.h);
-        row_source keys = key_source(a, s, g, 0), values = key_source(a, s, g, 1);
-#pragma unroll 1
-        for (int i = c - 1; i <= c; i++) {
-            load_rows<D>(t.keys(i), keys, i * CHUNK);
-            load_rows<D>(t.values(i), values, i * CHUNK);
-        }
-        load_rows<D>(t.q, query_source(a, g, a.q), c * CHUNK);
-        if (a.map == MAP_NONE) {
-            load_rows<F>(t.fq(), query_source(a, g, a.mq), c * CHUNK);
-            fetch_features(a.window ? c - 1 : c);
-        }
+        if (a.map != MAP_NONE) q.take(t.wq(), a.mq, g.h), k.take(t.wk(), a.mk, g.h);
+        load_rows<D>(t.keys(c - 1), from_k, (c - 1) * CHUNK);
+        load_rows<D>(t.values(c - 1), from_v, (c - 1) * CHUNK);
+        fetch_keys(c);
         copy_commit();
-        copy_commit(); /* as many groups as a chunk has */
-        if (a.map != MAP_NONE) q.put(t.wq, a.mq), k.put(t.wk, a.mk);
+        fetch_values(c);
+        copy_commit();
+        if (a.map != MAP_NONE) q.put(t.wq(), a.mq), k.put(t.wk(), a.mk);
     }
 
     /* Keys of the last block that have left the window of the next query. */
@@ -319,17 +316,19 @@ template <int D, int F, int IN> struct walker {
             fetch_features(c);
             copy_commit();
             copy_wait<0>();
-        } else if (side) {
-            float in[IN / 8][4];
+            __syncthreads();
+            move_ready<F>(t.fk, t.wk(), 1, NULL, NULL);
+        } else if (!old) {
+            float in[H::N / 8][4], dot[2];
             set_all(in, bias);
             group_begin();
-            map_inputs<D, IN>(in, t.keys(c), t.wk);
+            H::template inputs<D>(in, t.keys(c), t.wk(), hf);
             group_end();
             group_hold(in);
-            if (IN == D && a.skip) add_skip<IN>(in, t.keys(c));
-            uint32_t phi[F / 16][4];
-            float dot[2];
-            features_of<F, IN>(a, in, 1, t.z, dot, phi, t.fk, g.at.k_min - c * CHUNK, g.absorb_end - c * CHUNK);
+            if (IN == D && a.skip) H::add_skip(in, t.keys(c), hf);
+            int row = H::row() + c * CHUNK;
+            float by[2] = {(float)(row >= g.at.k_min && row < g.absorb_end), (float)(row + 8 >= g.at.k_min && row + 8 < g.absorb_end)};
+            H::put(a, in, hf, by, NULL, dot, t.fk, t.sum + 128, 2);
         }
         shared_fence();
         __syncthreads();
@@ -346,10 +345,11 @@ template <int D, int F, int IN> struct walker {
 template <int D, int F, int IN>
 __global__ void __launch_bounds__(TILE_THREADS, 1) forward_kernel(hybrid a, carried c, hybrid_out o, int segments, const float *parts, bool early) {
     LC_SHARED(shared);
-    int rest = blockIdx.x / a.h, h = blockIdx.x % a.h, side = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
+    int rest = blockIdx.x / a.h, h = blockIdx.x % a.h, group = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
+    bool old = group < 2;
     segment g = segment_at(a, c, rest / segments, rest % segments, h, segments, threadIdx.x == 0 && h == 0 && rest % segments == 0);
-    float gamma = hybrid_gamma<float>(a, g.h), bias = side ? bias_of<float>(a.bk, a.bk_dtype, g.h) : bias_of<float>(a.bq, a.bq_dtype, g.h);
-    walker<D, F, IN> w = {a, c, o, g, forward_tiles<D, F, IN>(shared, early), log2f(gamma), hybrid_lambda(a, gamma), bias, side};
+    float gamma = hybrid_gamma<float>(a, g.h), bias = bias_of<float>(old ? a.bq : a.bk, old ? a.bq_dtype : a.bk_dtype, g.h);
+    walker<D, F, IN> w = {a, c, o, g, forward_tiles<D, F, IN>(shared, early), log2f(gamma), hybrid_lambda(a, gamma), bias, group, group & 1, old, {}, {}, {}};
     if (g.c0 < g.c1) w.begin();
     wait_for_previous(); /* the sum kernel: nothing is written, and no part read, before it has ended */
     put_padding(a, g, o);
@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) forward_kernel(hybrid a, carr
     if (before && segments > 1 && !g.s) st.add_part(parts + (int64_t)(segments - 1) * S::PART);
 #pragma unroll 1
     for (int i = 0; i < g.s; i++) st.add_part(parts + (int64_t)i * S::PART);
-    st.put(w.t.s, w.t.z);
+    st.save_z(w.t.z);
     bool last = c.state && g.s == segments - 1;
 #pragma unroll 1
     for (int i = g.c0; i < g.c1; i++) w.chunk(st, i);
@@ -378,19 +378,20 @@ __global__ void __launch_bounds__(TILE_THREADS, 1) forward_kernel(hybrid a, carr
 /* ---- sums of segments ------------------------------------------------------------------------------------------------- */
 template <int D, int F, int IN> struct sum_tiles {
     typedef tile_sizes<D, F, IN> Z;
-    enum { BYTES = 2 * (4 * Z::X + Z::W + 2 * Z::PHI) + 4 * F };
+    enum { BYTES = 2 * (4 * Z::X + Z::W + 2 * Z::PHI) + 4 * 256 };
 };
 
 /* Grid [b][segments - 1][h]: part s of a head = sum over the keys that the segment adds to the state, of phi_k^T v and of phi_k. The
- * first segment's begins with the carried state, of which part segments - 1 is a copy. Two chunks at a time, one a side. */
+ * first segment's begins with the carried state, of which part segments - 1 is a copy. Two chunks at a time, two groups each. */
 template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 1) sum_kernel(hybrid a, carried c, int segments, float *parts) {
     typedef tile_sizes<D, F, IN> Z;
     typedef state<D, F> S;
+    typedef halves<F, IN> H;
     LC_SHARED(shared);
     bf16 *k = (bf16 *)shared, *v = k + 2 * Z::X, *w = v + 2 * Z::X, *f = w + Z::W;
-    const float *nothing = (const float *)(f + 2 * Z::PHI); /* [F]: of no account */
+    float *pair = (float *)(f + 2 * Z::PHI); /* [2][2][64] */
     int h = blockIdx.x % a.h, rest = blockIdx.x / a.h, s = rest % (segments - 1), b = rest / (segments - 1);
-    int side = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
+    int group = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0), side = group >> 1, hf = group & 1;
     segment g = segment_at(a, c, b, s, h, segments, false);
     row_source ks = key_source(a, c, g, 0), vs = key_source(a, c, g, 1), fs = key_source(a, c, g, 2);
     int shift = a.window ? 1 : 0, first = max(g.c0 - shift, g.at.k_min / CHUNK), end = g.c1 - shift;
@@ -420,21 +421,20 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 
     }
 #pragma unroll 1
     for (int i = first; i < end; i += 2) {
-        int mine = i + side;
         copy_wait<1>();
         shared_fence();
         __syncthreads();
         if (a.map != MAP_NONE) {
-            float in[IN / 8][4];
+            float in[H::N / 8][4], dot[2];
             set_all(in, bias);
             group_begin();
-            map_inputs<D, IN>(in, k + side * Z::X, w);
+            H::template inputs<D>(in, k + side * Z::X, w, hf);
             group_end();
             group_hold(in);
-            if (IN == D && a.skip) add_skip<IN>(in, k + side * Z::X);
-            uint32_t phi[F / 16][4];
-            float dot[2];
-            features_of<F, IN>(a, in, 1, nothing, dot, phi, f + side * Z::PHI, g.at.k_min - mine * CHUNK, to - mine * CHUNK);
+            if (IN == D && a.skip) H::add_skip(in, k + side * Z::X, hf);
+            int row = H::row() + (i + side) * CHUNK;
+            float by[2] = {(float)(row >= g.at.k_min && row < to), (float)(row + 8 >= g.at.k_min && row + 8 < to)};
+            H::put(a, in, hf, by, NULL, dot, f + side * Z::PHI, pair + side * 128, side + 1);
         }
         copy_wait<0>();
         shared_fence();
@@ -496,7 +496,7 @@ template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &
         if (allow_shared(sum_kernel<D, F, IN>, ST::BYTES)) return LC_K_DEVICE;
         LC_LAUNCH((sum_kernel<D, F, IN>), heads * (segments - 1), TILE_THREADS, ST::BYTES, a, s, segments, parts);
     }
-    bool early = (size_t)(FT::BYTES + FT::ROOM) <= lc_cuda_now->shared_max;
+    bool early = !FT::FITS || (size_t)(FT::BYTES + FT::ROOM) <= lc_cuda_now->shared_max;
     int shared = early ? FT::BYTES + FT::ROOM : FT::BYTES;
     if (allow_shared(forward_kernel<D, F, IN>, shared)) return LC_K_DEVICE;
     launch_forward(segments > 1, forward_kernel<D, F, IN>, heads * segments, shared, a, s, o, segments, (const float *)parts, early);
@@ -504,7 +504,7 @@ template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &
 }
 
 /* The shapes that there are kernels for. */
-#define SHAPE(D, F, IN) {D, F, IN, forward_tiles<D, F, IN>::BYTES, state<D, F>::PART, run<D, F, IN>}
+#define SHAPE(D, F, IN) {D, F, IN, forward_tiles<D, F, IN>::BYTES + (forward_tiles<D, F, IN>::FITS ? 0 : (int)forward_tiles<D, F, IN>::ROOM), state<D, F>::PART, run<D, F, IN>}
 static const struct {
     int d, F, in, shared, part;
     int (*run)(const lc_kargs *k, const hybrid &a, const carried &s);

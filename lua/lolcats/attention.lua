@@ -14,9 +14,23 @@ function M.repeat_heads(x, h)
     return x:unsqueeze(3):expand(b, g, h / g, t, d):reshape(b, h, t, d)
 end
 
+-- Several sequences in one row: f on each by itself. Results lie as [b, t, h, d].
+local function each_sequence(ctx, f, q, k, v)
+    local out = {}
+    for i, s in ipairs(ctx.sequences) do
+        local part = {}
+        for name, x in pairs(ctx) do part[name] = x end
+        part.sequences, part.pos = nil, ctx.pos:narrow(1, s[1], s[2])
+        part.hidden = ctx.hidden and ctx.hidden:narrow(2, s[1], s[2])
+        out[i] = f(q:narrow(3, s[1], s[2]), k:narrow(3, s[1], s[2]), v:narrow(3, s[1], s[2]), part):transpose(2, 3)
+    end
+    return lc.cat(out, 2):transpose(2, 3)
+end
+
 -- ---- softmax --------------------------------------------------------------------------------------------------------
 --- Causal softmax attention. state: a cache made by M.softmax_state, or nil. ctx.start: first real token of each row.
 function M.softmax(q, k, v, ctx)
+    if ctx.sequences then return each_sequence(ctx, M.softmax, q, k, v) end
     local state = ctx.state
     if not state then
         return (lc.attention(q, k, v, { start = ctx.start, window = ctx.window or 0 }))
@@ -108,6 +122,9 @@ end
 
 --- The student's attention of one layer. a: {map, fq, fk, factors, kind, window, affine, window_only, generic, compat}.
 function M.hybrid(a, q, k, v, ctx)
+    if ctx.sequences then
+        return each_sequence(ctx, function(q, k, v, part) return M.hybrid(a, q, k, v, part) end, q, k, v)
+    end
     if a.drawn and lc.grad_enabled() then a = a.drawn end -- a smaller window, while training
     a = M.faded(a)
     if a.compat then return M.reference(a, q, k, v, ctx) end
@@ -299,6 +316,10 @@ function M.recurrent(a, q, k, v, fq, fk, ctx)
     if ctx.start then
         lc.fail("this form of attention takes no left padding together with a state; give the rows one by one")
     end
+    local kind = q.dtype
+    if kind ~= "f64" and kind ~= "f32" then -- halves are computed, and their sums carried, in f32
+        q, k, v, fq, fk = q:to "f32", k:to "f32", v:to "f32", fq:to "f32", fk:to "f32"
+    end
     local st, n = ctx.state, ctx.seen
     local h, t, d = q:size(2), q:size(3), q:size(4)
     local keys, values, feats = M.repeat_heads(k, h), M.repeat_heads(v, h), fk
@@ -311,7 +332,10 @@ function M.recurrent(a, q, k, v, fq, fk, ctx)
     local f = fq:matmul(feats:transpose(-1, -2))
     local s = a.window > 0 and q:matmul(keys:transpose(-1, -2)) * d ^ -0.5
     local y, z, before, all
-    if st.sum then before, all = fq:matmul(st.sum), fq:matmul(st.zsum:unsqueeze(-1)) end
+    if st.sum then
+        local sum, zsum = st.sum, st.zsum:unsqueeze(-1)
+        before, all = fq:matmul(sum), fq:matmul(zsum)
+    end
     if a.kind == "scale" then
         local g = f:masked_fill(m.future, 0)
         local total, far = g:sum(-1, { keep = true }), g:masked_fill(m.inside, 0)
@@ -332,7 +356,7 @@ function M.recurrent(a, q, k, v, fq, fk, ctx)
         y = y / z
     end
     lc.no_grad(M.fold, a, st, keys:detach(), values:detach(), feats:detach(), places, n + t)
-    return y
+    return y.dtype ~= kind and y:to { dtype = kind } or y
 end
 
 -- Moves what has left the window of the next query into the sums, keeps the rest; sinks stay.
@@ -359,6 +383,7 @@ function M.fold(a, st, keys, values, feats, places, seen)
     end
     if first then
         local f, v = feats:narrow(3, first, last - first + 1), values:narrow(3, first, last - first + 1)
+        if f.dtype ~= "f64" and f.dtype ~= "f32" then f, v = f:to "f32", v:to "f32" end -- long sums of halves would stand still
         local sum, zsum = f:transpose(-1, -2):matmul(v), f:sum(3)
         if st.sum then sum, zsum = sum + st.sum, zsum + st.zsum end
         replace("sum", sum)

@@ -124,11 +124,13 @@ local function whole(a, q, k, v, ctx)
         if a.kind == "scale" then return (lc.attention(q, k, v, { window = a.window })) end
     else
         fq, fk = attention.features(a, q, k, ctx)
-        if fq.dtype ~= q.dtype then fq, fk = fq:to(q.dtype), fk:to(q.dtype) end
     end
     if ctx.state then return attention.recurrent(a, q, k, v, fq, fk, ctx) end
     if a.precision then return rounded(a, q, k, v, fq, fk) end
-    return (a.kind == "scale" and scale or M.sinks)(a, q, k, v, fq, fk)
+    local kind, fine = q.dtype, q.dtype == "f64" and "f64" or "f32"
+    if kind ~= fine then q, k, v, fq, fk = q:to(fine), k:to(fine), v:to(fine), fq:to(fine), fk:to(fine) end
+    local y = (a.kind == "scale" and scale or M.sinks)(a, q, k, v, fq, fk)
+    return kind ~= fine and y:to { dtype = kind } or y
 end
 
 --- The student's attention of one layer, as attention.hybrid. Rows with padding are computed one by one.

@@ -79,6 +79,9 @@ end
 --- count), window (the teacher's own). opts: q_true, k_true (the teacher's, where they are not the student's), tile.
 function M.xent(a, q, k, fq, fk, ctx, opts)
     opts = opts or {}
+    local fine = q.dtype == "f64" and "f64" or "f32" -- halves are compared in f32
+    if q.dtype ~= fine then q, k = q:to(fine), k:to(fine) end
+    if fq.dtype ~= fine then fq, fk = fq:to(fine), fk:to(fine) end
     local h, t, d = q:size(2), q:size(3), q:size(4)
     local start = ctx.start and ctx.start:totable()
     local count = q:size(1) * h * t
@@ -86,7 +89,8 @@ function M.xent(a, q, k, fq, fk, ctx, opts)
         for _, s in ipairs(start) do count = count - h * s end
     end
     k = attention.repeat_heads(k, h)
-    local k_true = opts.k_true and attention.repeat_heads(opts.k_true, h)
+    local q_true, k_true = opts.q_true, opts.k_true and attention.repeat_heads(opts.k_true, h)
+    if k_true and k_true.dtype ~= fine then q_true, k_true = q_true:to(fine), k_true:to(fine) end
     local how = { t = t, scale = d ^ -0.5, start = ctx.start, teacher_window = ctx.window, tile = opts.tile }
     local recording = lc.grad_enabled()
     local function wants(x) return recording and x ~= nil and x.requires_grad end
@@ -96,7 +100,7 @@ function M.xent(a, q, k, fq, fk, ctx, opts)
     local f = lc.custom {
         name = "attention_xent",
         forward = function(ctx_, q_, k_, fq_, fk_, factors_)
-            local x = { q = q_, k = k_, fq = fq_, fk = fk_, factors = factors_, q_true = opts.q_true, k_true = k_true }
+            local x = { q = q_, k = k_, fq = fq_, fk = fk_, factors = factors_, q_true = q_true, k_true = k_true }
             local total, grads = run(a, x, want, how)
             ctx_.grads = grads
             return lc.full({}, total / count, { dtype = q_.dtype, device = q_.device })

@@ -198,7 +198,8 @@ function Student:transfer(ids, opts)
         local x = lc.embedding(self.embed, ids)
         return x.dtype ~= self.dtype and x:to(self.dtype) or x
     end
-    if self.device == "cpu" or opts.backward == false or opts.plain or opts.start or (opts.xent or 0) ~= 0 then
+    local plain = self.device == "cpu" or opts.backward == false or opts.plain or (opts.xent or 0) ~= 0
+    if plain or opts.start or opts.cu_seqlens then
         return self:transfer_hidden(function() return embedded(ids) end, opts, ids)
     end
     local key = ("%.17g,%.17g"):format(opts.scale or 1, opts.mse or 1000)
@@ -256,7 +257,7 @@ function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
     local opts = how.opts
     local normed = self:norm_in(layer, x)
     local q, k, v = self:qkv(layer, normed, ctx)
-    local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window,
+    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window,
                    seen = 0 }
     local y = attention.softmax(q, k, v, call)
     local a = layer.student

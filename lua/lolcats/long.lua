@@ -30,9 +30,10 @@ local function behind_state(a, q, k, v, fq, fk, st)
             if n == f then return x end
             return lc.cat({ x, lc.zeros({ b, h, n - f, x:size(4) }, where) }, 3)
         end
+        local function here(x) return x.dtype ~= q.dtype and x:to { dtype = q.dtype } or x end
         table.insert(keys, 1, lc.zeros({ b, h, n, d }, where))
-        table.insert(values, 1, fill(st.sum / z))
-        table.insert(feats, 1, fill(lc.eye(f, f, where):reshape(1, 1, f, f) * z))
+        table.insert(values, 1, fill(here(st.sum / z)))
+        table.insert(feats, 1, fill(lc.eye(f, f, where):reshape(1, 1, f, f) * here(z)))
     end
     local function behind(x, width)
         if n + m == 0 then return x end
@@ -146,7 +147,9 @@ local function teach(student, layer, x, ctx, states, how)
                 local y_pred, fq, fk = M.attend(a, q, k, v, call_of(layer, ctx, normed, states.student))
                 local loss = how.mse ~= 0 and lc.mse_loss(y_pred, y) * how.mse
                 -- weights are compared inside the chunk, as the reference does it
+                if loss and loss.dtype ~= student.fine then loss = loss:to { dtype = student.fine } end
                 local xent = how.xent ~= 0 and tiles.xent(a, q, k, fq, fk, { window = layer.window }) * how.xent
+                if xent and xent.dtype ~= student.fine then xent = xent:to { dtype = student.fine } end
                 loss = loss and xent and loss + xent or loss or xent
                 if how.backward and loss.requires_grad then loss:backward() end
                 return loss:item()

@@ -126,8 +126,8 @@ local function is_wanted(model, p, targets, set, opts)
 end
 
 --- Adds adapters to the modules that `targets` means. A is U(-1/sqrt(in), 1/sqrt(in)), B is 0. opts: rank (8), alpha
---- (16), targets (names or ends of names, a regular expression, or "all-linear"), layers (positions from 1; all but kept
---- softmax layers), rank_pattern, alpha_pattern (of names or regular expressions), rslora, dropout (of the adapter's
+--- (16), targets (names or ends of names, a regular expression, or "all-linear"), layers (positions from 1; all but
+--- kept softmax layers), rank_pattern, alpha_pattern (of names or regular expressions), rslora, dropout (of the adapter's
 --- input while gradients are recorded), modules_to_save (ends of names of modules to train whole), weights (names of
 --- single weights to train, such as biases).
 function M.add(model, opts)
@@ -152,8 +152,8 @@ function M.add(model, opts)
     refuse_unknown_targets(targets, hits)
     if opts.modules_to_save then M.train_modules(model, opts.modules_to_save, opts.tie_weights) end
     for _, name in ipairs(opts.weights or {}) do M.train_weight(model, name) end
-    model.lora = { rank = rank, alpha = alpha, targets = targets, layers = opts.layers, rank_pattern = opts.rank_pattern,
-                   alpha_pattern = opts.alpha_pattern, rslora = opts.rslora, dropout = opts.dropout,
+    model.lora = { rank = rank, alpha = alpha, targets = targets, layers = opts.layers,
+                   rank_pattern = opts.rank_pattern, alpha_pattern = opts.alpha_pattern, rslora = opts.rslora, dropout = opts.dropout,
                    modules_to_save = opts.modules_to_save, any_layer = opts.any_layer, tie_weights = opts.tie_weights,
                    weights = opts.weights }
     return model
@@ -170,8 +170,8 @@ function M.train_weight(model, name)
     table.insert(model.trained_weights, name)
 end
 
---- Gives the model copies of its own of all weights of modules whose name ends in one of `names`, to be trained whole. A
---- tied head parts from the embedding, as in PEFT, unless tied says that both are to stay one.
+--- Gives the model copies of its own of all weights of modules whose name ends in one of `names`, to be trained whole.
+--- A tied head parts from the embedding, as in PEFT, unless tied says that both are to stay one.
 function M.train_modules(model, names, tied)
     local c, wanted = model.config, {}
     local heads = false

@@ -100,8 +100,8 @@ local function load_folder(dir, opts)
     end
     local c = config.normalize(files.read_json(dir .. "/config.json"), dir .. "/config.json")
     c = cut(c, opts.part)
-    local file = files.open_tensors(dir)
-    local w = weights.load({ file = file, format = "safetensors", path = dir }, c, opts)
+    local file = files.open_tensors(opts.weights or dir)
+    local w = weights.load({ file = file, format = "safetensors", path = opts.weights or dir }, c, opts)
     file:close()
     local model_opts = { dtype = opts.compute, device = opts.device, source = opts.source or dir, special = {} }
     if opts.part and not tokenizer_alone(opts.part, c) then return llama.new(c, w, model_opts) end
@@ -185,8 +185,10 @@ function M.load(name, opts)
         end
         return load_folder(path, how)
     end
-    if path:match "%.safetensors$" or path:match "%.safetensors%.index%.json$" then
+    local format = files.tensor_format(path)
+    if format == "safetensors" or format == "torch" or path:match "%.index%.json$" then
         how.source = path:match "^(.*)/[^/]+$" or "."
+        how.weights = path
         return load_folder(how.source, how)
     end
     return M.load_gguf(path, how)

@@ -49,8 +49,8 @@ local function dropped(x, p, l, add)
     return lc.linear(x, p.weight, p.bias, add) + lc.linear(low, l.b:to(x.dtype)) * l.scale
 end
 
---- x W^T of a projection {weight=, bias=, lora=}, plus add; an adapter rides on the same sums, so it costs no extra pass
---- over y.
+--- x W^T of a projection {weight=, bias=, lora=}, plus add; an adapter rides on the same sums, so it costs no extra
+--- pass over y.
 function M.project(x, p, add)
     local l = adapter(p)
     if not l then return lc.linear(x, p.weight, p.bias, add) end

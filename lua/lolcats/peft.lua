@@ -1,6 +1,6 @@
 -- peft.lua: adapter folders of the PEFT library, in and out: adapter_config.json with adapter_model.safetensors (or
--- .bin). Ranks, alphas, patterns, rslora, biases and whole modules (modules_to_save) are kept; what would be computed in
--- another way than PEFT's is refused by name.
+-- .bin). Ranks, alphas, patterns, rslora, biases and whole modules (modules_to_save) are kept; what would be computed
+-- in another way than PEFT's is refused by name.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local lora = require "lolcats.lora"
@@ -13,7 +13,9 @@ local KNOWN = {}
 for key in ([[alpha_pattern auto_mapping base_model_name_or_path bias ensure_weight_tying exclude_modules fan_in_fan_out
     inference_mode init_lora_weights layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core
     modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision target_modules task_type
-    use_rslora loftq_config eva_config corda_config runtime_config lora_ga_config]]):gmatch "%S+" do KNOWN[key] = true end
+    use_rslora loftq_config eva_config corda_config runtime_config lora_ga_config]]):gmatch "%S+" do
+    KNOWN[key] = true
+end
 
 -- Starts that change the base weights too, so that the adapter alone does not say what the model computes.
 local BASE_CHANGING = { pissa = true, olora = true, corda = true, loftq = true, lora_ga = true, milora = true }
@@ -67,7 +69,8 @@ local function check_config(c, where)
     end
     local start = c.init_lora_weights
     if type(start) == "string" and BASE_CHANGING[start:lower():match "^(.-)_niter" or start:lower()] then
-        lc.fail("%s: init_lora_weights = '%s' changes the base weights; convert the adapter with PEFT first", where, start)
+        lc.fail("%s: init_lora_weights = '%s' changes the base weights; convert the adapter with PEFT first", where,
+                start)
     end
     for _, key in ipairs { "r", "lora_alpha" } do
         if type(c[key]) ~= "number" or not (c[key] > 0 and c[key] < 2 ^ 31) or key == "r" and c[key] % 1 ~= 0 then
@@ -120,7 +123,8 @@ local function sort_names(f, where)
         elseif plain:match "%.lora_" then
             lc.fail("%s: '%s' is a kind of adapter tensor that is not supported", where, name)
         else
-            whole[plain:gsub("%.modules_to_save%.", "."):gsub("%.base_layer%.", "."):gsub("%.original_module%.", ".")] = name
+            plain = plain:gsub("%.modules_to_save%.", "."):gsub("%.base_layer%.", "."):gsub("%.original_module%.", ".")
+            whole[plain] = name
         end
     end
     return adapters, whole
@@ -185,11 +189,16 @@ local function read_whole(model, c, f, whole, where)
     end
 end
 
+local function dropout_of(c)
+    return (c.lora_dropout or 0) > 0 and c.lora_dropout or nil
+end
+
 -- What lora.add would need to hang the same adapters on a fresh model; see linearize.lua, which keeps it.
 local function record(model, c)
     local out = { rank = c.r, alpha = c.lora_alpha, targets = {}, rank_pattern = {}, alpha_pattern = {}, any_layer = true,
-                  rslora = c.use_rslora == true or nil, modules_to_save = is_set(c.modules_to_save) and c.modules_to_save or nil,
-                  dropout = (c.lora_dropout or 0) > 0 and c.lora_dropout or nil, tie_weights = c.ensure_weight_tying == true or nil }
+                  rslora = c.use_rslora == true or nil, dropout = dropout_of(c),
+                  modules_to_save = is_set(c.modules_to_save) and c.modules_to_save or nil,
+                  tie_weights = c.ensure_weight_tying == true or nil }
     for _, name in ipairs(model.trained_weights or {}) do
         if name:match "%.bias$" then
             out.weights = out.weights or {}
@@ -233,7 +242,7 @@ function M.load(model, dir)
             local pair = adapters[p.name]
             if pair then
                 local how = { alpha = lora.by_pattern(alphas or nil, p.name, c.lora_alpha, where),
-                              rslora = c.use_rslora == true, dropout = (c.lora_dropout or 0) > 0 and c.lora_dropout or nil }
+                              rslora = c.use_rslora == true, dropout = dropout_of(c) }
                 local rank = lora.by_pattern(ranks or nil, p.name, c.r, where)
                 local a, b = lc.scope(function() return read_pair(model, p, f, pair, rank, path) end)
                 lora.attach(p, a, b, how)
@@ -289,8 +298,8 @@ local function targets_of(model, list)
     return order, layers[order[1]]
 end
 
--- Biases trained beside the adapters, without those of whole modules: PEFT's word for them, and the names under which it
--- looks for those whose module has an adapter.
+-- Biases trained beside the adapters, without those of whole modules: PEFT's word for them, and the names under which
+-- it looks for those whose module has an adapter.
 local function biases_of(model, list)
     local out, adapted = { mode = "none", names = {} }, {}
     for _, p in ipairs(list) do adapted[p.name] = true end

@@ -70,6 +70,21 @@ function M.load(student, path)
     return taken
 end
 
+--- Sorts a list of adapter tensors as modules stand in the reference: a projection's A, then its B.
+function M.in_order(list)
+    local place = {}
+    for _, e in ipairs(list) do
+        local module = e.name:gsub("%.lora_[AB].*$", "")
+        place[module] = place[module] or e.at
+        e.module = place[module]
+    end
+    table.sort(list, function(a, b)
+        if a.module ~= b.module then return a.module < b.module end
+        return a.name < b.name
+    end)
+    return list
+end
+
 --- Writes what was trained. values: step and the metric. format: "pt", or "folder" (student:save). what: "maps" (maps and window factors
 --- that were trained), or "trained" (adapters and whatever else is trained now).
 function M.save(student, path, values, format, what)
@@ -88,9 +103,10 @@ function M.save(student, path, values, format, what)
         for _, p in ipairs(trained(student)) do
             if p.tensor.requires_grad then
                 local name = p.name:gsub("^base_model%.model%.", ""):gsub("%.lora_([AB])%.weight$", ".lora_%1.default.weight")
-                list[#list + 1] = { name = "base_model.model." .. name, tensor = p.tensor:detach() }
+                list[#list + 1] = { name = "base_model.model." .. name, tensor = p.tensor:detach(), at = #list }
             end
         end
+        M.in_order(list)
     end
     local plain = {}
     for k, v in pairs(values) do plain[k] = k == "step" and v or { real = v } end

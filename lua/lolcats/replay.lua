@@ -1,17 +1,23 @@
--- replay.lua: training steps that a device records once and runs again while their shapes stay: lc.record with inputs that are copied into
--- place, and with what a recording would hide from: other shapes, settings or memory of the weights. Where the device records
--- nothing, or a step cannot be recorded, the step runs as it is.
+-- replay.lua: training steps that a device records once and runs again while their shapes stay: lc.record with inputs that
+-- are copied into place, and with what a recording would hide from: other shapes, settings or memory of the weights. Where
+-- the device records nothing, or a step cannot be recorded, the step runs as it is.
 local lc = require "lolcats"
 
 local M = {}
 
 local SWITCHES = { "plain_attention", "plain_hybrid", "plain_linear", "plain_loss", "plain_pointwise" }
 
--- Where the weights, what is trained and the gradients lie, as text; nil when a gradient has no memory yet, or something cannot be
--- recorded: maps computed in Lua, dropout.
+-- Where the weights, what is trained and the gradients lie, as text; nil when a gradient has no memory yet, or something
+-- cannot be recorded: maps computed in Lua, dropout, windows drawn anew for each step.
 local function places(model)
-    local out = { model.embed:storage_id(), model.head:storage_id(), model.stage or "" }
+    local out = { model.embed:storage_id(), model.head:storage_id(), model.inv_freq:storage_id(), model.stage or "" }
+    if model:rotary_varies() then return nil end -- the frequencies of a text of another length lie elsewhere
     for _, name in ipairs(SWITCHES) do out[#out + 1] = lc.get_option(name) end
+    for _, p in ipairs { model.embed_proj, model.head_proj } do
+        local l = p.lora
+        if l and l.dropout and l.dropout > 0 then return nil end
+        out[#out + 1] = l and l.on and l.scale or "-"
+    end
     for _, layer in ipairs(model.layers) do
         for _, p in pairs(layer.proj) do
             local l = p.lora
@@ -20,7 +26,10 @@ local function places(model)
             out[#out + 1] = l and l.on and l.scale or "-"
         end
         local a = layer.student
-        if a and (a.map.custom or a.generic or a.window_only) then return nil end
+        if a and (a.map.custom or not a.map.fused or a.generic or a.window_only or a.drawn) then return nil end
+        for name, x in pairs(a or {}) do
+            if type(x) ~= "table" and type(x) ~= "cdata" then out[#out + 1] = name .. tostring(x) end
+        end
     end
     for _, p in ipairs(model:trainable()) do
         local g = p.tensor.grad
@@ -39,9 +48,10 @@ function Step:drop()
     for _, x in pairs(self.inputs) do x:drop() end
 end
 
---- f(inputs) on a model, inputs a table of tensors that f sees as copies of its own on the model's device. It must return tensors
---- alone, touch the host for nothing and depend on nothing but inputs, the model and `key`, a text of every plain number and switch in
---- it. The third call of one kind in a row is recorded. kind: a name; of each a model keeps one. model.records = false: none.
+--- f(inputs) on a model, inputs a table of tensors that f sees as copies of its own on the model's device. It must return
+--- tensors alone, touch the host for nothing and depend on nothing but inputs, the model and `key`, a text of every plain
+--- number and switch in it. The third call of one kind in a row is recorded. kind: a name; of each a model keeps one.
+--- model.records = false: none.
 function M.step(model, kind, key, inputs, f)
     local where = model.device ~= "cpu" and model.records ~= false and places(model)
     if not where then return f(inputs) end

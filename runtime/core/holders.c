@@ -47,7 +47,7 @@ static void note(labelled *table, size_t room, const lc_tensor *t, const char *g
     labelled *l = place_of(table, room, t->storage);
     int worth = gradient_of ? 4 : t->name ? 3 : t->node && t->node->op >= 0 ? 2 : 1;
     l->storage = t->storage;
-    if (worth <= l->worth) return;
+    if (worth < l->worth || (worth == l->worth && lc_tensor_numel(t) <= lc_tensor_numel(l->best))) return; /* the whole before its parts */
     l->worth = worth;
     l->best = t;
     l->of = gradient_of;

@@ -253,6 +253,46 @@ t.test("every map decodes what it computes at once", function()
     end
 end)
 
+t.test("several sequences in one row are as if each stood alone", function()
+    local lengths, offsets, all = { 9, 1, 14, 5 }, { 0 }, {}
+    for i, n in ipairs(lengths) do
+        offsets[i + 1] = offsets[i] + n
+        for _, id in ipairs(ids(n)) do all[#all + 1] = id end
+    end
+    for _, how in ipairs { { kind = "terrace", window = 4 }, { kind = "sliding", window = 3 }, { kind = "linear" },
+                           { map = scratch .. "/squares.lua", window = 4 }, { window = 4, softmax_layers = { 1 } } } do
+        local s = lc.linearize(teacher "f64", how)
+        for _, p in ipairs(s:map_params()) do p.tensor:requires_grad_(true) end
+        local function grads()
+            local out = {}
+            for i, p in ipairs(s:map_params()) do
+                out[i] = p.tensor.grad and p.tensor.grad:clone() or lc.zeros_like(p.tensor:detach())
+                p.tensor.grad = nil
+            end
+            return out
+        end
+        local packed = s:logits(all, { cu_seqlens = offsets })
+        local loss, _, _, n = s:loss(all, nil, { cu_seqlens = lc.tensor(offsets, { dtype = "i32" }) })
+        t.eq(n, #all - #lengths)
+        loss:backward()
+        local got, sum = grads(), 0
+        for i, length in ipairs(lengths) do
+            local part = { unpack(all, offsets[i] + 1, offsets[i + 1]) }
+            t.close(packed:narrow(2, offsets[i] + 1, length), s:logits(part), 1e-10, "sequence " .. i)
+            if length > 1 then
+                local one = s:loss(part)
+                sum = sum + one:item() * (length - 1);
+                (one * ((length - 1) / n)):backward()
+            end
+        end
+        t.close({ loss:item() }, { sum / n }, 1e-10)
+        for i, g in ipairs(grads()) do t.close(got[i], g, 1e-9, "gradient " .. i) end
+        t.close({ s:transfer(all, { cu_seqlens = offsets }) > 0 and 1 or 0 }, { 1 }, 0)
+        t.errors(function() s:logits(all, { cu_seqlens = { 0, 5 } }) end, "cu_seqlens")
+        t.errors(function() s:logits(all, { cu_seqlens = { 0, 9, 5, 29 } }) end, "cu_seqlens")
+    end
+end)
+
 t.test("many rows are read in slices, and decode as they would have done at once", function()
     local s = lc.linearize(teacher "f64", { window = 4 })
     local rows = {}

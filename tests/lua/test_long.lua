@@ -113,6 +113,25 @@ t.test("the gradient in chunks is that of the loss with the state held fixed", f
     for i = 1, #one do t.close(two[i], one[i], 1e-10, "value " .. i) end
 end)
 
+t.test("halves: weights in bf16, computed in bf16", function()
+    lc.manual_seed(1)
+    local fine, half = lc.model(CONFIG, { dtype = "f32" }), nil
+    lc.manual_seed(1)
+    half = lc.model(CONFIG, { dtype = "bf16", compute = "bf16" })
+    for _, how in ipairs { { window = 4 }, { kind = "linear" }, { window = 4, sinks = 2 }, { window = 4, kind = "scale" } } do
+        local a, b = lc.linearize(fine, how), lc.linearize(half, how)
+        local want = a:transfer({ ids(40) }, { xent = 1, backward = false })
+        t.close({ (b:transfer({ ids(40) }, { xent = 1 })) }, { want }, 0.15 * want)
+        t.close({ (b:transfer_long({ ids(40) }, { xent = 1, chunk = 40 })) }, { want }, 0.15 * want)
+        t.ok(b:transfer_long({ ids(40) }, { chunk = 12 }) > 0)
+        b:use_linear():add_lora { rank = 2 }
+        t.close({ (b:loss_long({ ids(40) }, nil, { chunk = 12 })) }, { (a:loss { ids(40) }):item() }, 0.1)
+        local d, e = a:distill_loss({ ids(40) }, nil), b:distill_loss({ ids(40) }, nil)
+        t.close({ e:item() }, { d:item() }, 0.1)
+        e:backward()
+    end
+end)
+
 t.test("activations are those of a chunk", function()
     local s = lc.linearize(teacher "f32", { window = 16 })
     local function peak(n)

@@ -201,6 +201,19 @@ t.test("evaluation: tokens count alike, or chunks as in the reference", function
     t.eq(#trainers.names(), 10)
 end)
 
+t.test("in chunks: the same losses", function()
+    local s = student { window = 4, map = "softmax_dim", feature_dim = 8, attention = "lolcats_long_llama_window_tk" }
+    local row = { ids = lc.tensor(ids, { dtype = "i32" }), labels = lc.tensor(ids, { dtype = "i32" }) }
+    local a = trainers.find("distill_attention_xent_mse").evaluate(s, { row }, { mse_factor = 7 }).loss
+    local b = trainers.find("distill_attention_xent_mse_chunked").evaluate(s, { row }, { mse_factor = 7, chunk = 4 }).loss
+    t.close({ b }, { a }, 1e-9)
+    s:use_linear():add_lora { rank = 2 }
+    local got
+    local run = { accumulate = 2, log = function(_, v) got = v.loss end }
+    trainers.find("default_lm_chunked").step(s, row, run, { chunk = 4 })
+    t.close({ got }, { trainers.find("default_lm").evaluate(s, { row }, {}).loss }, 1e-9)
+end)
+
 t.test("answers are scored by ROUGE", function()
     local fake = { generate = function(_, prompt) return prompt == "p1" and "the cat sat" or "" end }
     local s, texts = trainers.score_answers(fake, { { prompt = "p1", answer = "the cat sat" }, { prompt = "p2", answer = "x" } })

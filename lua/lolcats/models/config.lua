@@ -73,13 +73,14 @@ end
 local NEUTRAL = { num_local_experts = 0, num_experts = 0, n_routed_experts = 0, rope_interleaved = false,
                   attn_logit_softcapping = false, final_logit_softcapping = false, query_pre_attn_scalar = false,
                   logits_scaling = 1, logit_scale = 1, residual_multiplier = 1, embedding_multiplier = 1,
-                  attention_multiplier = false, no_rope_layers = false, use_qk_norm = false, is_encoder_decoder = false }
+                  attention_multiplier = false, no_rope_layers = false, use_qk_norm = false,
+                  is_encoder_decoder = false }
 
 local function refuse_what_is_unknown(c, where)
     for key, neutral in pairs(NEUTRAL) do
         if c[key] ~= nil and c[key] ~= neutral and c[key] ~= false then
-            lc.fail("%s: %s = %s is not supported%s", where, key, type(c[key]) == "table" and "[..]" or tostring(c[key]),
-                    key:match "experts" and " (a mixture of experts)" or "")
+            lc.fail("%s: %s = %s is not supported%s", where, key,
+                    type(c[key]) == "table" and "[..]" or tostring(c[key]), key:match "experts" and " (a mixture of experts)" or "")
         end
     end
     if c.hidden_act and c.hidden_act ~= "silu" and c.hidden_act ~= "swish" then
@@ -136,7 +137,8 @@ local function with_defaults(raw, c, family)
 end
 
 -- Keys that only a family knows, kept for config.json.
-local KEPT = { "attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "sliding_window", "layer_types" }
+local KEPT = { "attention_bias", "mlp_bias", "use_sliding_window", "max_window_layers", "sliding_window",
+               "layer_types" }
 
 --- Checks and completes a config given with Hugging Face's keys. where: what to name in errors. What is derived and no
 --- key of the file: architecture, bias ({projection = true}), qk_norm, windows ({[layer from 1] = keys}), gguf.

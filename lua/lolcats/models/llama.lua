@@ -35,7 +35,8 @@ local function make_layers(model)
         layer.q_norm, layer.k_norm = w[attn .. "q_norm.weight"], w[attn .. "k_norm.weight"]
         layer.window = model.config.windows and model.config.windows[i] -- keys of the softmax attention; nil: all
         local function record(pre, p)
-            layer.proj[p] = { name = pre .. p, layer = i, weight = w[pre .. p .. ".weight"], bias = w[pre .. p .. ".bias"] }
+            local full = pre .. p
+            layer.proj[p] = { name = full, layer = i, weight = w[full .. ".weight"], bias = w[full .. ".bias"] }
         end
         for _, p in ipairs(ATTN) do record(attn, p) end
         for _, p in ipairs(MLP) do record(mlp, p) end
@@ -82,8 +83,8 @@ end
 --- Do the rotary frequencies change with the length of the text? Then a recorded step would turn by old ones.
 function Model:rotary_varies() return rope.varies(self.config) end
 
---- cos and sin of positions pos of a text that reaches `length` positions in all. A cached key keeps the rotation of the
---- length at which it was read, as with Hugging Face.
+--- cos and sin of positions pos of a text that reaches `length` positions in all. A cached key keeps the rotation of
+--- the length at which it was read, as with Hugging Face.
 function Model:rotary(pos, length)
     if rope.varies(self.config) and length ~= self.rotary_length then self:set_rotary(length) end
     local cos, sin = lc.rope_table(pos, self.inv_freq)
@@ -103,7 +104,8 @@ local function refresh(model)
         for p, record in pairs(fresh.proj) do
             layer.proj[p].weight, layer.proj[p].bias = record.weight, record.bias
         end
-        for _, key in ipairs { "qkv", "gate_up", "qkv_bias", "gate_up_bias", "input_norm", "post_norm", "q_norm", "k_norm" } do
+        for _, key in ipairs { "qkv", "gate_up", "qkv_bias", "gate_up_bias", "input_norm", "post_norm", "q_norm",
+                               "k_norm" } do
             layer[key] = fresh[key]
         end
     end
@@ -183,6 +185,29 @@ function Model:projections()
 end
 
 -- ---- pieces of a forward --------------------------------------------------------------------------------------------
+-- Where the sequences of one row lie, {first, length}, from offsets 0, ..., t as flash attention takes them.
+local function sequences_of(offsets, t)
+    if lc.is_tensor(offsets) then offsets = offsets:totable() end
+    local out, n = {}, type(offsets) == "table" and #offsets or 0
+    for i = 1, n - 1 do
+        local a, b = offsets[i], offsets[i + 1]
+        if b > a then out[#out + 1] = { a + 1, b - a } elseif b < a then n = 0 end
+    end
+    if n < 2 or offsets[1] ~= 0 or offsets[n] ~= t then
+        lc.fail("cu_seqlens: offsets that rise from 0 to %d, the row's length, are wanted; got {%s}", t,
+                type(offsets) == "table" and table.concat(offsets, ", ") or tostring(offsets))
+    end
+    return out
+end
+
+local function positions_in(sequences)
+    local pos = {}
+    for _, s in ipairs(sequences) do
+        for i = 0, s[2] - 1 do pos[#pos + 1] = i end
+    end
+    return pos
+end
+
 --- What all layers of one forward share. opts: start (left padding, int32 [b]), state (a session's).
 function Model:context(ids, opts)
     opts = opts or {}
@@ -191,6 +216,11 @@ function Model:context(ids, opts)
     local pos = opts.fixed and opts.state.pos:narrow(1, 1, 1)
         or lc.arange(seen, seen + t, 1, { dtype = "i32", device = self.device })
     local ctx = { b = b, t = t, seen = seen, state = opts.state, teacher = opts.teacher }
+    if opts.cu_seqlens then
+        if opts.start or opts.state then lc.fail("cu_seqlens goes with neither left padding (start) nor a state") end
+        ctx.sequences = sequences_of(opts.cu_seqlens, t)
+        pos = lc.tensor(positions_in(ctx.sequences), { dtype = "i32", device = self.device })
+    end
     if opts.start then
         ctx.start = opts.start
         if not lc.is_tensor(ctx.start) then ctx.start = lc.tensor(ctx.start, { dtype = "i32", device = self.device }) end
@@ -260,7 +290,7 @@ function Model:norm_in(layer, x) return lc.rms_norm(x, layer.input_norm, self.co
 --- The layer's attention: [b, h, t, d].
 function Model:attend(layer, q, k, v, n, ctx)
     local state = ctx.state and ctx.state.layers[layer.index]
-    local call = { start = ctx.start, state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = n,
+    local call = { start = ctx.start, sequences = ctx.sequences, state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = n,
                    pos_tensor = ctx.state and ctx.state.pos, window = layer.window }
     if layer.student and not ctx.teacher then return attention.hybrid(layer.student, q, k, v, call) end
     return attention.softmax(q, k, v, call)
@@ -294,7 +324,8 @@ end
 -- ---- what callers use -----------------------------------------------------------------------------------------------
 --- Final hidden states [b, t, H], after the last norm, of token ids. opts: start, state, hidden (a table to fill with
 --- each layer's output), teacher = true (a student computes with its teacher's softmax attention), tokens_at_once (with a
---- state: rows are read in slices of about so many tokens), fixed = true (for a step that is recorded: one token a row, its position
+--- state: rows are read in slices of about so many tokens), cu_seqlens (offsets 0, .., t of several sequences that stand
+--- in each row one after the other and do not see each other), fixed = true (for a step that is recorded: one token a row, its position
 --- as state.pos says, where it stays).
 function Model:forward(ids, opts)
     opts = opts or {}
@@ -385,8 +416,11 @@ function Model:embed_ids(ids)
 end
 
 -- Rows that have a label: a table of flat row numbers from 0 and of labels; nil when the labels cannot be read cheaply.
-local function labelled_rows(labels, ids)
+-- The first token of a sequence is nobody's to predict.
+local function labelled_rows(labels, ids, offsets)
     local b, t = ids:size(1), ids:size(2)
+    local first = {}
+    for _, s in ipairs(offsets and sequences_of(offsets, t) or {}) do first[s[1]] = true end
     local rows, out = {}, {}
     local list = lc.is_tensor(labels) and labels:totable() or labels
     if type(list[1]) ~= "table" then list = { list } end
@@ -396,7 +430,7 @@ local function labelled_rows(labels, ids)
     for i = 1, b do
         for j = 2, t do
             local label = list[i][j]
-            if label ~= -100 then
+            if label ~= -100 and not first[j] then
                 rows[#rows + 1] = (i - 1) * t + j - 2
                 out[#out + 1] = label
             end
@@ -410,7 +444,7 @@ end
 --- never whole.
 function Model:loss(ids, labels, opts)
     ids = self:check_ids(ids)
-    local rows, wanted = labelled_rows(labels or ids, ids)
+    local rows, wanted = labelled_rows(labels or ids, ids, opts and opts.cu_seqlens)
     if #rows == 0 then lc.fail("no label to learn from: every label is -100, or the row has a single token") end
     local x = self:forward(ids, opts)
     return self:loss_at(x, rows, wanted)
@@ -575,7 +609,7 @@ end
 function Model:load_adapter(dir) return require("lolcats.peft").load(self, dir) end
 function Model:save_adapter(dir) return require("lolcats.peft").save(self, dir) end
 
-function Model:save_weights(dir) return weights.save(self, dir) end
+function Model:save_weights(dir, opts) return weights.save(self, dir, opts) end
 function Model:generate(prompt, opts) return require("lolcats.session").generate(self, prompt, opts) end
 function Model:session(opts) return require("lolcats.session").new(self, opts) end
 

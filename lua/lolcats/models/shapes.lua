@@ -1,5 +1,5 @@
--- models/shapes.lua: shapes of well-known decoders, for models with random weights: lc.load "random:mistral-7b". Speed and
--- memory do not depend on what the weights are.
+-- models/shapes.lua: shapes of well-known decoders, for models with random weights: lc.load "random:mistral-7b". Speed
+-- and memory do not depend on what the weights are.
 local lc = require "lolcats"
 
 local M = {}

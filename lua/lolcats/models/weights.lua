@@ -226,14 +226,14 @@ function M.fused_name(group)
         :gsub("q_proj%.bias$", "qkv_bias"):gsub("gate_proj%.bias$", "gate_up_bias"))
 end
 
---- Writes a model's weights as one safetensors file and its config beside it.
-function M.save(model, dir)
-    files.make_dirs(dir)
+--- Writes a model's weights as safetensors, in shards where they exceed opts.max_shard bytes (5e9), and its config beside
+--- them.
+function M.save(model, dir, opts)
     local out = {}
     for _, group in ipairs(M.plan(model.config)) do
-        for _, part in ipairs(group.parts) do out[part[1]] = model.weights[part[1]] end
+        for _, part in ipairs(group.parts) do out[#out + 1] = { name = part[1], tensor = model.weights[part[1]] } end
     end
-    files.save_tensors(dir .. "/model.safetensors", out, { format = "pt" })
+    files.save_sharded(dir, out, { max_shard = opts and opts.max_shard })
     local json = require("lolcats.models.config").to_json(model.config)
     json.torch_dtype = ({ f32 = "float32", bf16 = "bfloat16", f16 = "float16", f64 = "float64" })[model.embed.dtype]
     files.write_json(dir .. "/config.json", json)

@@ -59,7 +59,7 @@ local function language(name)
         step = function(student, batch, run, o)
             if not name then return run:backward((student:loss(batch.ids, batch.labels))) end
             if not student[name] then lc.fail("this program has no %s: the trainer cannot run", name) end
-            local loss = student[name](student, batch.ids, { labels = batch.labels, scale = 1 / run.accumulate, chunk = o.chunk })
+            local loss = student[name](student, batch.ids, batch.labels, { scale = 1 / run.accumulate, chunk = o.chunk })
             run:log { loss = loss * run.accumulate }
         end,
         evaluate = evaluate_language,

@@ -1,0 +1,72 @@
+-- cuda_resources.lua: what each CUDA kernel takes of a multiprocessor, as the compiler left it in the plugin: registers, stack, shared
+-- memory. A hot kernel with a stack spills registers or indexes an array at run time, and the test fails. Needs the toolkit's cuobjdump,
+-- no GPU.
+--   lolcats tests/cuda_resources.lua [--plugin build/liblolcats_cuda.so] [--cuobjdump PATH] [--all]
+local lc = require "lolcats"
+
+local args = lc.args {
+    "List the resources of the CUDA kernels; fail where a hot one spills.",
+    { "plugin", "build/liblolcats_cuda.so", "the plugin" },
+    { "cuobjdump", "cuobjdump", "the toolkit's program" },
+    { "arch", "", "one target, such as sm_90a; empty: all" },
+    { "all", false, "list every kernel, not only those with a stack" },
+}
+
+-- Where the time of decoding and training goes, in the dtypes of those. Instances for widths that no common model has may be
+-- larger than the registers (head dim 128 with 128 inputs of the map).
+local HOT = { "gemv_one", "gemv_denseI13__nv_bfloat16Li1", "decode_many", "decode_kernel", "many_features", "query_features",
+              "13forward_kernelILi%d+ELi%d+ELi64", "14forward_kernelILi%d+ELi%d+ELi64", "keys_tile_kernelILi%d+ELi%d+ELi64",
+              "queries_tile_kernelILi%d+ELi%d+ELi64", "segment_sums_kernel", "norm_rowsI13__nv_bfloat16", "norm_back_rowsI13__nv_bfloat16",
+              "rope_rowsI13__nv_bfloat16", "swiglu_vectors", "swiglu_row13__nv_bfloat16", "adamw_vectors", "lce_rows", "tiles_forward",
+              "tiles_gq", "tiles_gkv", "add_vectors" }
+
+-- Where a few bytes are accepted: the gradient for all inputs at once holds more than 255 registers, and what goes to the stack is
+-- read once a chunk.
+local KNOWN = { ["tile_kernelILi%d+ELi%d+ELi64ELb1"] = 32, segment_sums_kernel = 32 }
+
+local function allowed(name)
+    for pattern, bytes in pairs(KNOWN) do
+        if name:find(pattern) then return bytes end
+    end
+    return 0
+end
+
+local function is_hot(name)
+    for _, pattern in ipairs(HOT) do
+        if name:find(pattern) then return true end
+    end
+    return false
+end
+
+local function quote(s) return "'" .. s:gsub("'", "'\\''") .. "'" end
+if not lc.files.is_file(args.plugin) then
+    print("skipped: there is no plugin " .. args.plugin)
+    os.exit(77)
+end
+local pipe = io.popen(quote(args.cuobjdump) .. " -res-usage " .. quote(args.plugin) .. " 2>&1")
+local arch, name, seen, kernels, bad = "?", nil, {}, 0, 0
+for line in pipe:lines() do
+    arch = line:match "^arch = (%S+)" or arch
+    name = line:match "Function ([%w_$]+):" or name
+    local regs, stack, shared, here = line:match "REG:(%d+) STACK:(%d+) SHARED:(%d+) LOCAL:(%d+)"
+    if regs and name and (args.arch == "" or args.arch == arch) then
+        stack = tonumber(stack) + tonumber(here)
+        local hot = is_hot(name)
+        kernels, seen[arch] = kernels + 1, true
+        if hot and stack > allowed(name) then bad = bad + 1 end
+        if args.all or stack > 0 then
+            print(("%-8s %-4s registers %3s  stack %4d  shared %6s  %s"):format(arch, hot and "hot" or "", regs, stack, shared, name))
+        end
+        name = nil
+    end
+end
+pipe:close()
+if kernels == 0 then
+    print("skipped: " .. args.cuobjdump .. " (of the CUDA toolkit) could not be run, or read no kernels")
+    os.exit(77)
+end
+local archs = {}
+for a in pairs(seen) do archs[#archs + 1] = a end
+table.sort(archs)
+print(("%d kernels for %s; %d hot ones spill"):format(kernels, table.concat(archs, ", "), bad))
+os.exit(bad == 0 and 0 or 1)

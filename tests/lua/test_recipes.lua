@@ -1,0 +1,106 @@
+-- The recipes on small random models: those of the paper's models, block by block, fine-tuning, and sweeps with their table, plot, seeds
+-- and the runs that are done already; and that every recipe prints its help.
+local t = dofile((arg and arg[0] or ""):match "^(.*/)" .. "harness.lua")
+local lc = require "lolcats"
+local files, sweep = lc.files, require "lolcats.sweep"
+local program = require "lolcats.program"
+
+local me = os.getenv "LOLCATS_PROGRAM" or program.path
+local root = os.tmpname()
+os.remove(root)
+files.make_dirs(root)
+
+local function run(words)
+    local out = root .. "/said"
+    local status = os.execute(("cd '%s' && '%s' %s > '%s.out' 2> '%s.err' < /dev/null"):format(root, me, words, out, out))
+    if status > 255 then status = math.floor(status / 256) end
+    local said, err = files.read(out .. ".out"), files.read(out .. ".err")
+    return status, said, err
+end
+
+local function ok(words)
+    local status, said, err = run(words)
+    t.eq(status, 0, words .. "\n" .. err:sub(-2000))
+    return said, err
+end
+
+t.test("every recipe has a line of its own and its help", function()
+    for _, path in ipairs(program.files()) do
+        local name = path:match "^recipes/([%w_]+)%.lua$"
+        if name and name ~= "doctor" then
+            t.ok(program.source(path):match("^%-%- " .. name .. "%.lua: "), path)
+            t.ok(ok(name .. " --help"):find("Usage: lolcats " .. name, 1, true), name)
+        end
+    end
+end)
+
+for name, out in pairs { distill_llama3_8b = "llama3_8b_tiny", distill_llama3_1_8b = "llama3_1_8b_tiny" } do
+    t.test(name .. " --tiny", function()
+        local said = ok(name .. " --tiny --transfer_steps 2 --lora_steps 2 --sample 2")
+        t.ok(said:find("attention transfer", 1, true), said)
+        t.ok(files.read_json(root .. "/runs/" .. out .. "/summary.json").lora_ppl > 1)
+    end)
+end
+
+t.test("large models in blocks, then finetune", function()
+    local said = ok "distill_llama3_1_70b --tiny --transfer_steps 2 --lora_steps 2"
+    t.ok(said:find("linearized in blocks of 2", 1, true), said)
+    ok "distill_llama3_1_405b --tiny --transfer_steps 2 --no-lora --layers 3"
+    local words = "finetune --student runs/llama3_1_405b_tiny/student --data runs/llama3_1_405b_tiny/records.json --records 40 --hold_out 8 " ..
+                  "--seq 96 --steps 3 --eval_rows 2 --optim adafactor --lr 0.01"
+    ok(words)
+    local s = files.read_json(root .. "/runs/finetune/summary.json")
+    t.ok(s.lora_ppl < s.before_ppl and s.steps == 3)
+    ok(words) -- done already
+    local status, _, err = run "finetune --student runs/nowhere --data x"
+    t.ok(status ~= 0 and err:find("runs/nowhere", 1, true), err)
+end)
+
+t.test("a table of the paper: every cell, a table, a plot, values; done runs stay", function()
+    local words = "ablate --table 13 --steps 1 --tiny --out runs/t13"
+    local said = ok(words)
+    for _, cell in ipairs { "sliding 4 ", "sliding 16 ", "sliding 64 ", "sliding 256 ", "terrace 64 " } do t.ok(said:find(cell, 1, true), said) end
+    t.ok(files.read(root .. "/runs/t13/ablate.svg"):find "<svg")
+    t.ok(files.read(root .. "/runs/t13/results.csv"):find('"terrace 64",lora_ppl,', 1, true))
+    local summary = root .. "/runs/t13/01-sliding-4/seed0/summary.json"
+    local before = files.read_json(summary)
+    before.lora_ppl = 5 -- not measured again
+    files.write_json(summary, before)
+    t.ok(ok(words):find "sliding 4 [^\n]* 5%.000")
+end)
+
+t.test("all tables can be laid out", function()
+    for table_name, n in pairs { ["1"] = 4, ["16"] = 10 } do
+        local said = ok(("ablate --table %s --steps 1 --tiny --out runs/t%s"):format(table_name, table_name))
+        local rows = 0
+        for line in said:gmatch "[^\n]+" do
+            if line:match "%d%.%d%d" then rows = rows + 1 end
+        end
+        t.eq(rows, n, "table " .. table_name .. "\n" .. said)
+    end
+end)
+
+t.test("a sweep over any arguments, with seeds; a run that fails is told and leaves the others", function()
+    local said, err = ok "ablate --sweep rank=1,0 --seeds 0,1 --tiny --out runs/s -- --transfer_steps=1 --lora_steps=1"
+    t.ok(said:find "rank 1 .*±", said)
+    t.ok(said:find "rank 0 .*failed", said)
+    t.ok(err:find("rank must be at least 1", 1, true), err)
+    local status, _, why = run "ablate"
+    t.ok(status ~= 0 and why:find("give --sweep", 1, true), why)
+end)
+
+t.test("axes and cells", function()
+    local axes = sweep.axes { "window=4", "16", "rank=8" }
+    t.eq(axes, { { name = "window", values = { "4", "16" } }, { name = "rank", values = { "8" } } })
+    local cells = sweep.product(axes)
+    t.eq(#cells, 2)
+    t.eq({ cells[2].label, cells[2].args, cells[2].x, cells[2].series }, { "window 16, rank 8", { window = "16", rank = "8" }, 8, "window 16" })
+    t.errors(sweep.axes, "takes NAME=VALUE", { "4" })
+    cells[1].values, cells[2].values = { a = { 1, 3 } }, { a = { 20 } }
+    t.eq(sweep.show(cells[1], "a"), "2.000 ± 1.414")
+    t.eq(sweep.show(cells[2], "a"), "20.00")
+    t.eq(sweep.series({ cells[1], cells[2] }, "a")[1], { name = "window 4", x = { 8 }, y = { 2 } })
+end)
+
+os.execute("rm -rf '" .. root .. "'")
+t.finish()
