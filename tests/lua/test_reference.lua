@@ -70,6 +70,27 @@ t.test("the first stage is loaded instead of trained; the second goes on from it
     t.ok(status ~= 0 and err:find("there is no checkpoint nowhere.pt", 1, true), err)
 end)
 
+t.test("a checkpoint loads by its name: both stages, every flag in it", function()
+    local dir = root .. "/a/checkpoints/" .. M .. "/"
+    local ids = { { 1, 40, 33, 270, 300, 12, 90, 91, 17, 5, 60, 61, 62, 280, 20, 21, 22, 23, 24, 25 } }
+    local both = lc.load(dir .. fits(SECOND .. "_ft.pt"), { base = root .. "/lama" })
+    local first = lc.load(dir .. fits(FIRST .. "_distill.pt"), { base = root .. "/lama" })
+    t.eq({ both.settings.window, both.settings.init, both.lora.rank, first.lora }, { 8, "identity", 8 })
+    local hand = lc.linearize(lc.load(root .. "/lama"), { map = "softmax_dim", feature_dim = 64, window = 8 })
+    local checkpoint = require "lolcats.reference_checkpoint"
+    checkpoint.load(hand, dir .. fits(FIRST .. "_distill.pt"))
+    hand:use_linear()
+    t.close(first:logits(ids), hand:logits(ids), 1e-6)
+    hand:add_lora { rank = 8, alpha = 16 }
+    checkpoint.load(hand, dir .. fits(SECOND .. "_ft.pt"))
+    t.close(both:logits(ids), hand:logits(ids), 1e-6)
+    local condensed = dir .. "dl-d=x-m=" .. M .. "-f=xyz-s=0-ws=8-lzi=1_ft.pt"
+    files.write(condensed, files.read(dir .. fits(SECOND .. "_ft.pt")))
+    files.write((condensed:gsub("_ft%.pt", "_distill.pt")), files.read(dir .. fits(FIRST .. "_distill.pt")))
+    t.close(lc.load(condensed, { base = root .. "/lama" }):logits(ids), hand:logits(ids), 1e-6)
+    t.errors(function() checkpoint.open(root .. "/lama/model.pt") end, "does not say how it was made")
+end)
+
 t.test("compat takes the reference's ways and says so", function()
     local status, _, err = distill("c", BOTH .. " --max_steps 2 --eval_steps 2 --no_init_eval --compat reference --format folder")
     t.eq(status, 0, err)
