@@ -154,6 +154,13 @@ t.test("a server that knows no ranges begins anew", function()
     t.eq(files.sha256(files.read(fetched "org/deaf" .. "/model.safetensors")), files.sha256(big))
 end)
 
+t.test("a signed address that is too old is asked for anew", function()
+    t.eq(files.sha256(files.read(fetched "org/expired" .. "/model.safetensors")), files.sha256(big))
+    local log = seen()
+    t.ok(log:find "/cdn/org/expired/model.safetensors%?sig=1 host=localhost token=%- range=100000", log)
+    t.ok(log:find "/cdn/org/expired/model.safetensors%?sig=2 host=localhost token=%- range=100000", log)
+end)
+
 t.test("wrong lengths and hashes are refused and leave nothing", function()
     for id, pattern in pairs { ["org/short"] = "300000 bytes came where 300010", ["org/long"] = "300000 bytes came where 299990",
                                ["org/badhash"] = "its sha256 is %x+, expected %x+" } do

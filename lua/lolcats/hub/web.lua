@@ -244,6 +244,8 @@ function Web:explain(r, repo, revision, file)
     if r.problem or r.status == 0 then
         lc.fail("cannot reach %s: %s. Is there a network? (HF_HUB_OFFLINE=1 uses the Hugging Face cache alone, HF_ENDPOINT names a mirror)",
                 origin(r.url), r.problem or "no answer")
+    elseif origin(r.url) ~= origin(self.endpoint) then
+        lc.fail("%s answered %d when %s/%s was to be fetched; try again later", origin(r.url), r.status, repo.id, file or "")
     elseif code == "GatedRepo" or (r.status == 403 and self.token) then
         lc.fail("%s is gated: accept its licence at %s with your account, then set HF_TOKEN to a token of that account. %s", repo.id, page,
                 about_token(self))
@@ -252,7 +254,8 @@ function Web:explain(r, repo, revision, file)
     elseif code == "EntryNotFound" then
         lc.fail("%s has no file %s (revision '%s')", repo.id, file or "?", revision)
     elseif r.status == 401 or r.status == 403 or code == "RepoNotFound" then
-        lc.fail("%s does not exist at %s, or is private: check the name. %s", repo.id, self.endpoint, about_token(self))
+        lc.fail("%s does not exist at %s, or is private, and there is no such folder here: check the name. %s", repo.id, self.endpoint,
+                about_token(self))
     elseif r.status == 404 then
         lc.fail("%s was not found at %s%s", file and repo.id .. "/" .. file or repo.id, self.endpoint,
                 said and (" (" .. said .. ")") or "")
