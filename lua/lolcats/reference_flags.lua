@@ -54,9 +54,14 @@ local ROWS = {
     -- the scripts for many GPUs
     { "dataset_chunk_size", "i", nil, "tokens a row" },
     { "finetune_lr", "f", nil, "learning rate of the second stage" },
-    { "num_train_steps", "i", nil, "micro-batches an epoch" },
+    { "num_train_steps", "i", nil, "micro-batches after which a stage ends" },
     { "data_dir", "s", nil, "folder of data files" },
-    { "layers_per_model", "i", nil, "layers a block: attention transfer block by block" },
+    { "layers_per_model", "i", nil, "layers a block: the first stage with the memory of one block" },
+    { "layer_idx", "i", nil, "first layer of the block, in the scripts for blocks; here all blocks are done" },
+    { "final_finetune_config", "s", nil, "experiment of the second stage after blocks; as finetune_config" },
+    { "load_finetuned_loras", "b", nil, "accepted" }, { "checkpoint_model_config", "s", nil, "accepted" },
+    { "shard_dir", "s", nil, "accepted; blocks are read from the model's own files" },
+    { "attentions_data_dir", "s", nil, "folder of the blocks' inputs; without it beside the checkpoints" },
     { "enable_fsdp", "b", nil, "accepted; names become those of the scripts for many GPUs" },
     { "fsdp_activation_checkpointing", "b", nil, "accepted; part of the name" },
     { "low_cpu_fsdp", "b", nil, "accepted" }, { "pure_bf16", "b", nil, "accepted" }, { "fsdp_cpu_offload", "b", nil, "accepted" },
@@ -78,7 +83,7 @@ function M.rows()
 end
 
 local SILENT = { "num_workers", "train_qk", "no_cuda", "finetune_attn_mlps", "layers_limit_max", "layers_limit_min", "low_cpu_fsdp", "pure_bf16",
-                 "fsdp_cpu_offload" }
+                 "fsdp_cpu_offload", "layer_idx", "load_finetuned_loras", "checkpoint_model_config", "shard_dir" }
 
 --- Checks what lc.args gave: whole numbers are whole; flags without effect are said. Returns the flags as a plain table of what is set.
 function M.check(args)

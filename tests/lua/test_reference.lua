@@ -100,6 +100,16 @@ t.test("compat takes the reference's ways and says so", function()
     end
 end)
 
+t.test("the first stage in blocks", function()
+    local status, _, err = distill("b", BOTH .. " --max_steps 2 --eval_steps 2 --no_init_eval --layers_per_model 1")
+    t.eq(status, 0, err)
+    t.ok(err:find("6 tensors loaded", 1, true), err)
+    local first = FIRST:gsub("ms=4", "ms=2")
+    local f = files.open_tensors(root .. "/b/checkpoints/" .. M .. "/" .. fits(first .. "_distill.pt"))
+    t.eq(#f:names(), 6)
+    f:close()
+end)
+
 t.test("other trainers, optimizers and schedules by their names", function()
     files.make_dirs(root .. "/configs/experiment")
     files.write(root .. "/configs/experiment/first.yaml", [[

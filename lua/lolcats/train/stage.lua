@@ -84,5 +84,31 @@ function M.train(o)
     return run:summary()
 end
 
+--- The first stage with the memory of one block of layers. o: tree, model (path), out, data ({train =, validation =}), layers (a block),
+--- student (options of lc.linearize), dtype, device, seed, clip, fresh. Returns {folder = of the student, loss =, step =}.
+function M.in_blocks(o)
+    local t, length, kind = o.tree.trainer, configs.length(o.tree), o.tree.lr_scheduler and o.tree.lr_scheduler.lr_scheduler_type
+    local optimizer = configs.optimizer(o.tree)
+    if optimizer.kind ~= "adamw" then lc.fail("blocks are trained by AdamW; the experiment names %s", optimizer.kind) end
+    o.data.train.held = o.data.validation
+    local schedule = kind and (kind:find "plateau" and "plateau" or kind:find "cosine" and "cosine" or kind:find "linear" and "linear")
+    local run = lc.blockwise {
+        model = o.model, out = o.out, data = o.data.train, layers = o.layers, student = o.student, lora = false, accumulate = length.accumulate,
+        transfer = { steps = length.max_steps, epochs = length.epochs, lr = optimizer.lr, weight_decay = optimizer.opts.weight_decay,
+                     schedule = schedule, clip = o.clip, mse = t.mse_factor, xent = t.xent_factor, eval_every = length.eval_every },
+        eval_rows = t.max_eval_batches, dtype = o.dtype, device = o.device, seed = o.seed, fresh = o.fresh,
+    }
+    local folder = run:train()
+    local loss, steps = 0, 0
+    for b = 1, #run.blocks do
+        local summary = ("%s/b%02d-transfer/summary.json"):format(o.out, b)
+        if files.exists(summary) then
+            local s = files.read_json(summary)
+            loss, steps = loss + (type(s.best) == "table" and s.best.value or 0) / #run.blocks, s.updates
+        end
+    end
+    return { folder = folder, loss = loss, step = steps }
+end
+
 M.quirk = quirk
 return M
