@@ -1,6 +1,7 @@
 -- hub_server.lua: a server that behaves like a Hub, and misbehaves like a network, for test_hub.lua: lolcats
 -- tests/lua/hub_server.lua FOLDER. Listens on 127.0.0.1, writes its port to FOLDER/port and one line a request to FOLDER/log,
--- and ends at GET /quit or after two minutes without a request. Large files come from "another host": localhost.
+-- and ends at GET /quit or after two minutes without a request. What FOLDER/repo holds is the repository org/folder. Large files
+-- come from "another host": localhost.
 local ffi = require "ffi"
 local lc = require "lolcats"
 ffi.cdef [[
@@ -71,6 +72,17 @@ repo("org/data", { ["README.md"] = small "---\nconfigs:\n- config_name: main\n  
                    ["data/test.jsonl"] = small '{"text": "held"}\n' }, { kind = "dataset" })
 repo("org/plain", { ["README.md"] = small "no list", ["train.jsonl"] = small '{"text": "t"}\n', ["validation.jsonl"] = small '{"text": "v"}\n',
                     ["en/train.jsonl"] = small '{"text": "e"}\n' }, { kind = "dataset" })
+
+-- A folder that the test has filled: FOLDER/repo is org/folder, large files those of weights.
+local function from_folder(dir)
+    local held = {}
+    for _, name in ipairs(lc.files.list(dir)) do
+        local text = lc.files.read(dir .. "/" .. name)
+        held[name] = name:match "%.safetensors$" and large(text) or small(text)
+    end
+    repo("org/folder", held)
+end
+if lc.files.is_folder(folder .. "/repo") then from_folder(folder .. "/repo") end
 
 -- ---- sockets ------------------------------------------------------------------------------------------------------
 C.signal(17, ffi.cast("void (*)(int)", 1)) -- children are not waited for

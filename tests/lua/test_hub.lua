@@ -27,6 +27,9 @@ if not ok then
     os.exit(77)
 end
 
+local model = lc.model { model_type = "llama", vocab_size = 50, hidden_size = 16, intermediate_size = 24, num_hidden_layers = 2,
+                         num_attention_heads = 2, num_key_value_heads = 1, rms_norm_eps = 1e-5, max_position_embeddings = 64 }
+model:save_weights(root .. "/repo")
 os.execute(("%s %shub_server.lua %s >%s/server.txt 2>&1 &"):format(program, here, root, root))
 local limit = lc.now() + 20
 while not files.is_file(root .. "/port") and lc.now() < limit do os.execute "sleep 0.05" end
@@ -87,6 +90,12 @@ t.test("a second load asks for the commit alone", function()
     local mark = #seen()
     fetched "org/good"
     t.eq({ requests("", mark), requests("/api/models/org/good", mark) }, { 1, 1 })
+end)
+
+t.test("lc.load by name", function()
+    local loaded = lc.load("org/folder", { quiet = true })
+    t.close(loaded:logits { 3, 1, 4, 1, 5 }, model:logits { 3, 1, 4, 1, 5 }, 0)
+    t.eq(loaded.source, "org/folder")
 end)
 
 t.test("single files, folders in them, other revisions", function()
