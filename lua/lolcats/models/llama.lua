@@ -97,7 +97,8 @@ function Model:share()
     return M.new(self.config, self.weights, self)
 end
 
---- Looks up anew all records of weights, after self.weights got another table; adapters and the student's attention stay.
+--- Looks up anew all records of weights, after self.weights got another table; adapters and the student's attention
+--- stay.
 function Model:refresh()
     local model = self
     for i, fresh in ipairs(make_layers(model)) do
