@@ -1,6 +1,6 @@
 -- reference_checkpoint.lua: what a run trained, as the reference's .pt files have it (torch.save of a dict with
--- model_state_dict, step and the metric), or as a folder of our own. Reads the reference's three spellings of names, and
--- builds a student from a checkpoint whose name says how it was made.
+-- model_state_dict, step and the metric), or as a folder of our own. Reads the reference's three spellings of names,
+-- and builds a student from a checkpoint whose name says how it was made.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local lora = require "lolcats.lora"
@@ -35,10 +35,13 @@ end
 
 local function shape(x) return table.concat(x.shape, ", ") end
 
---- Copies a checkpoint (.pt, .safetensors, or a folder of ours) into a student's maps, window factors and adapters. Returns how many
---- tensors were taken. A tensor that is in neither, or has another shape, is an error; parameters that the file does not have stay.
+--- Copies a checkpoint (.pt, .safetensors, or a folder of ours) into a student's maps, window factors and adapters.
+--- Returns how many tensors were taken. A tensor that is in neither, or has another shape, is an error; parameters that
+--- the file does not have stay.
 function M.load(student, path)
-    if files.is_folder(path) and files.exists(path .. "/student.safetensors") then path = path .. "/student.safetensors" end
+    if files.is_folder(path) and files.exists(path .. "/student.safetensors") then
+        path = path .. "/student.safetensors"
+    end
     if not files.exists(path) and files.exists((path:gsub("%.pt$", "")) .. "/student.safetensors") then
         path = path:gsub("%.pt$", "") .. "/student.safetensors"
     end
@@ -54,7 +57,8 @@ function M.load(student, path)
             if p then
                 local x = f:tensor(name)
                 if shape(x) ~= shape(p) then
-                    lc.fail("%s: '%s' is [%s], the student's is [%s]: other configurations made it", path, name, shape(x), shape(p))
+                    lc.fail("%s: '%s' is [%s], the student's is [%s]: other configurations made it", path, name,
+                            shape(x), shape(p))
                 end
                 p:detach():copy_(x)
                 taken = taken + 1
@@ -86,8 +90,8 @@ function M.in_order(list)
     return list
 end
 
---- Writes what was trained. values: step and the metric. format: "pt", or "folder" (student:save). what: "maps" (maps and window factors
---- that were trained), or "trained" (adapters and whatever else is trained now).
+--- Writes what was trained. values: step and the metric. format: "pt", or "folder" (student:save). what: "maps" (maps
+--- and window factors that were trained), or "trained" (adapters and whatever else is trained now).
 function M.save(student, path, values, format, what)
     path = M.fits(path)
     files.make_dirs(files.dirname(path))
@@ -103,7 +107,8 @@ function M.save(student, path, values, format, what)
     else
         for _, p in ipairs(trained(student)) do
             if p.tensor.requires_grad then
-                local name = p.name:gsub("^base_model%.model%.", ""):gsub("%.lora_([AB])%.weight$", ".lora_%1.default.weight")
+                local name = p.name:gsub("^base_model%.model%.", ""):gsub("%.lora_([AB])%.weight$",
+                        ".lora_%1.default.weight")
                 list[#list + 1] = { name = "base_model.model." .. name, tensor = p.tensor:detach(), at = #list }
             end
         end
@@ -117,7 +122,8 @@ end
 -- ---- a student from a name ------------------------------------------------------------------------------------------
 -- What a name's suffixes say: flag and how its value reads.
 local function yes(v) return v == "1" end
-local SUFFIXES = { at = { "attention_type" }, lk = { "learned_kernel" }, tqk = { "tie_qk_kernels", yes }, scl = { "state_chunk_len", tonumber },
+local SUFFIXES = { at = { "attention_type" }, lk = { "learned_kernel" }, tqk = { "tie_qk_kernels", yes },
+                   scl = { "state_chunk_len", tonumber },
                    ws = { "window_size", tonumber }, lsc = { "lk_skip_connection", yes }, lzi = { "lk_zero_init", yes },
                    lni = { "lk_normal_init", yes } }
 
@@ -143,18 +149,23 @@ local function first_stage(path)
     return best and folder .. "/" .. best .. "_distill.pt"
 end
 
---- The student that a named checkpoint stands for, with both stages where it is of the second. opts: base (a model, or its name; else
---- the configuration's), distill (the first stage's file, where it is not beside it), config_dir, dtype, device, compat.
+--- The student that a named checkpoint stands for, with both stages where it is of the second. opts: base (a model, or
+--- its name; else the configuration's), distill (the first stage's file, where it is not beside it), config_dir, dtype,
+--- device, compat.
 function M.open(path, opts)
     opts = opts or {}
     local configs, about = require "lolcats.configs", require("lolcats.run_name").parse(path)
-    if not M.is_named(path) then lc.fail("the name of %s does not say how it was made (dl-d=...-m=...-f=....pt)", path) end
+    if not M.is_named(path) then
+        lc.fail("the name of %s does not say how it was made (dl-d=...-m=...-f=....pt)", path)
+    end
     local dir = opts.config_dir or "configs"
     local tree = configs.override_model(configs.load("model", about.model, dir), flags_of(path))
     local options = configs.linearize_options(tree) or lc.fail("%s: its attention is softmax; it is no student", path)
     options.compat = opts.compat
     local base = opts.base or tree.model.pretrained_model_name_or_path
-    if type(base) == "string" then base = require("lolcats.models").load(base, { dtype = opts.dtype, device = opts.device }) end
+    if type(base) == "string" then
+        base = require("lolcats.models").load(base, { dtype = opts.dtype, device = opts.device })
+    end
     local student = lc.linearize(base, options)
     if path:match "_distill[_%d]*%.pt$" then
         M.load(student, path)
