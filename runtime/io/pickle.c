@@ -300,7 +300,17 @@ static bool is_tuple_of(const lc_pickle *p, int32_t node, int least) {
     return lc_pickle_is(p, node, LC_PK_TUPLE) && p->node[node].items.count >= least;
 }
 
-/* _rebuild_tensor_v2(storage, offset, size, stride, ..) */
+/* Do the values stand otherwise than they mean? (Lazy conjugates and negatives: bits in the last argument.) */
+static bool is_lazy(const lc_pickle *p, int32_t metadata) {
+    static const char *const bits[] = {"conj", "neg"};
+    for (int i = 0; i < 2; i++) {
+        int32_t bit = lc_pickle_get(p, metadata, bits[i]);
+        if (bit >= 0 && !(p->node[bit].kind == LC_PK_BOOL && p->node[bit].integer == 0)) return true;
+    }
+    return false;
+}
+
+/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata]); v3 has the dtype before the last. */
 static lc_status make_tensor(reader *r, const lc_pickle_global *g, int32_t args, int32_t *out) {
     lc_pickle *p = r->p;
     bool v3 = g->role == LC_PR_TENSOR_V3;
@@ -309,6 +319,8 @@ static lc_status make_tensor(reader *r, const lc_pickle_global *g, int32_t args,
     int32_t dtype = v3 ? lc_pickle_item_at(p, args, 6) : -1;
     if (v3 && (!lc_pickle_is(p, dtype, LC_PK_GLOBAL) || p->node[dtype].global.role != LC_PR_DTYPE))
         return refuse_call(r, g);
+    if (is_lazy(p, lc_pickle_item_at(p, args, v3 ? 7 : 6)))
+        return wrong(r, "a tensor whose values wait to be conjugated or negated; save x.resolve_conj().resolve_neg()");
     LC_TRY(add_node(r, LC_PK_TENSOR, out));
     p->node[*out].items = p->node[args].items; /* a tuple's items change no more */
     p->node[*out].state = dtype;
