@@ -100,6 +100,10 @@ local function distill(d)
                                    clip = args.clip > 0 and args.clip or nil, fresh = args.fresh }
     end
     local teacher = lc.load(path, { dtype = dtype, device = args.device }):freeze()
+    configs.check_model(model_tree, teacher.config)
+    if model_tree.model.peft_id then -- an adapter that the model starts with
+        teacher = require("lolcats.peft").load(teacher, lc.hub.resolve(model_tree.model.peft_id)):merge_lora()
+    end
     log.say("%s\n%s", tostring(teacher), paths.names.finetune)
     local student = options and lc.linearize(teacher, options) or teacher
     if args.print_model then print(student) end

@@ -211,6 +211,9 @@ function M.linearize_options(tree)
     local found = require("lolcats.attention_types").find(a.attention_type)
     if found.options.softmax then return nil end
     local kind = found.options.kind
+    if a.peft or a.peft_config then
+        lc.fail("attention.peft: LoRA in the first stage is not built; leave it to the second")
+    end
     local k, f = a.learned_kernel_kwargs or {}, a.feature_map_kwargs or {}
     local keep
     for _, i in ipairs(a.softmax_attentions or {}) do -- they count layers from 0
@@ -231,6 +234,20 @@ function M.linearize_options(tree)
         window_factor = a.init_window_factor or 0, affine = a.affine_attention_factors or false, softmax_layers = keep,
         train_window_factor = train_factor,
     }
+end
+
+--- What of a model block cannot be taken as it says: raises for quantised loading, tells rotary settings that the model
+--- itself has otherwise. config: the loaded model's.
+function M.check_model(tree, config)
+    local m = tree.model
+    if m.load_in_8bit or m.load_in_4bit then
+        lc.fail("load_in_8bit and load_in_4bit are not built (in the reference neither); a quantised GGUF file loads as it is")
+    end
+    if m.rope_theta and config.rope_theta and m.rope_theta ~= config.rope_theta then
+        require("lolcats.log").say("the configuration has rope_theta %g, the model itself %g: the model's counts",
+                                   m.rope_theta,
+                                   config.rope_theta)
+    end
 end
 
 local PROJECTIONS = set "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"

@@ -69,6 +69,13 @@ function M.train(o)
     local fsdp = o.tree.fsdp
     local clip = o.clip or (fsdp and fsdp.gradient_clipping and (fsdp.gradient_clipping_threshold or 1)) or 0
     local every = t.num_save_ckpt_steps or 1000
+    local leftover = o.data.train.rows % length.accumulate ~= 0
+    if o.compat and leftover and not length.max_steps then
+        quirk "gradients of micro-batches that are left over at an epoch's end are dropped"
+    end
+    if t.evaluation_strategy == "epoch" then
+        length.eval_every = math.max(1, math.floor(o.data.train.rows / length.accumulate))
+    end
     local run
     run = lc.run {
         name = o.name, out = o.out, data = o.data.train, params = o.params, model = o.student,
@@ -78,7 +85,8 @@ function M.train(o)
         accumulate = length.accumulate, batch = o.batch or o.tree.dataloader and o.tree.dataloader.batch_size or 1,
         seed = o.seed,
         eval_every = length.eval_every, metric = "loss", mode = t.greater_is_better and "max" or "min", fresh = o.fresh,
-        load_best = t.load_best_model_at_end ~= false, neutral = NEUTRAL, eval = function(self)
+        drop_leftover = o.compat and leftover or nil, load_best = t.load_best_model_at_end ~= false, neutral = NEUTRAL,
+            eval = function(self)
             local values = trainer.evaluate(o.student, rows, how)
             if o.csv then M.add_result(o.csv, self.step, values) end
             if o.save and self.step % every == 0 then o.save(self.step, values) end
