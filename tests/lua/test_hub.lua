@@ -107,6 +107,16 @@ t.test("single files, folders in them, other revisions", function()
     t.eq(files.read(hub.file("org/good", "empty.txt")), "")
 end)
 
+t.test("a file system without links: the file itself", function()
+    setenv("HF_HUB_DISABLE_SYMLINKS", "1")
+    setenv("HF_HUB_CACHE", root .. "/nolinks")
+    local dir = fetched "org/good"
+    t.eq(io.popen("readlink " .. dir .. "/model.safetensors"):read "*l", nil)
+    t.ok(files.read(dir .. "/model.safetensors") == big)
+    setenv("HF_HUB_CACHE")
+    setenv("HF_HUB_DISABLE_SYMLINKS")
+end)
+
 t.test("shards as the index names them", function()
     local dir = fetched "org/shards"
     t.eq(files.list(dir), { "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json" })
@@ -188,16 +198,6 @@ end)
 
 t.test("redirects without end are refused", function() refused("org/loop", "more than ten times") end)
 
-t.test("a dataset's files by kind", function()
-    local paths = hub.files("org/data", function(names)
-        local out = {}
-        for _, name in ipairs(names) do if name:match "%.jsonl$" then out[#out + 1] = name end end
-        return out
-    end, { type = "dataset", quiet = true })
-    t.eq(#paths, 3)
-    t.ok(paths[1]:find("/hub/datasets--org--data/snapshots/" .. COMMIT .. "/data/test.jsonl", 1, true), paths[1])
-end)
-
 t.test("lc.data reads data sets by name, config and split", function()
     local bytes = { size = 256, encode = function(_, s) return { s:byte(1, -1) } end, id = function(_, s) return s:byte() end }
     local function texts(name, o)
@@ -209,6 +209,9 @@ t.test("lc.data reads data sets by name, config and split", function()
         end
         return table.concat(out)
     end
+    t.eq(require("lolcats.data").records("org/data", { limit = 1, quiet = true }), { { text = "first" } })
+    local dir = root .. "/hf/hub/datasets--org--data/snapshots/" .. COMMIT .. "/data/"
+    t.ok(files.exists(dir .. "train-00000.jsonl") and not files.exists(dir .. "train-00001.jsonl"), "it fetched more than it needs")
     t.eq(texts "org/data", "first~second") -- the last token needs one after it
     t.eq(texts "org/data:main:test", "held")
     t.eq(texts("org/data", { config = "main", split = "test" }), "held")
@@ -217,6 +220,16 @@ t.test("lc.data reads data sets by name, config and split", function()
     t.errors(function() texts("org/plain", { split = "test" }) end, "no split 'test'; it has train, validation")
     t.errors(function() texts "org/nothing" end, "does not exist")
     t.eq(texts("org/data", { offline = true }), "first~second")
+end)
+
+t.test("a dataset's files by kind", function()
+    local paths = hub.files("org/data", function(names)
+        local out = {}
+        for _, name in ipairs(names) do if name:match "%.jsonl$" then out[#out + 1] = name end end
+        return out
+    end, { type = "dataset", quiet = true })
+    t.eq(#paths, 3)
+    t.ok(paths[1]:find("/hub/datasets--org--data/snapshots/" .. COMMIT .. "/data/test.jsonl", 1, true), paths[1])
 end)
 
 -- ---- other processes ----------------------------------------------------------------------------------------------

@@ -193,7 +193,15 @@ end
 function Store:records() return self.marks end
 function Store:record_start(i)
     if i == 1 then return 0 end
-    return lc.scope(function() return numbers.map(self.path .. ".ends", (i - 2) * 8, "f64", 1):item() end)
+    local block = math.floor((i - 2) / 4096)
+    if self.block ~= block then -- records are asked for one after another
+        local first = block * 4096
+        self.starts = lc.scope(function()
+            return numbers.map(self.path .. ".ends", first * 8, "f64", math.min(4096, self.marks - first)):totable()
+        end)
+        self.block = block
+    end
+    return self.starts[i - 1 - block * 4096]
 end
 
 -- f(p, n, at) over the stored numbers of a part.
