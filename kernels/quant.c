@@ -1,6 +1,6 @@
-/* quant.c: block-quantised formats of GGUF to float, and the simple ones from float. One function a format, a block at a time; the inner loops have
- * fixed length so that the compiler vectorises them. Products and sums are rounded one by one (no fused multiply-add):
- * the values are then those of every other reader. */
+/* quant.c: block-quantised formats of GGUF to float, and the simple ones from float. One function a format, a block at
+ * a time; the inner loops have fixed length so that the compiler vectorises them. Products and sums are rounded one by
+ * one (no fused multiply-add): the values are then those of every other reader. */
 #include "quant.h"
 
 #include <string.h>

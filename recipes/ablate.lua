@@ -1,5 +1,6 @@
--- ablate.lua: a sweep over any arguments of a recipe, or one of the paper's tables, at any model size; a table and a plot at the end.
--- What stands after -- goes to every run. Several seeds give means and deviations; a killed sweep goes on where it was.
+-- ablate.lua: a sweep over any arguments of a recipe, or one of the paper's tables, at any model size; a table and a
+-- plot at the end. What stands after -- goes to every run. Several seeds give means and deviations; a killed sweep goes
+-- on where it was.
 --   lolcats ablate --table 13 --seeds 0,1,2 -- --model smollm2 --data chitchat --seq 512
 --   lolcats ablate --sweep window=16,64 --sweep rank=4,8,16 -- --model DIR --data FILE.json
 --   lolcats ablate --table 16 --tiny
@@ -54,7 +55,9 @@ TABLES["6"] = function(cells) -- what each component brings
     end
 end
 TABLES["11"] = function(cells)
-    for _, r in ipairs { 4, 8, 16, 32, 64, 128, 256 } do cells[#cells + 1] = cell("rank " .. r, both { rank = r, alpha = 2 * r }, r) end
+    for _, r in ipairs { 4, 8, 16, 32, 64, 128, 256 } do
+        cells[#cells + 1] = cell("rank " .. r, both { rank = r, alpha = 2 * r }, r)
+    end
 end
 TABLES["12"] = function(cells)
     for _, set in ipairs { "q", "k", "v", "o", "qk", "qv", "qo", "kv", "ko", "vo", "qkv", "qko", "kvo", "qkvo" } do
@@ -64,7 +67,9 @@ TABLES["12"] = function(cells)
     end
 end
 TABLES["13"] = function(cells)
-    for _, w in ipairs { 4, 16, 64, 256 } do cells[#cells + 1] = cell("sliding " .. w, both { window = w, kind = "sliding" }, w, "sliding") end
+    for _, w in ipairs { 4, 16, 64, 256 } do
+        cells[#cells + 1] = cell("sliding " .. w, both { window = w, kind = "sliding" }, w, "sliding")
+    end
     cells[#cells + 1] = cell("terrace 64", both { window = 64, kind = "terrace" }, 64, "terrace")
 end
 TABLES["16"] = function(cells) -- length of the first stage; then 10 N updates of the second
@@ -88,7 +93,8 @@ local fixed = args.rest
 if args.tiny then
     local tiny = require "lolcats.tiny"
     local model, data = tiny.prepare(args.out, "OUT/model", "OUT/records.json", "mistral", 0)
-    fixed = { "--model=" .. model, "--data=" .. data, "--seq=96", "--hold_out=8", "--eval_rows=2", "--dtype=f32", "--window=16", "--eval_every=1000", "--records=60",
+    fixed = { "--model=" .. model, "--data=" .. data, "--seq=96", "--hold_out=8", "--eval_rows=2", "--dtype=f32",
+              "--window=16", "--eval_every=1000", "--records=60",
               unpack(args.rest) }
     for _, c in ipairs(cells) do
         if c.recipe ~= "distill_blocks" and args.recipe ~= "distill_blocks" then c.args.sample = 0 end
@@ -96,7 +102,8 @@ if args.tiny then
 end
 sweep.run { recipe = args.recipe, cells = cells, fixed = fixed, seeds = args.seeds, out = args.out, fresh = args.fresh }
 
-local columns = { { "teacher_ppl", "teacher" }, { "swapped_ppl", "swapped" }, { "transfer_ppl", "transfer" }, { "lora_ppl", "LoRA" },
+local columns = { { "teacher_ppl", "teacher" }, { "swapped_ppl", "swapped" }, { "transfer_ppl", "transfer" },
+                  { "lora_ppl", "LoRA" },
                   { "window_only_ppl", "window only" } }
 if args.metric ~= "lora_ppl" then columns[#columns + 1] = { args.metric, args.metric } end
 local keys = {}
@@ -105,10 +112,13 @@ local text = sweep.table(cells, columns)
 print(text)
 local series = sweep.series(cells, args.metric)
 if #series > 0 then
-    local how = { title = args.table ~= "none" and "table " .. args.table or "sweep", xlabel = "", ylabel = args.metric }
+    local how = { title = args.table ~= "none" and "table " .. args.table or "sweep", xlabel = "",
+                  ylabel = args.metric }
     files.write(args.out .. "/ablate.svg", plot.svg(series, how))
-    log.say("%s", plot.terminal(series, { title = args.metric, width = log.width(2), color = log.has_color(2), height = 10 }))
+    log.say("%s", plot.terminal(series,
+                                { title = args.metric, width = log.width(2), color = log.has_color(2), height = 10 }))
 end
 files.write(args.out .. "/table.txt", text .. "\n")
 files.write(args.out .. "/results.csv", sweep.csv(cells, keys))
-print(("\nPerplexity on held-out rows%s; %s/table.txt, results.csv, ablate.svg"):format(#args.seeds > 1 and ", mean and deviation over seeds" or "", args.out))
+print(("\nPerplexity on held-out rows%s; %s/table.txt, results.csv, ablate.svg"):format(#args.seeds > 1 and
+        ", mean and deviation over seeds" or "", args.out))

@@ -7,6 +7,7 @@ local args = lc.args {
     "from turn to turn, so no turn reads the past again. Commands: /reset starts over, /system TEXT sets the system " ..
     "message, /exit leaves.",
     { "model", "smollm2", "folder, GGUF file, Hub id in the local cache, saved student, or smollm2" },
+    { "base", "", "the model that a saved student or a checkpoint was made from, where it has moved" },
     { "system", "", "the system message" },
     { "max_new", 400, "tokens a reply at most", min = 1 },
     { "temperature", 0.6, "0 takes the likeliest token", min = 0 },
@@ -22,7 +23,7 @@ local args = lc.args {
     { "state_dtype", "", "of a linearized model's state on a GPU: f32, or what dtype says, which halves what a token reads of it" },
 }
 
-local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
+local model = lc.load(args.model, { base = args.base ~= "" and args.base or nil, dtype = args.dtype, device = args.device })
 local function system_message() return args.system ~= "" and args.system or nil end
 local chat = lc.chat(model, { system = system_message(), teacher = args.teacher or nil,
                             state_dtype = args.state_dtype ~= "" and args.state_dtype or nil })

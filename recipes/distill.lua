@@ -1,9 +1,16 @@
 -- distill.lua: linearize a softmax model: attention transfer, then LoRA, with perplexities before and after.
 --   lolcats distill --model DIR --data FILE.json
 --   lolcats distill --model_config NAME --distill_config NAME --finetune_config NAME    as the reference: see distill_reference
--- The whole method stands in the two loops below. distill_smollm2 and distill_mistral are this recipe with other defaults.
+-- The whole method stands in the two loops below. distill_smollm2 and distill_mistral are this recipe with other
+-- defaults.
 local lc = require "lolcats"
 local files, eval, log = lc.files, lc.eval, require "lolcats.log"
+
+local function numbers(list)
+    local out = {}
+    for i, v in ipairs(list) do out[i] = tonumber(v) or lc.fail("'%s' is no position of a layer", v) end
+    return out
+end
 
 local function distill(d) -- d: defaults of the arguments
     local args = lc.args {
@@ -25,13 +32,15 @@ local function distill(d) -- d: defaults of the arguments
         { "accumulate", d.accumulate or 1, "rows an update", min = 1 },
         { "transfer_lr", d.transfer_lr or 1e-2, "learning rate of attention transfer" },
         { "lora_lr", d.lora_lr or 1e-4, "learning rate of LoRA" },
-        { "schedule", d.schedule or "plateau", "learning rate over time", { "plateau", "cosine", "linear", "constant" } },
+        { "schedule", d.schedule or "plateau", "learning rate over time",
+          { "plateau", "cosine", "linear", "constant" } },
         { "clip", d.clip or 0, "largest gradient norm; 0: no clipping", min = 0 },
         { "rank", d.rank or 8, "rank of LoRA", min = 1 },
         { "alpha", d.alpha or 16, "scale of LoRA is alpha / rank" },
         { "targets", d.targets or { "q_proj", "k_proj", "v_proj", "o_proj" }, "projections that LoRA adapts" },
         { "eval_every", d.eval_every or 100, "updates between evaluations while training", min = 1 },
-        { "dtype", d.dtype or "f32", "dtype of the frozen weights; on a GPU of the activations too", { "f32", "bf16", "f16", "f64" } },
+        { "dtype", d.dtype or "f32", "dtype of the frozen weights; on a GPU of the activations too",
+          { "f32", "bf16", "f16", "f64" } },
         { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
         { "seed", d.seed or 0, "order of rows and start of LoRA" },
         { "prompt", d.prompt or "", "what the samples continue, or answer; without one, the start of a held-out row" },
@@ -39,6 +48,19 @@ local function distill(d) -- d: defaults of the arguments
         { "transfer", d.transfer ~= false, "first stage: maps learn to copy attention; --no-transfer leaves it out" },
         { "train_maps", d.train_maps or false, "the second stage trains maps and window factors too" },
         { "bias", d.bias or false, "feature maps with a bias" },
+        -- beyond the reference
+        { "sinks", d.sinks or 0, "first tokens that every query keeps in its window", min = 0 },
+        { "affine", d.affine or false, "weights g and 1 - g of window and linear part, not g and 1; with --window_factor 4 " ..
+          "it starts as the window alone" },
+        { "window_factor", d.window_factor or -2.1972245773362196, "where g starts, before its sigmoid" },
+        { "softmax_layers", d.softmax_layers or {}, "layers that keep softmax: positions from 1, negative from the end" },
+        { "keep_search", d.keep_search or 0, "after transfer, so many layers get their softmax back: the costliest, as measured",
+          min = 0 },
+        { "kl", d.kl or 0, "share of the second stage's loss that is the divergence from the teacher's distribution",
+          min = 0, max = 1 },
+        { "window_drop", d.window_drop or 0, "while training, how often a layer is purely linear: its linear part gets used",
+          min = 0, max = 1 },
+        { "window_drop_from", d.window_drop_from or 0, "share of each stage that passes before that begins", min = 0, max = 1 },
         { "fresh", false, "start over instead of going on" },
         unpack(d.more or {}),
     }
@@ -51,8 +73,14 @@ local function distill(d) -- d: defaults of the arguments
                                       limit = args.records > 0 and args.records or nil })
     log.say("%s", tostring(data))
     if not data.held then lc.fail("hold_out is 0: there is nothing to measure perplexity on") end
-    local student = lc.linearize(teacher, { map = args.map, window = args.window, kind = args.window > 0 and args.kind or "linear",
-                                            feature_dim = args.feature_dim > 0 and args.feature_dim or nil, bias = args.bias or nil })
+    local student = lc.linearize(teacher,
+                                 { map = args.map, window = args.window, kind = args.window > 0 and args.kind or
+                                   "linear",
+                                            feature_dim = args.feature_dim > 0 and args.feature_dim or nil,
+                                                bias = args.bias or nil,
+                                            sinks = args.sinks > 0 and args.sinks or nil,
+                                            affine = args.affine or nil, window_factor = args.window_factor,
+                                            softmax_layers = #args.softmax_layers > 0 and numbers(args.softmax_layers) or nil })
 
     -- Measured values go to results.json at once, so that a run that is resumed does not measure twice.
     local results = lc.train.results(args.out)
@@ -65,8 +93,8 @@ local function distill(d) -- d: defaults of the arguments
             return eval.perplexity_rows(how == "teacher" and teacher or student, held).ppl
         end)
     end
-    -- A sample continues enough text that keys have left the window: within it a student is still its teacher. Where the row is a
-    -- chat, it begins an answer.
+    -- A sample continues enough text that keys have left the window: within it a student is still its teacher. Where
+    -- the row is a chat, it begins an answer.
     local ids, labels = held[1].ids:totable()[1], held[1].labels:totable()[1]
     local cut = math.min(args.seq - 1, math.max(4 * args.window, 64))
     for i = cut, 2, -1 do
@@ -93,20 +121,31 @@ local function distill(d) -- d: defaults of the arguments
     if args.window > 0 then perplexity("swapped_window_ppl", "window") end
     sample("swapped_sample", student)
 
-    -- 1. Attention transfer: each layer learns to copy the softmax attention it replaces. Backward runs inside, layer by layer.
+    local function drop_windows(run)
+        if args.window_drop > 0 and run.step >= args.window_drop_from * run.updates then
+            student:draw_windows(args.window_drop)
+        end
+    end
+
+    -- 1. Attention transfer: each layer learns to copy the softmax attention it replaces. Backward runs inside, layer
+    -- by layer.
     local function transfer_stage()
         local max_steps, epochs = steps_or_epochs(args.transfer_steps)
         local run = lc.run {
             name = "transfer", out = args.out, data = data, params = student:trainable(), model = student,
-            optim = lc.adamw { lr = args.transfer_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
+            optim = lc.adamw { lr = args.transfer_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or
+                nil,
             max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
             eval_every = args.eval_every, metric = "mse", eval = function()
                 local mse = 0
-                for _, row in ipairs(watched) do mse = mse + student:transfer(row.ids, { backward = false }) / #watched end
+                for _, row in ipairs(watched) do
+                    mse = mse + student:transfer(row.ids, { backward = false }) / #watched
+                end
                 return { mse = mse }
             end,
         }
         for batch in run:steps() do
+            drop_windows(run)
             local loss = student:transfer(batch.ids, { scale = 1 / run.accumulate })
             run:log { mse = loss * run.accumulate }
         end
@@ -118,8 +157,21 @@ local function distill(d) -- d: defaults of the arguments
     end
     local transfer = args.transfer and transfer_stage() or {}
 
+    student:draw_windows(0)
+    if args.keep_search > 0 then
+        student:keep_softmax(results:once("kept_layers", function()
+            log.say "measuring what each layer costs"
+            local list = {}
+            for i, r in ipairs(lc.no_grad(student.rank_layers, student, watched)) do
+                if i <= args.keep_search then list[i] = r.layer end
+            end
+            return list
+        end))
+    end
+
     -- 2. Low-rank repair: plain next-token loss through the linear attentions.
-    student:use_linear({ keep_training = args.train_maps and { "." } or nil }):add_lora { rank = args.rank, alpha = args.alpha, targets = args.targets }
+    student:use_linear({ keep_training = args.train_maps and { "." } or nil }):add_lora { rank = args.rank,
+            alpha = args.alpha, targets = args.targets }
     local max_steps, epochs = steps_or_epochs(args.lora_steps)
     local run = lc.run {
         name = "lora", out = args.out, data = data, params = student:trainable(), model = student,
@@ -131,9 +183,15 @@ local function distill(d) -- d: defaults of the arguments
         end,
     }
     for batch in run:steps() do
-        run:learn(student, batch.ids, batch.labels)
+        drop_windows(run)
+        if args.kl > 0 then
+            run:backward((student:distill_loss(batch.ids, batch.labels, { ce = 1 - args.kl, kl = args.kl })))
+        else
+            run:learn(student, batch.ids, batch.labels)
+        end
     end
     local lora = results:once("lora", function() return run:summary() end)
+    student:draw_windows(0)
     perplexity("lora_ppl")
     if args.window > 0 then perplexity("window_only_ppl", "window") end
     sample("lora_sample", student)
@@ -143,7 +201,8 @@ local function distill(d) -- d: defaults of the arguments
     local r = results.values
     local function ppl(v) return v and ("%.2f"):format(v) or "-" end
     local function stage(name, s, window, whole, memory)
-        return { name, ppl(whole), ppl(window), s and ("%.0f"):format(s.tok_s or 0) or "-", memory and ("%.0f MB"):format(memory) or "-" }
+        return { name, ppl(whole), ppl(window), s and ("%.0f"):format(s.tok_s or 0) or "-",
+                 memory and ("%.0f MB"):format(memory) or "-" }
     end
     print(log.table({
         stage("teacher (softmax)", nil, nil, r.teacher_ppl),
@@ -155,22 +214,32 @@ local function distill(d) -- d: defaults of the arguments
     print(("\nPerplexity on %d held-out rows of %d tokens of %s. Window only: the linear part switched off."):format(#held, args.seq, args.data))
     if args.sample > 0 then
         local prompt = args.prompt
-        if prompt == "" then prompt = "..." .. teacher.tokenizer:decode({ unpack(context, math.max(1, #context - 39)) }, { skip_special = true }) end
+        if prompt == "" then
+            prompt = "..." .. teacher.tokenizer:decode({ unpack(context, math.max(1, #context - 39)) },
+                                                       { skip_special = true })
+        end
         print(("\n> %s"):format((prompt:gsub("%s+", " "))))
-        for _, row in ipairs { { "teacher", r.teacher_sample }, { "swapped", r.swapped_sample }, { "transfer", r.transfer_sample },
+        for _, row in ipairs { { "teacher", r.teacher_sample }, { "swapped", r.swapped_sample },
+                               { "transfer", r.transfer_sample },
                                { "LoRA", r.lora_sample } } do
             print(("  %-9s %s"):format(row[1], (tostring(row[2]):gsub("[%s%c]+", " "))))
         end
     end
     files.write_json(args.out .. "/summary.json", {
-        model = args.model, data = args.data, map = args.map, window = args.window, seq = args.seq, held_out_rows = #held,
+        model = args.model, data = args.data, map = args.map, window = args.window, seq = args.seq,
+        held_out_rows = #held,
         teacher_ppl = r.teacher_ppl, swapped_ppl = r.swapped_ppl, transfer_ppl = r.transfer_ppl, lora_ppl = r.lora_ppl,
-        window_only_ppl = r.window_only_ppl, swapped_window_ppl = r.swapped_window_ppl, transfer_window_ppl = r.transfer_window_ppl,
-        transfer_tok_s = transfer.tok_s, lora_tok_s = lora.tok_s, transfer_steps = transfer.updates, lora_steps = lora.updates,
+        window_only_ppl = r.window_only_ppl, swapped_window_ppl = r.swapped_window_ppl,
+        transfer_window_ppl = r.transfer_window_ppl,
+        transfer_tok_s = transfer.tok_s, lora_tok_s = lora.tok_s, transfer_steps = transfer.updates,
+        lora_steps = lora.updates,
         transfer_seconds = transfer.seconds, lora_seconds = lora.seconds,
-        peak_rss_mb = math.max(transfer.peak_rss_mb or 0, lora.peak_rss_mb), transfer_peak_rss_mb = transfer.peak_rss_mb,
-        device = args.device, transfer_peak_device_mb = transfer.peak_device_mb, lora_peak_device_mb = lora.peak_device_mb,
-        samples = { teacher = r.teacher_sample, swapped = r.swapped_sample, transfer = r.transfer_sample, lora = r.lora_sample },
+        peak_rss_mb = math.max(transfer.peak_rss_mb or 0, lora.peak_rss_mb),
+        transfer_peak_rss_mb = transfer.peak_rss_mb,
+        device = args.device, transfer_peak_device_mb = transfer.peak_device_mb,
+        lora_peak_device_mb = lora.peak_device_mb,
+        samples = { teacher = r.teacher_sample, swapped = r.swapped_sample, transfer = r.transfer_sample,
+                    lora = r.lora_sample },
     })
     if d.finish then d.finish(args, r) end
     return student

@@ -1,5 +1,5 @@
--- distill_blocks.lua: linearize a model that does not fit in memory: block by block, each with the memory of a few layers. Every block
--- learns on the true hidden states that reach it; a killed run goes on at its block.
+-- distill_blocks.lua: linearize a model that does not fit in memory: block by block, each with the memory of a few
+-- layers. Every block learns on the true hidden states that reach it; a killed run goes on at its block.
 --   lolcats distill_blocks --model DIR --data FILE.json --layers 5
 -- distill_llama3_1_70b and distill_llama3_1_405b are this recipe with other defaults.
 local lc = require "lolcats"
@@ -25,10 +25,12 @@ local function distill(d)
         { "lora", d.lora ~= false, "second stage: LoRA on each block; --no-lora leaves it to finetune" },
         { "epochs", d.epochs or 1, "passes over the data a stage, when steps do not say" },
         { "accumulate", d.accumulate or 8, "rows an update", min = 1 },
-        { "mse", d.mse or 1000, "factor of the outputs' squared error" }, { "xent", d.xent or 0, "factor of the weights' cross entropy" },
+        { "mse", d.mse or 1000, "factor of the outputs' squared error" },
+        { "xent", d.xent or 0, "factor of the weights' cross entropy" },
         { "transfer_lr", d.transfer_lr or 1e-2, "learning rate of attention transfer" },
         { "lora_lr", d.lora_lr or 1e-4, "learning rate of LoRA" },
-        { "schedule", d.schedule or "plateau", "learning rate over time", { "plateau", "cosine", "linear", "constant" } },
+        { "schedule", d.schedule or "plateau", "learning rate over time",
+          { "plateau", "cosine", "linear", "constant" } },
         { "clip", d.clip or 1, "largest gradient norm; 0: no clipping", min = 0 },
         { "rank", d.rank or 8, "rank of LoRA", min = 1 }, { "alpha", d.alpha or 16, "scale of LoRA is alpha / rank" },
         { "eval_every", d.eval_every or 100, "updates between evaluations while training", min = 1 },
@@ -41,30 +43,40 @@ local function distill(d)
     if d.prepare then d.prepare(args) end
     lc.manual_seed(args.seed)
     local top = lc.load(args.model, { dtype = args.dtype, part = { first = 1, last = 0 } }) -- its words, no layers
-    local data = lc.data(args.data, { model = top, seq = args.seq, hold_out = args.hold_out, limit = args.records > 0 and args.records or nil })
+    local data = lc.data(args.data,
+                         { model = top, seq = args.seq, hold_out = args.hold_out,
+                           limit = args.records > 0 and args.records or nil })
     log.say("%s", tostring(data))
     if not data.held then lc.fail("hold_out is 0: there is nothing to measure perplexity on") end
     local function length(steps) return steps > 0 and steps or nil, steps == 0 and args.epochs or nil end
     local clip = args.clip > 0 and args.clip or nil
-    local transfer = { lr = args.transfer_lr, schedule = args.schedule, clip = clip, eval_every = args.eval_every, mse = args.mse, xent = args.xent }
+    local transfer = { lr = args.transfer_lr, schedule = args.schedule, clip = clip, eval_every = args.eval_every,
+                       mse = args.mse, xent = args.xent }
     transfer.steps, transfer.epochs = length(args.transfer_steps)
-    local lora = args.lora and { lr = args.lora_lr, schedule = args.schedule, clip = clip, eval_every = args.eval_every, rank = args.rank,
+    local lora = args.lora and { lr = args.lora_lr, schedule = args.schedule, clip = clip, eval_every = args.eval_every,
+                                 rank = args.rank,
                                  alpha = args.alpha }
     if lora then lora.steps, lora.epochs = length(args.lora_steps) end
     local run = lc.blockwise {
-        model = args.model, out = args.out, data = data, layers = args.layers, transfer = transfer, lora = lora, inputs = args.inputs,
-        student = { map = args.map, window = args.window, feature_dim = args.feature_dim > 0 and args.feature_dim or nil },
-        accumulate = args.accumulate, eval_rows = args.eval_rows, dtype = args.dtype, device = args.device, seed = args.seed, fresh = args.fresh,
+        model = args.model, out = args.out, data = data, layers = args.layers, transfer = transfer, lora = lora,
+        inputs = args.inputs,
+        student = { map = args.map, window = args.window, feature_dim = args.feature_dim > 0 and args.feature_dim or
+                    nil },
+        accumulate = args.accumulate, eval_rows = args.eval_rows, dtype = args.dtype, device = args.device,
+        seed = args.seed, fresh = args.fresh,
     }
     local student = run:train()
     local results = lc.train.results(args.out)
     local rows = data.held:list(args.eval_rows)
     local teacher_ppl = results:once("teacher_ppl", function() return run:perplexity(rows, { teacher = true }).ppl end)
     local student_ppl = results:once("student_ppl", function() return run:perplexity(rows).ppl end)
-    print(log.table({ { "teacher (softmax)", ("%.2f"):format(teacher_ppl) }, { "linearized in blocks of " .. args.layers, ("%.2f"):format(student_ppl) } },
+    print(log.table({ { "teacher (softmax)", ("%.2f"):format(teacher_ppl) },
+                      { "linearized in blocks of " .. args.layers, ("%.2f"):format(student_ppl) } },
                     { "", "perplexity" }))
-    print(("\n%s; peak memory %.0f MB; next: lolcats finetune --student %s --data %s"):format(student, lc.peak_rss() / 2 ^ 20, student, args.data))
-    files.write_json(args.out .. "/summary.json", { model = args.model, layers = args.layers, teacher_ppl = teacher_ppl, lora_ppl = student_ppl,
+    print(("\n%s; peak memory %.0f MB; next: lolcats finetune --student %s --data %s"):format(student,
+            lc.peak_rss() / 2 ^ 20, student, args.data))
+    files.write_json(args.out .. "/summary.json",
+                     { model = args.model, layers = args.layers, teacher_ppl = teacher_ppl, lora_ppl = student_ppl,
                                                     peak_rss_mb = lc.peak_rss() / 2 ^ 20 })
 end
 

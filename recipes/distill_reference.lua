@@ -3,8 +3,10 @@
 --     --distill_config distill_alpaca_clean_xent0_mse1000_lr1e-2 --finetune_config finetune_lora_qkvo_alpaca_clean --lk_zero_init
 local lc = require "lolcats"
 local configs, files, log = lc.configs, lc.files, require "lolcats.log"
-local flags_of, names, stage = require "lolcats.reference_flags", require "lolcats.run_name", require "lolcats.train.stage"
-local trainers, datasets, checkpoint = require "lolcats.train.trainers", require "lolcats.data.reference", require "lolcats.reference_checkpoint"
+local flags_of, names, stage = require "lolcats.reference_flags", require "lolcats.run_name",
+    require "lolcats.train.stage"
+local trainers, datasets, checkpoint = require "lolcats.train.trainers", require "lolcats.data.reference",
+    require "lolcats.reference_checkpoint"
 
 local PROMPT = "\nSummarize this dialog:\nTom: Did the parcel come?\nIda: Yes, at noon. It is far bigger than I thought.\nTom: That is the desk. " ..
                "Can you leave it in the hall?\nIda: It blocks the door, so Max and I carried it to the shed.\n---\nSummary:"
@@ -14,11 +16,14 @@ local function distill(d)
         d.doc or "Linearize a model by the reference's configurations: attention transfer, LoRA, evaluation.",
         { "data", d.data or "", "file with the records, instead of the data set that the experiments name" },
         { "config_dir", d.config_dir or "configs", "folder with model/ and experiment/ of your own; looked in first" },
-        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so", { "none", "reference" } },
+        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so",
+          { "none", "reference" } },
         { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
-        { "dtype", d.dtype or "", "of the frozen weights; without it the configuration's", { "", "f32", "bf16", "f16", "f64" } },
+        { "dtype", d.dtype or "", "of the frozen weights; without it the configuration's",
+          { "", "f32", "bf16", "f16", "f64" } },
         { "clip", d.clip or 0, "largest gradient norm; 0: as the experiment says", min = 0 },
-        { "format", d.format or "pt", "of checkpoints: the reference's .pt, or folders of our own", { "pt", "folder" } },
+        { "format", d.format or "pt", "of checkpoints: the reference's .pt, or folders of our own",
+          { "pt", "folder" } },
         { "fresh", false, "start over instead of going on" },
         unpack(flags_of.rows()),
     }
@@ -33,7 +38,8 @@ local function distill(d)
 
     -- What is asked for: three files, with the flags over them.
     local model_tree = configs.override_model(configs.load("model", args.model_config, args.config_dir), flags)
-    local first = args.distill_config and configs.override_experiment(configs.load("experiment", args.distill_config, args.config_dir), flags)
+    local first = args.distill_config and
+        configs.override_experiment(configs.load("experiment", args.distill_config, args.config_dir), flags)
     for k, v in pairs(model_tree.optimizer or {}) do
         if first then first.optimizer[k] = v end
     end
@@ -41,54 +47,104 @@ local function distill(d)
     local trains_first = first and first.trainer.name and not loads_first and not args.no_distill
     local paths = names.paths(flags, trains_first and first.trainer or nil, { fsdp = args.enable_fsdp })
     local second
-    if args.finetune_config then
+    local second_name = args.final_finetune_config or args.finetune_config
+    if second_name then
         local over = flags
-        if flags.max_finetune_steps then over = setmetatable({ max_steps = flags.max_finetune_steps }, { __index = flags }) end
-        second = configs.override_experiment(configs.load("experiment", args.finetune_config, args.config_dir), over, true)
+        if flags.max_finetune_steps then
+            over = setmetatable({ max_steps = flags.max_finetune_steps }, { __index = flags })
+        end
+        second = configs.override_experiment(configs.load("experiment", second_name, args.config_dir), over, true)
         second.dataloader.batch_size = second.trainer.batch_size or 1
         if args.finetune_lr then second.optimizer.lr = args.finetune_lr end
         if compat and trains_first then
             stage.quirk "the first stage's trainer settings stand over the second's"
-            for _, k in ipairs { "gradient_accumulation_steps", "num_train_epochs", "max_steps", "eval_steps", "max_eval_batches" } do
+            for _, k in ipairs { "gradient_accumulation_steps", "num_train_epochs", "max_steps", "eval_steps",
+                                 "max_eval_batches" } do
                 if not (k == "max_steps" and flags.max_finetune_steps) then second.trainer[k] = first.trainer[k] end
             end
         end
     end
-    if args.verbose then print(files.to_json({ model = model_tree, distill = first, finetune = second }, { indent = 2 })) end
+    if args.verbose then
+        print(files.to_json({ model = model_tree, distill = first, finetune = second }, { indent = 2 }))
+    end
+
+    for _, tree in ipairs { first or false, second or false } do
+        local n = args.num_train_steps
+        if tree and n and n > 0 then
+            local most = math.floor(n * tree.trainer.num_train_epochs / tree.trainer.gradient_accumulation_steps)
+            local steps = tree.trainer.max_steps
+            tree.trainer.max_steps = steps and steps > 0 and math.min(steps, most) or most
+        end
+    end
 
     -- The model and its student.
-    local dtype = args.dtype ~= "" and args.dtype or model_tree.model.torch_dtype
-    local teacher = lc.load(model_tree.model.pretrained_model_name_or_path, { dtype = dtype, device = args.device }):freeze()
-    log.say("%s\n%s", tostring(teacher), paths.names.finetune)
+    local path, dtype = model_tree.model.pretrained_model_name_or_path, args.dtype ~= "" and args.dtype or
+        model_tree.model.torch_dtype
     local options = configs.linearize_options(model_tree)
     if options and compat then options.compat = "reference" end
+    -- of lc.run's own files
+    local function folder(file) return checkpoint.fits((file:gsub("_%a+%.pt$", "") .. ".run")) end
+    local function load_data(tree, name, model)
+        return datasets.load(tree.dataset, {
+            model = model, source = args.data ~= "" and args.data or nil, data_dir = args.data_dir,
+            hold_out = d.hold_out or (name:match "^llama3_1_" and 500 or 200),
+        })
+    end
+    local blocks -- what the first stage learned block by block, before the whole model is in memory
+    if args.layers_per_model and trains_first and options then
+        local top = lc.load(path, { dtype = dtype, part = { first = 1, last = 0 } })
+        blocks = stage.in_blocks { tree = first, model = path, out = folder(paths.distill),
+                                   data = load_data(first, args.distill_config, top),
+                                   layers = args.layers_per_model, student = options, dtype = dtype,
+                                   device = args.device, seed = args.seed,
+                                   clip = args.clip > 0 and args.clip or nil, fresh = args.fresh }
+    end
+    local teacher = lc.load(path, { dtype = dtype, device = args.device }):freeze()
+    configs.check_model(model_tree, teacher.config)
+    if model_tree.model.peft_id then -- an adapter that the model starts with
+        teacher = require("lolcats.peft").load(teacher, lc.hub.resolve(model_tree.model.peft_id)):merge_lora()
+    end
+    log.say("%s\n%s", tostring(teacher), paths.names.finetune)
     local student = options and lc.linearize(teacher, options) or teacher
     if args.print_model then print(student) end
-    local function folder(path) return checkpoint.fits((path:gsub("_%a+%.pt$", "") .. ".run")) end -- of lc.run's own files
     local chunk = model_tree.attention.state_chunk_len
-    local function load_data(tree, name)
-        return datasets.load(tree.dataset, { model = teacher, source = args.data ~= "" and args.data or nil, data_dir = args.data_dir,
-                                             hold_out = d.hold_out or (name:match "^llama3_1_" and 500 or 200) })
-    end
     local function sample(what)
         if args.no_init_eval or not student.tokenizer then return end
-        print(("\n> %s: %s"):format(what, (student:generate(PROMPT, { max_new = args.max_new_tokens, temperature = 0 }):gsub("%s+", " "))))
+        for i = 1, args.num_generations do
+            local t0 = lc.now()
+            local text, ids = student:generate(PROMPT,
+                                               { max_new = args.max_new_tokens, temperature = i > 1 and 1 or 0,
+                                                 top_k = args.top_k,
+                                                         top_p = args.top_p, seed = args.seed + i })
+            print(("\n> %s: %s"):format(what, (text:gsub("%s+", " "))))
+            if args.benchmark then print(("%d tokens in %.2f s"):format(#ids, lc.now() - t0)) end
+        end
     end
     local report = {}
 
     -- 1. Attention transfer.
     if args.load_distill_checkpoint then
-        checkpoint.load(student, args.load_distill_checkpoint == "default" and paths.distill or args.load_distill_checkpoint)
+        checkpoint.load(student, args.load_distill_checkpoint == "default" and paths.distill or
+                        args.load_distill_checkpoint)
     end
-    if trains_first then
-        local function save(path, values, step) checkpoint.save(student, path, { step = step, ["distill/eval/loss"] = values.loss }, args.format, "maps") end
+    local function save_maps(file, values, step)
+        checkpoint.save(student, file, { step = step, ["distill/eval/loss"] = values.loss }, args.format, "maps")
+    end
+    if blocks then
+        checkpoint.load(student, blocks.folder)
+        save_maps(paths.distill, blocks, blocks.step)
+    elseif trains_first then
         local s = stage.train {
-            name = "distill", out = folder(paths.distill), tree = first, student = student, params = student:trainable(), data = load_data(first, args.distill_config),
-            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, fresh = args.fresh, chunk = chunk,
-            save = function(step, values) save(names.periodic(paths.distill, step), values, step) end,
+            name = "distill", out = folder(paths.distill), tree = first, student = student,
+            params = student:trainable(),
+            data = load_data(first, args.distill_config, teacher),
+            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, fresh = args.fresh,
+            chunk = chunk,
+            save = function(step, values) save_maps(names.periodic(paths.distill, step), values, step) end,
         }
         report.distill, report.distill_steps = s.best and s.best.value, s.updates
-        save(paths.distill, { loss = s.best and s.best.value or s.held_out.loss }, s.best and s.best.step or s.updates)
+        save_maps(paths.distill, { loss = s.best and s.best.value or s.held_out.loss },
+                  s.best and s.best.step or s.updates)
     elseif not args.load_distill_checkpoint then
         log.say "no distillation"
     end
@@ -102,10 +158,14 @@ local function distill(d)
         if args.load_finetune_checkpoint then checkpoint.load(student, args.load_finetune_checkpoint) end
     end
     if second and second.trainer.name and (not args.load_finetune_checkpoint or args.resume_finetune) then
-        local function save(path, values, step) checkpoint.save(student, path, { step = step, ["eval/loss"] = values.loss }, args.format, "trained") end
+        local function save(file, values, step)
+            checkpoint.save(student, file, { step = step, ["eval/loss"] = values.loss }, args.format, "trained")
+        end
         local s = stage.train {
-            name = "ft", out = folder(paths.finetune), tree = second, student = student, params = student:trainable(), data = load_data(second, args.finetune_config),
-            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, csv = checkpoint.fits(paths.csv), fresh = args.fresh,
+            name = "ft", out = folder(paths.finetune), tree = second, student = student, params = student:trainable(),
+            data = load_data(second, second_name, teacher),
+            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat,
+            csv = checkpoint.fits(paths.csv), fresh = args.fresh,
             chunk = chunk, save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
         }
         report.finetune, report.finetune_steps = s.best and s.best.value, s.updates
@@ -116,8 +176,10 @@ local function distill(d)
     -- 3. Answers scored by ROUGE.
     if args.eval_config then
         local tree = configs.load("experiment", args.eval_config, args.config_dir)
-        local data = load_data(tree, args.eval_config)
-        if trainers.find(tree.trainer.name).stage ~= "evaluation" then lc.fail("%s is no evaluation", args.eval_config) end
+        local data = load_data(tree, args.eval_config, teacher)
+        if trainers.find(tree.trainer.name).stage ~= "evaluation" then
+            lc.fail("%s is no evaluation", args.eval_config)
+        end
         if not data.test then lc.fail("the data set %s has no prompts to answer", tree.dataset.name) end
         report.rouge = trainers.score_answers(student, data.test, { max_new = d.max_new, limit = d.answers })
         print(files.to_json({ ["final/eval"] = report.rouge }, { indent = 2 }))

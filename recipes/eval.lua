@@ -7,6 +7,7 @@ local args = lc.args {
     "Multiple-choice accuracy (piqa, arc_easy, arc_challenge, winogrande; zero-shot, by the rules of " ..
     "lm-evaluation-harness) and perplexity. Task files are TASK.validation.jsonl in the folder given by --data.",
     { "model", "smollm2", "folder, GGUF file, Hub id in the local cache, saved student, or smollm2" },
+    { "base", "", "the model that a saved student or a checkpoint was made from, where it has moved" },
     { "tasks", { "piqa", "arc_easy", "arc_challenge", "winogrande" }, "which tasks; none: only perplexity" },
     { "data", "", "folder of the task files; default: assets/datasets/eval of $LOLCATS_TEST_DATA or ../shared" },
     { "text", "", "also the perplexity of this text file" },
@@ -37,7 +38,7 @@ for _, name in ipairs(args.tasks) do
         tasks[#tasks + 1] = name
     end
 end
-local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
+local model = lc.load(args.model, { base = args.base ~= "" and args.base or nil, dtype = args.dtype, device = args.device })
 local forward = { teacher = args.teacher }
 local out = { model = args.model, tasks = files.array {} }
 

@@ -14,11 +14,13 @@ local function finetune(d)
         { "records", d.records or 0, "records of the data to read; 0: all", min = 0 },
         { "hold_out", d.hold_out or 0.05, "records held out: a number, or a share below 1" },
         { "eval_rows", d.eval_rows or 16, "held-out rows for evaluation", min = 1 },
-        { "steps", d.steps or 0, "updates; 0: by epochs", min = 0 }, { "epochs", d.epochs or 2, "passes over the data" },
+        { "steps", d.steps or 0, "updates; 0: by epochs", min = 0 },
+        { "epochs", d.epochs or 2, "passes over the data" },
         { "accumulate", d.accumulate or 8, "rows an update", min = 1 },
         { "optim", d.optim or "adamw", "optimizer", { "adamw", "adam", "sgd", "adafactor" } },
         { "lr", d.lr or 1e-4, "learning rate" }, { "weight_decay", d.weight_decay or 0, "weight decay", min = 0 },
-        { "schedule", d.schedule or "plateau", "learning rate over time", { "plateau", "cosine", "linear", "constant" } },
+        { "schedule", d.schedule or "plateau", "learning rate over time",
+          { "plateau", "cosine", "linear", "constant" } },
         { "clip", d.clip or 1, "largest gradient norm; 0: no clipping", min = 0 },
         { "rank", d.rank or 8, "rank of LoRA, where the student has none yet", min = 1 },
         { "alpha", d.alpha or 16, "scale of LoRA is alpha / rank" },
@@ -27,28 +29,35 @@ local function finetune(d)
         { "eval_every", d.eval_every or 100, "updates between evaluations", min = 1 },
         { "dtype", d.dtype or "f32", "dtype of the frozen weights", { "f32", "bf16", "f16", "f64" } },
         { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
-        { "seed", d.seed or 0, "order of rows and start of LoRA" }, { "fresh", false, "start over instead of going on" },
+        { "seed", d.seed or 0, "order of rows and start of LoRA" },
+        { "fresh", false, "start over instead of going on" },
         unpack(d.more or {}),
     }
     if d.prepare then d.prepare(args) end
     lc.manual_seed(args.seed)
-    local student = lc.load(args.student, { base = args.base ~= "" and args.base or nil, dtype = args.dtype, device = args.device })
+    local student = lc.load(args.student,
+                            { base = args.base ~= "" and args.base or nil, dtype = args.dtype, device = args.device })
     if student.use_linear then
         student:use_linear { keep_training = args.train_maps and { "." } or nil }
     else
         student:freeze()
     end
     if not student.lora then student:add_lora { rank = args.rank, alpha = args.alpha, targets = args.targets } end
-    local data = lc.data(args.data, { model = student, seq = args.seq, hold_out = args.hold_out, limit = args.records > 0 and args.records or nil })
+    local data = lc.data(args.data,
+                         { model = student, seq = args.seq, hold_out = args.hold_out,
+                           limit = args.records > 0 and args.records or nil })
     log.say("%s\n%s", tostring(student), tostring(data))
     if not data.held then lc.fail("hold_out is 0: there is nothing to measure perplexity on") end
     local held, results = data.held:list(args.eval_rows), lc.train.results(args.out)
     local before = results:once("before_ppl", function() return eval.perplexity_rows(student, held).ppl end)
     local run = lc.run {
         name = "lora", out = args.out, data = data, params = student:trainable(), model = student,
-        optim = lc.optim.named(args.optim, { lr = args.lr, weight_decay = args.weight_decay }), schedule = args.schedule,
-        clip = args.clip > 0 and args.clip or nil, max_steps = args.steps > 0 and args.steps or nil, epochs = args.steps == 0 and args.epochs or nil,
-        accumulate = args.accumulate, seed = args.seed, fresh = args.fresh, eval_every = args.eval_every, eval = function()
+        optim = lc.optim.named(args.optim, { lr = args.lr, weight_decay = args.weight_decay }),
+        schedule = args.schedule,
+        clip = args.clip > 0 and args.clip or nil, max_steps = args.steps > 0 and args.steps or nil,
+        epochs = args.steps == 0 and args.epochs or nil,
+        accumulate = args.accumulate, seed = args.seed, fresh = args.fresh, eval_every = args.eval_every,
+        eval = function()
             local r = eval.perplexity_rows(student, held)
             return { loss = r.loss, ppl = r.ppl }
         end,
@@ -57,8 +66,10 @@ local function finetune(d)
     local after = results:once("after_ppl", function() return eval.perplexity_rows(student, held).ppl end)
     local folder = args.out .. "/student"
     if student.save then student:save(folder) end
-    print(log.table({ { "before", ("%.2f"):format(before) }, { "after", ("%.2f"):format(after) } }, { "", "perplexity" }))
-    files.write_json(args.out .. "/summary.json", { student = args.student, before_ppl = before, lora_ppl = after, steps = run:summary().updates })
+    print(log.table({ { "before", ("%.2f"):format(before) }, { "after", ("%.2f"):format(after) } },
+                    { "", "perplexity" }))
+    files.write_json(args.out .. "/summary.json",
+                     { student = args.student, before_ppl = before, lora_ppl = after, steps = run:summary().updates })
 end
 
 if ... == "recipe" then return finetune end

@@ -6,6 +6,7 @@ local args = lc.args {
     "Continues a prompt and streams the result to standard output.",
     { "prompt", lc.required, "the text to continue; - reads standard input", positional = true },
     { "model", "smollm2", "folder, GGUF file, Hub id in the local cache, saved student, or smollm2" },
+    { "base", "", "the model that a saved student or a checkpoint was made from, where it has moved" },
     { "chat", false, "treat the prompt as a user's message: the model's chat template is put around it" },
     { "system", "", "with --chat: the system message" },
     { "max_new", 200, "tokens at most", min = 1 },
@@ -22,7 +23,7 @@ local args = lc.args {
     { "json", false, "one JSON object instead of streamed text" },
 }
 
-local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
+local model = lc.load(args.model, { base = args.base ~= "" and args.base or nil, dtype = args.dtype, device = args.device })
 if not model.tokenizer then lc.fail("%s has no tokenizer (tokenizer.json)", args.model) end
 local prompt = args.prompt == "-" and io.read "*a" or args.prompt
 local opts = { max_new = args.max_new, temperature = args.temperature, top_k = args.top_k, top_p = args.top_p,

@@ -3,8 +3,8 @@ local lc = require "lolcats"
 local files = require "lolcats.files"
 
 local args = lc.args {
-    "Lists tensors, dtypes, shapes, sizes and metadata of a safetensors, PyTorch or GGUF file, or of a folder with one, with shards or " ..
-    "with a distributed checkpoint. Nothing is run and nothing is read but headers.",
+    "Lists tensors, dtypes, shapes, sizes and metadata of a safetensors, PyTorch or GGUF file, or of a folder with " ..
+    "one, with shards or with a distributed checkpoint. Nothing is run and nothing is read but headers.",
     { "file", lc.required, "a file or folder", positional = true },
     { "json", false, "one JSON object instead of text" },
 }
@@ -46,7 +46,8 @@ local function show(v)
     return type(v) == "number" and ("%.15g"):format(v) or tostring(v)
 end
 
-print(("%s: %s, %d tensors, %.0f values, %s"):format(args.file, about.format, about.count, about.elements, size(about.bytes)))
+print(("%s: %s, %d tensors, %.0f values, %s"):format(args.file, about.format, about.count, about.elements,
+    size(about.bytes)))
 local keys = {}
 for k in pairs(about.metadata) do keys[#keys + 1] = tostring(k) end
 table.sort(keys)
@@ -57,6 +58,7 @@ for _, e in ipairs(about.tensors) do widest, dtype = math.max(widest, #e.name), 
 widest = math.min(widest, 90)
 if about.count > 0 then print "\ntensors" end
 for _, e in ipairs(about.tensors) do
-    print(("  %-" .. widest .. "s  %-" .. dtype .. "s  %-20s %s%s"):format(clean(e.name), e.dtype, "[" .. table.concat(e.shape, ", ") .. "]",
+    print(("  %-" .. widest .. "s  %-" .. dtype .. "s  %-20s %s%s"):format(clean(e.name), e.dtype,
+        "[" .. table.concat(e.shape, ", ") .. "]",
         size(e.bytes), e.file and "  " .. e.file or ""))
 end

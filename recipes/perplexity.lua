@@ -6,6 +6,7 @@ local eval = require "lolcats.eval"
 local args = lc.args {
     "Perplexity of a text file under a model: exp of the mean next-token loss over all counted tokens.",
     { "model", "smollm2", "folder, GGUF file, Hub id in the local cache, saved student, or smollm2" },
+    { "base", "", "the model that a saved student or a checkpoint was made from, where it has moved" },
     { "text", lc.required, "text file (UTF-8); - reads standard input" },
     { "seq", 1024, "tokens a window", min = 2 },
     { "stride", 0, "tokens from one window to the next; 0: windows side by side. A smaller one counts each token once, " ..
@@ -19,7 +20,7 @@ local args = lc.args {
     { "json", false, "one JSON object instead of text" },
 }
 
-local model = lc.load(args.model, { dtype = args.dtype, device = args.device })
+local model = lc.load(args.model, { base = args.base ~= "" and args.base or nil, dtype = args.dtype, device = args.device })
 if not model.tokenizer then lc.fail("%s has no tokenizer (tokenizer.json)", args.model) end
 if (args.window_only or args.teacher) and not model.is_student then
     lc.fail("--window-only and --teacher are for linearized models; %s is not one", args.model)

@@ -1,12 +1,12 @@
 #!/bin/sh
 # python_peers.sh [NAME ..]: our files against the Python packages that define them, both ways; NAME: weights, models, gguf_models,
-# adapters, hub. The packages are installed into a scratch environment: LOLCATS_PEERS, or one beside the build; where there is
+# adapters, hub, parquet. The packages are installed into a scratch environment: LOLCATS_PEERS, or one beside the build; where there is
 # no package index the test is skipped. Needs LOLCATS_PROGRAM (build/lolcats) and python3 with venv.
 cd "$(dirname "$0")/.." || exit 1
 program=${LOLCATS_PROGRAM:-build/lolcats}
 peers=${LOLCATS_PEERS:-${LOLCATS_TEST_BUILD:-/tmp}/python_peers}
-packages="torch numpy safetensors gguf transformers peft huggingface_hub"
-names=${*:-weights models gguf_models adapters hub}
+packages="torch numpy safetensors gguf transformers peft huggingface_hub pyarrow"
+names=${*:-weights models gguf_models adapters hub parquet}
 
 skip() {
     echo "skipped: $1"
@@ -19,7 +19,7 @@ if ! [ -x "$peers/bin/python" ]; then
     python3 -m venv "$peers" > /dev/null 2>&1 || skip "python3 -m venv does not work here"
 fi
 python=$peers/bin/python
-if ! "$python" -c "import torch, numpy, safetensors, gguf, transformers, peft, huggingface_hub" 2> /dev/null; then
+if ! "$python" -c "import torch, numpy, safetensors, gguf, transformers, peft, huggingface_hub, pyarrow" 2> /dev/null; then
     # shellcheck disable=SC2086
     "$python" -m pip install -q --disable-pip-version-check --retries 1 --timeout 20 $packages > "$peers/pip.log" 2>&1 ||
         skip "no package index ($(tail -1 "$peers/pip.log"))"
@@ -47,10 +47,12 @@ adapters() {
         "$python" tests/peers/adapters.py check "$work/adapters"
 }
 
-# hub: tests/peers/hub.py, where it is
 hub() {
-    [ -f tests/peers/hub.py ] || return 0
     env -u HF_HUB_OFFLINE "$python" tests/peers/hub.py "$program" "$work/hub"
+}
+
+parquet() {
+    "$python" tests/peers/parquet.py "$program" "$work/parquet"
 }
 
 failed=0

@@ -41,7 +41,7 @@ function M.softmax(q, k, v, ctx)
     state.k:narrow(3, n + 1, t):copy_(k)
     state.v:narrow(3, n + 1, t):copy_(v)
     return (lc.attention(q, state.k:narrow(3, 1, n + t), state.v:narrow(3, 1, n + t),
-                         { start = ctx.start, window = ctx.window or 0 }))
+                         { start = ctx.key_start or ctx.start, window = ctx.window or 0 }))
 end
 
 --- Grows a cache to hold at least `need` positions; doubles, so that appending is linear on the whole.
@@ -103,7 +103,8 @@ end
 --- The state of n rows from `first` on, which writes through to the whole. like: {shape, dtype, device} of the keys that
 --- the whole is about to be given; caches grow before they are taken apart.
 function M.rows_of(state, first, n, like)
-    local part = { seen = state.seen, batch = n, layers = {}, pos = state.pos:narrow(1, first, n), as_teacher = state.as_teacher }
+    local part = { seen = state.seen, batch = n, layers = {}, pos = state.pos:narrow(1, first, n), as_teacher = state.as_teacher,
+                   start = state.start and state.start:narrow(1, first, n), padding = state.padding }
     for i, s in ipairs(state.layers) do
         if not s.state then M.reserve(s, like, state.seen, state.seen + like.shape[3]) end
         part.layers[i] = {}
@@ -309,13 +310,34 @@ function M.quadratic(a, q, k, v, fq, fk)
     return weights:matmul(v), weights
 end
 
+-- Rows with padding before them are at different positions: each has a state of its own.
+local function row_by_row(a, q, k, v, fq, fk, ctx)
+    local st, t, out = ctx.state, q:size(3), {}
+    local start = ctx.start and ctx.start:totable()
+    if not st.by_row then
+        st.by_row = {}
+        for i = 1, q:size(1) do st.by_row[i] = { state = {}, seen = 0 } end
+    end
+    for i, row in ipairs(st.by_row) do
+        local pad = start and start[i] or 0
+        local zero = pad > 0 and lc.zeros({ 1, q:size(2), pad, q:size(4) }, { dtype = q.dtype, device = q.device })
+        if pad == t then
+            out[i] = zero
+        else
+            local function cut(x) return x:narrow(1, i, 1):narrow(3, pad + 1, t - pad) end
+            local y = M.recurrent(a, cut(q), cut(k), cut(v), cut(fq), cut(fk), { state = row.state, seen = row.seen })
+            row.seen = row.seen + t - pad
+            out[i] = zero and lc.cat({ zero, y }, 3) or y
+        end
+    end
+    return lc.cat(out, 1)
+end
+
 --- One chunk of t positions after ctx.seen earlier ones, with a state of constant size: the keys, values and features
 --- of the current window, and the sums over everything before it. Any map, any split into chunks. Gradients reach this
 --- chunk's inputs; what the state holds is a constant to them.
 function M.recurrent(a, q, k, v, fq, fk, ctx)
-    if ctx.start then
-        lc.fail("this form of attention takes no left padding together with a state; give the rows one by one")
-    end
+    if ctx.start or ctx.state.by_row then return row_by_row(a, q, k, v, fq, fk, ctx) end
     local kind = q.dtype
     if kind ~= "f64" and kind ~= "f32" then -- halves are computed, and their sums carried, in f32
         q, k, v, fq, fk = q:to "f32", k:to "f32", v:to "f32", fq:to "f32", fk:to "f32"

@@ -135,8 +135,7 @@ end
 
 --- The student's attention of one layer, as attention.hybrid. Rows with padding are computed one by one.
 function M.hybrid(a, q, k, v, ctx)
-    if not ctx.start then return whole(a, q, k, v, ctx) end
-    if ctx.state then lc.fail("this attention takes no left padding together with a state; give the rows one by one") end
+    if ctx.state or not ctx.start then return whole(a, q, k, v, ctx) end
     local out, t = {}, q:size(3)
     for i, pad in ipairs(ctx.start:totable()) do
         local function cut(x) return x:narrow(1, i, 1):narrow(3, pad + 1, t - pad) end

@@ -42,14 +42,14 @@ end
 local function run(a, x, want, how)
     local b, h, t = x.q:size(1), x.q:size(2), how.t
     local rows = math.max(8, math.min(256, math.floor((how.tile or TILE) / (b * h * t))))
-    local total, grads = 0, {}
+    local total, grads = lc.zeros({}, { dtype = x.q.dtype, device = x.q.device }), {} -- summed where it lies: nothing waits for it
     for name, on in pairs(want) do
         if on then grads[name] = lc.zeros_like(x[name]) end
     end
     local at = 0
     while at < t do
         local n = math.min(rows, t - at)
-        total = total + lc.scope(function()
+        lc.scope(function()
             local tile = { q = x.q, k = x.k, q_true = x.q_true, k_true = x.k_true }
             tile.q_tile, tile.fq_tile = leaf(x.q:narrow(3, at + 1, n), want.q), leaf(x.fq:narrow(3, at + 1, n), want.fq)
             tile.k_tile, tile.fk_tile = leaf(x.k:narrow(3, 1, at + n), want.k), leaf(x.fk:narrow(3, 1, at + n), want.fk)
@@ -67,7 +67,7 @@ local function run(a, x, want, how)
             add("k", tile.k_tile.grad, 1, at + n)
             add("fk", tile.fk_tile.grad, 1, at + n)
             if grads.factors and tile.factors.grad then grads.factors:add_(tile.factors.grad) end
-            return loss:item()
+            total:add_(loss:detach())
         end)
         at = at + n
     end
@@ -103,13 +103,13 @@ function M.xent(a, q, k, fq, fk, ctx, opts)
             local x = { q = q_, k = k_, fq = fq_, fk = fk_, factors = factors_, q_true = q_true, k_true = k_true }
             local total, grads = run(a, x, want, how)
             ctx_.grads = grads
-            return lc.full({}, total / count, { dtype = q_.dtype, device = q_.device })
+            return total * (1 / count)
         end,
         backward = function(ctx_, g)
             local out, n = {}, #order
             for i, name in ipairs(order) do
                 local grad = ctx_.grads[name]
-                out[i] = grad and grad * (g / count) or nil
+                out[i] = grad and grad * (g * (1 / count)) or nil
             end
             return unpack(out, 1, n)
         end,

@@ -525,8 +525,20 @@ end
 
 function evaluators.negate(node, scope) return values.arithmetic("-", 0, eval(node.value, scope), node.line) end
 
+-- What `safe` and `escape` give is marked as markup in Jinja: added to it, any other text is escaped. Here the mark is read
+-- off the expression; it does not outlive a variable.
+local function is_markup(node)
+  if node.kind == "filter" then return node.name == "safe" or node.name == "escape" or node.name == "e" end
+  return node.kind == "binary" and node.op == "+" and (is_markup(node.left) or is_markup(node.right))
+end
+
 function evaluators.binary(node, scope)
-  return values.arithmetic(node.op, eval(node.left, scope), eval(node.right, scope), node.line)
+  local left, right = eval(node.left, scope), eval(node.right, scope)
+  if node.op == "+" and type(left) == "string" and type(right) == "string" then
+    local a, b = is_markup(node.left), is_markup(node.right)
+    if a and not b then right = filters.escape(right) elseif b and not a then left = filters.escape(left) end
+  end
+  return values.arithmetic(node.op, left, right, node.line)
 end
 
 function evaluators.compare(node, scope)

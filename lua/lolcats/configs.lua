@@ -1,6 +1,6 @@
--- configs.lua: the reference's YAML configurations (lc.configs). Finds one by name (in a folder of the user's, then among the
--- program's own under recipes/configs), reads and checks it, lays command-line flags over it, and says what its keys mean here:
--- options of lc.linearize, of LoRA, of an optimizer and of a schedule.
+-- configs.lua: the reference's YAML configurations (lc.configs). Finds one by name (in a folder of the user's, then
+-- among the program's own under recipes/configs), reads and checks it, lays command-line flags over it, and says what
+-- its keys mean here: options of lc.linearize, of LoRA, of an optimizer and of a schedule.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local cli = require "lolcats.cli"
@@ -40,12 +40,14 @@ function M.names(kind, dir)
     return out
 end
 
---- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; or a file's path.
+--- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; or a file's
+--- path.
 function M.find(kind, name, dir)
     if not KINDS[kind] then lc.fail("configs: a kind is 'model' or 'experiment', not '%s'", tostring(kind)) end
     if type(name) ~= "string" or name == "" then lc.fail("configs: the name of a %s configuration is missing", kind) end
     local short = name:gsub("%.yaml$", "")
-    for _, path in ipairs { dir and ("%s/%s/%s.yaml"):format(dir, kind, short) or false, name:match "%.yaml$" and name or false } do
+    for _, path in ipairs { dir and ("%s/%s/%s.yaml"):format(dir, kind, short) or false,
+                            name:match "%.yaml$" and name or false } do
         if path and files.is_file(path) then return files.read(path), path end
     end
     local path = ("recipes/configs/%s/%s.yaml"):format(kind, short)
@@ -79,30 +81,38 @@ end
 local KEYS = {
     model = {
         [""] = set "name model attention optimizer",
-        model = set [[pretrained_model_name_or_path cache_dir return_dict load_in_8bit load_in_4bit device_map low_cpu_mem_usage torch_dtype
-            attn_implementation rope_theta rope_scaling peft_id huggingface_token]],
-        attention = set [[attention_type state_chunk_len window_size decode_window_size affine_attention_factors init_window_factor
-            train_window_factor train_attention_weights feature_map feature_map_kwargs layer_idx learned_kernel learned_kernel_kwargs
-            tie_qk_kernels train_qk softmax_attentions peft peft_config rotary_config fp32_attention mask_value eps remove_base_attn
-            state_grad_enabled mem_save]],
+        model = set [[
+            pretrained_model_name_or_path cache_dir return_dict load_in_8bit load_in_4bit device_map low_cpu_mem_usage
+            torch_dtype attn_implementation rope_theta rope_scaling peft_id huggingface_token]],
+        attention = set [[
+            attention_type state_chunk_len window_size decode_window_size affine_attention_factors init_window_factor
+            train_window_factor train_attention_weights feature_map feature_map_kwargs layer_idx learned_kernel
+            learned_kernel_kwargs tie_qk_kernels train_qk softmax_attentions peft peft_config rotary_config
+            fp32_attention mask_value eps remove_base_attn state_grad_enabled mem_save]],
         ["attention.feature_map_kwargs"] = set "eps fullspace",
         ["attention.learned_kernel_kwargs"] = set "feature_dim skip_connection bias zero_init normal_init hidden_dim",
     },
     experiment = {
         [""] = set "dataset dataloader optimizer lr_scheduler trainer finetune fsdp",
         dataset = set "name dataset_config pretrained_model_config preprocess_config",
-        ["dataset.dataset_config"] = set [[name path cache_dir chunk_size concat_data train_data eval_data max_eval_num max_length min_length
-            chat_template seed use_c4 num_train_samples max_train_samples load_from_cache_file esl_model_config filter_by_esl
-            dataloaders_dir filter_window]],
+        ["dataset.dataset_config"] = set [[
+            name path cache_dir chunk_size concat_data train_data eval_data max_eval_num max_length min_length
+            chat_template seed use_c4 num_train_samples max_train_samples load_from_cache_file esl_model_config
+            filter_by_esl dataloaders_dir filter_window]],
         ["dataset.pretrained_model_config"] = set "pretrained_model_name_or_path cache_dir",
         dataloader = set "batch_size num_workers drop_last pin_memory",
-        optimizer = set "optim lr weight_decay betas eps momentum dampening nesterov max_optimizer_steps clip_threshold decay_rate beta1 scale_parameter",
-        lr_scheduler = set [[lr_scheduler_type mode factor patience min_lr threshold threshold_mode cooldown eps num_warmup_steps
-            num_training_steps num_cycles t_initial lr_min t_mul cycle_mul decay_rate cycle_decay warmup_t warmup_lr_init warmup_prefix
-            cycle_limit]],
-        trainer = set [[name bf16 train_split val_split num_train_epochs gradient_accumulation_steps seed batch_size load_best_model_at_end
-            greater_is_better metric_for_best_model logging_steps evaluation_strategy max_steps max_finetune_steps eval_steps max_eval_batches
-            num_save_ckpt_steps mse_factor xent_factor reverse_kl print_samples initial_eval layer_idx n_queries n_keys]],
+        optimizer = set [[
+            optim lr weight_decay betas eps momentum dampening nesterov max_optimizer_steps clip_threshold decay_rate
+            beta1 scale_parameter]],
+        lr_scheduler = set [[
+            lr_scheduler_type mode factor patience min_lr threshold threshold_mode cooldown eps num_warmup_steps
+            num_training_steps num_cycles t_initial lr_min t_mul cycle_mul decay_rate cycle_decay warmup_t
+            warmup_lr_init warmup_prefix cycle_limit]],
+        trainer = set [[
+            name bf16 train_split val_split num_train_epochs gradient_accumulation_steps seed batch_size
+            load_best_model_at_end greater_is_better metric_for_best_model logging_steps evaluation_strategy max_steps
+            max_finetune_steps eval_steps max_eval_batches num_save_ckpt_steps mse_factor xent_factor reverse_kl
+            print_samples initial_eval layer_idx n_queries n_keys]],
         finetune = set "method kwargs trainable_weights layers_to_ignore",
         ["finetune.kwargs"] = set "r lora_alpha lora_dropout target_modules layers_to_transform",
         fsdp = set "save_model run_validation use_fp16 save_optimizer gradient_clipping gradient_clipping_threshold",
@@ -120,7 +130,8 @@ local function unknown_keys(kind, tree)
                 local names = {}
                 for name in pairs(keys) do names[#names + 1] = name end
                 local near = cli.suggest(tostring(k), names)
-                out[#out + 1] = (place == "" and "" or place .. ".") .. tostring(k) .. (near and (" (did you mean %s?)"):format(near) or "")
+                out[#out + 1] = (place == "" and "" or place .. ".") .. tostring(k) ..
+                    (near and (" (did you mean %s?)"):format(near) or "")
             end
         end
     end
@@ -132,9 +143,13 @@ end
 function M.load(kind, name, dir)
     local text, path = M.find(kind, name, dir)
     local tree = files.parse_yaml(text, path)
-    if type(tree) ~= "table" or tree == files.null or #tree > 0 then lc.fail("%s: a map of blocks was expected", path) end
+    if type(tree) ~= "table" or tree == files.null or #tree > 0 then
+        lc.fail("%s: a map of blocks was expected", path)
+    end
     tree = without_nulls(tree)
-    for _, key in ipairs(unknown_keys(kind, tree)) do require("lolcats.log").say("%s: the key %s has no meaning", path, key) end
+    for _, key in ipairs(unknown_keys(kind, tree)) do
+        require("lolcats.log").say("%s: the key %s has no meaning", path, key)
+    end
     for _, block in ipairs(kind == "model" and { "model", "attention" } or { "dataset", "trainer" }) do
         if type(tree[block]) ~= "table" then lc.fail("%s: the block '%s' is missing", path, block) end
     end
@@ -142,10 +157,13 @@ function M.load(kind, name, dir)
 end
 
 -- ---- flags over values ----------------------------------------------------------------------------------------------
-local TRAINER_FLAGS = { "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_finetune_steps", "eval_steps", "seed",
+local TRAINER_FLAGS = { "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_finetune_steps",
+                        "eval_steps", "seed",
                         "max_eval_batches" }
-local ATTENTION_FLAGS = { "attention_type", "learned_kernel", "tie_qk_kernels", "train_qk", "state_chunk_len", "window_size" }
-local KERNEL_FLAGS = { lk_skip_connection = "skip_connection", lk_zero_init = "zero_init", lk_normal_init = "normal_init" }
+local ATTENTION_FLAGS = { "attention_type", "learned_kernel", "tie_qk_kernels", "train_qk", "state_chunk_len",
+                          "window_size" }
+local KERNEL_FLAGS = { lk_skip_connection = "skip_connection", lk_zero_init = "zero_init",
+                       lk_normal_init = "normal_init" }
 
 --- Lays flags over an experiment's values. finetune: lr and weight_decay are the first stage's alone.
 function M.override_experiment(tree, flags, finetune)
@@ -179,36 +197,57 @@ function M.override_model(tree, flags)
             tree.attention.learned_kernel_kwargs[key] = flags[flag]
         end
     end
-    if flags.pretrained_model_name_or_path then tree.model.pretrained_model_name_or_path = flags.pretrained_model_name_or_path end
+    if flags.pretrained_model_name_or_path then
+        tree.model.pretrained_model_name_or_path = flags.pretrained_model_name_or_path
+    end
     return tree
 end
 
 -- ---- what the keys mean ---------------------------------------------------------------------------------------------
---- Options of lc.linearize for a model configuration; nil when its attention stays softmax. What an attention_type means
---- stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel (null: none).
+--- Options of lc.linearize for a model configuration; nil when its attention stays softmax. What an attention_type
+--- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel (null: none).
 function M.linearize_options(tree)
     local a = tree.attention
     local found = require("lolcats.attention_types").find(a.attention_type)
     if found.options.softmax then return nil end
     local kind = found.options.kind
+    if a.peft or a.peft_config then
+        lc.fail("attention.peft: LoRA in the first stage is not built; leave it to the second")
+    end
     local k, f = a.learned_kernel_kwargs or {}, a.feature_map_kwargs or {}
     local keep
     for _, i in ipairs(a.softmax_attentions or {}) do -- they count layers from 0
         keep = keep or {}
         keep[#keep + 1] = i + 1
     end
-    local kernel = a.learned_kernel == files.null and "none" or a.learned_kernel and require("lolcats.maps.kernels").name(a.learned_kernel, a.feature_map) or nil
+    local kernel = a.learned_kernel == files.null and "none" or a.learned_kernel and
+        require("lolcats.maps.kernels").name(a.learned_kernel, a.feature_map) or nil
     local train_factor = a.train_window_factor ~= false
     if found.options.train_window_factor == false then train_factor = false end
     return {
         attention = a.attention_type, map = a.feature_map or "softmax_dim", kind = kind,
         window = kind ~= "linear" and (found.options.window or a.window_size or 64) or 0,
-        feature_dim = k.feature_dim, full = f.fullspace ~= false, bias = k.bias or false, skip = k.skip_connection or false,
+        feature_dim = k.feature_dim, full = f.fullspace ~= false, bias = k.bias or false,
+        skip = k.skip_connection or false,
         kernel = kernel ~= "untied" and kernel or nil, hidden_dim = k.hidden_dim, tie_qk = a.tie_qk_kernels or nil,
         init = k.normal_init and "normal" or k.zero_init and "identity" or "kaiming",
         window_factor = a.init_window_factor or 0, affine = a.affine_attention_factors or false, softmax_layers = keep,
         train_window_factor = train_factor,
     }
+end
+
+--- What of a model block cannot be taken as it says: raises for quantised loading, tells rotary settings that the model
+--- itself has otherwise. config: the loaded model's.
+function M.check_model(tree, config)
+    local m = tree.model
+    if m.load_in_8bit or m.load_in_4bit then
+        lc.fail("load_in_8bit and load_in_4bit are not built (in the reference neither); a quantised GGUF file loads as it is")
+    end
+    if m.rope_theta and config.rope_theta and m.rope_theta ~= config.rope_theta then
+        require("lolcats.log").say("the configuration has rope_theta %g, the model itself %g: the model's counts",
+                                   m.rope_theta,
+                                   config.rope_theta)
+    end
 end
 
 local PROJECTIONS = set "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"

@@ -1,5 +1,5 @@
--- convert.lua: tensors from any file that can be read into any format that can be written, a piece at a time, and what a file
--- holds as a table. recipes/convert.lua and recipes/inspect.lua are the commands.
+-- convert.lua: tensors from any file that can be read into any format that can be written, a piece at a time, and
+-- what a file holds as a table. recipes/convert.lua and recipes/inspect.lua are the commands.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 
@@ -7,7 +7,8 @@ local M = {}
 
 local DTYPES = { f32 = 1, bf16 = 1, f16 = 1, f64 = 1, q4_0 = 1, q4_1 = 1, q5_0 = 1, q5_1 = 1, q8_0 = 1 }
 
--- What a tensor becomes: floats and blocks take the wanted dtype; integers stay. Blocks of rows that cannot be cut stay f16.
+-- What a tensor becomes: floats and blocks take the wanted dtype; integers stay. Blocks of rows that cannot be cut
+-- stay f16.
 local function target_dtype(info, dtype, format)
     local kind = info.dtype
     local float = kind == "f32" or kind == "bf16" or kind == "f16" or kind == "f64"
@@ -41,18 +42,20 @@ local function carry(src, format, o)
     return src:description()
 end
 
---- Writes what `from` holds (a file, or a folder with one, with shards or with a distributed checkpoint) to `to`: a file by its
---- ending (.safetensors, .pt, .bin, .gguf) or a folder, which gets a model's layout. opts: dtype (f32, bf16, f16, f64; into
---- .gguf also q8_0, q5_1, q5_0, q4_1, q4_0), max_shard (bytes; of folders). Names and values stay as they are. Returns the
---- number of tensors and of files.
+--- Writes what `from` holds (a file, or a folder with one, with shards or with a distributed checkpoint) to `to`: a
+--- file by its ending (.safetensors, .pt, .bin, .gguf) or a folder, which gets a model's layout. opts: dtype (f32,
+--- bf16, f16, f64; into .gguf also q8_0, q5_1, q5_0, q4_1, q4_0), max_shard (bytes; of folders). Names and values
+--- stay as they are. Returns the number of tensors and of files.
 function M.convert(from, to, opts)
     opts = opts or {}
     if opts.dtype and not DTYPES[opts.dtype] then
-        lc.fail("dtype '%s' is not one that can be written: f32, bf16, f16, f64, and into .gguf q8_0, q5_1, q5_0, q4_1, q4_0", opts.dtype)
+        lc.fail("dtype '%s' is not one that can be written: f32, bf16, f16, f64, and into .gguf q8_0, q5_1, q5_0, " ..
+                "q4_1, q4_0", opts.dtype)
     end
     local format = files.tensor_format(to)
     if not format and to:match "%.%w+$" and not files.is_dir(to) then
-        lc.fail("%s: its ending is not one that can be written: .safetensors, .pt, .pth, .bin, .gguf, or a folder's name without one", to)
+        lc.fail("%s: its ending is not one that can be written: .safetensors, .pt, .pth, .bin, .gguf, or a folder's " ..
+                "name without one", to)
     end
     if opts.dtype and opts.dtype:match "^q" and format ~= "gguf" then
         lc.fail("%s: %s is only held by .gguf files", to, opts.dtype)
@@ -60,7 +63,8 @@ function M.convert(from, to, opts)
     local src = files.open_tensors(from)
     local list = {}
     for _, name in ipairs(src:names()) do
-        list[#list + 1] = { name = name, file = src, dtype = target_dtype(src:info(name), opts.dtype, format or "safetensors") }
+        local dtype = target_dtype(src:info(name), opts.dtype, format or "safetensors")
+        list[#list + 1] = { name = name, file = src, dtype = dtype }
     end
     local o, shards = {}, 1
     local metadata = carry(src, format or "safetensors", o)
@@ -74,16 +78,20 @@ function M.convert(from, to, opts)
     return #list, shards
 end
 
---- What a file holds: {path, format, tensors = {{name, dtype, shape, bytes, offset}}, metadata, count, elements, bytes}.
+--- What a file holds: {path, format, tensors = {{name, dtype, shape, bytes, offset}}, metadata, count, elements,
+--- bytes}.
 function M.inspect(path)
     local f = files.open_tensors(path)
-    local out = { path = path, format = f.format, tensors = files.array {}, metadata = f:meta() or {}, elements = 0, bytes = 0 }
+    local out = { path = path, format = f.format, tensors = files.array {}, metadata = f:meta() or {},
+                  elements = 0, bytes = 0 }
     for _, name in ipairs(f:names()) do
         local info = f:info(name)
         local n = 1
         for _, d in ipairs(info.shape) do n = n * d end
-        out.tensors[#out.tensors + 1] = { name = name, dtype = info.file_dtype, shape = files.array(info.shape), bytes = info.bytes,
-                                          offset = info.offset, file = info.path ~= path and files.basename(info.path) or nil }
+        out.tensors[#out.tensors + 1] = {
+            name = name, dtype = info.file_dtype, shape = files.array(info.shape), bytes = info.bytes,
+            offset = info.offset, file = info.path ~= path and files.basename(info.path) or nil,
+        }
         out.elements, out.bytes = out.elements + n, out.bytes + info.bytes
     end
     out.count = #out.tensors

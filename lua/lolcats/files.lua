@@ -63,10 +63,10 @@ local function entry_list(tensors)
   return list
 end
 
---- Writes {name = tensor} as the file's ending says (.safetensors, .pt, .bin, .gguf; else safetensors), whole or not at all. Tensors
---- of an open file are copied, or converted, a piece at a time: {{name =, file =, from =, dtype =}, ..}. metadata: {string =
---- string}. options: format, values and wrap (.pt: plain values beside the tensors, the key that holds them), like (.gguf: an
---- open GGUF whose metadata is taken over).
+--- Writes {name = tensor} as the file's ending says (.safetensors, .pt, .bin, .gguf; else safetensors), whole or
+--- not at all. Tensors of an open file are copied, or converted, a piece at a time: {{name =, file =, from =, dtype
+--- =}, ..}. metadata: {string = string}. options: format, values and wrap (.pt: plain values beside the tensors,
+--- the key that holds them), like (.gguf: an open GGUF whose metadata is taken over).
 function files.save_tensors(path, tensors, metadata, options)
   if type(path) ~= "string" then bridge.fail("save_tensors: the path must be a string; got %s", type(path)) end
   local o = {metadata = metadata}
@@ -99,9 +99,10 @@ local function cut(list, most)
   return shards, total
 end
 
---- Writes a model's tensors into a folder as Hugging Face lays them out: model.safetensors, or above max_shard bytes (5 GB)
---- model-00001-of-0000N.safetensors and an index. The index comes last and old shards go after it: a reader finds the old
---- files or the new ones. options: max_shard, metadata, format ("torch": pytorch_model.bin).
+--- Writes a model's tensors into a folder as Hugging Face lays them out: model.safetensors, or above max_shard
+--- bytes (5 GB) model-00001-of-0000N.safetensors and an index. Shards take their names when all are written, then
+--- comes the index, and old shards go after it: a save that is broken off leaves the old model. options: max_shard,
+--- metadata, format ("torch": pytorch_model.bin).
 function files.save_sharded(folder, tensors, options)
   local o = options or {}
   local torch = o.format == "torch"
@@ -111,7 +112,9 @@ function files.save_sharded(folder, tensors, options)
   local index = files.join(folder, stem .. ending .. ".index.json")
   local metadata = o.metadata or not torch and {format = "pt"} or nil
   files.make_dirs(folder)
-  local function save(name, part) files.save_tensors(files.join(folder, name), part, metadata, {format = o.format or "safetensors"}) end
+  local function save(name, part)
+    files.save_tensors(files.join(folder, name), part, metadata, {format = o.format or "safetensors"})
+  end
   local written = {}
   if #shards == 1 then
     written[stem .. ending] = true
@@ -123,13 +126,16 @@ function files.save_sharded(folder, tensors, options)
       local name = ("%s-%05d-of-%05d%s"):format(stem, i, #shards, ending)
       written[name] = true
       for _, e in ipairs(part) do map[e.name] = name end
-      save(name, part)
+      save(name .. ".new", part)
     end
+    for name in pairs(written) do files.rename(files.join(folder, name .. ".new"), files.join(folder, name)) end
     files.write_json(index, {metadata = {total_size = total}, weight_map = map})
     if files.is_file(files.join(folder, stem .. ending)) then files.remove(files.join(folder, stem .. ending)) end
   end
   for _, name in ipairs(files.list(folder)) do
-    if name:match("^" .. stem .. "%-%d+%-of%-%d+%" .. ending .. "$") and not written[name] then files.remove(files.join(folder, name)) end
+    if name:match("^" .. stem .. "%-%d+%-of%-%d+%" .. ending .. "$") and not written[name] then
+      files.remove(files.join(folder, name))
+    end
   end
   return #shards
 end
@@ -231,10 +237,11 @@ local function folder_file(folder)
     or ("%s: which file? there are %s"):format(folder, table.concat(found, ", ")))
 end
 
--- files.open_tensors(path): a safetensors, GGUF or PyTorch file (.pt, .bin), an index of shards, or a folder with one of them
--- or with a distributed checkpoint. Methods: names(), has(name), info(name), tensor(name[, {dtype =, device =}]),
--- read_into(name, tensor), meta([key]), close(). Names in a PyTorch file are the keys on the way to a tensor, joined by dots,
--- without a wrapper (model_state_dict, state_dict, model) that holds all of them; meta() has what is no tensor.
+-- files.open_tensors(path): a safetensors, GGUF or PyTorch file (.pt, .bin), an index of shards, or a folder with
+-- one of them or with a distributed checkpoint. Methods: names(), has(name), info(name), tensor(name[, {dtype =,
+-- device =}]), read_into(name, tensor), meta([key]), close(). Names in a PyTorch file are the keys on the way to a
+-- tensor, joined by dots, without a wrapper (model_state_dict, state_dict, model) that holds all of them; meta()
+-- has what is no tensor.
 function files.open_tensors(path)
   if path:match("%.index%.json$") and files.is_file(path) then return open_shards(files.dirname(path), path) end
   if not files.is_folder(path) then return io_core.open_tensor_file(path) end

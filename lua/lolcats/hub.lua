@@ -106,7 +106,7 @@ local function with_listing(repo, opts, f)
         local listing, refused = repo:list(w, cached and 0 or 2)
         if listing then return f(w, listing) end
         if cached and (refused.problem or refused.status >= 500 or refused.status == 429) then
-            log.say("%s cannot be asked (%s); taking %s from the cache", web.origin(refused.url), refused.problem or refused.status, repo.id)
+            log.say("%s cannot be asked (%s); taking %s from the cache", web.host(refused.url), refused.problem or refused.status, repo.id)
             return repo:snapshot(cached)
         end
         local good, why = pcall(w.explain, w, refused, repo, repo.revision)

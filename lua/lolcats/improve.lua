@@ -15,8 +15,10 @@ local function logit_losses(x, y, head, wanted, how)
     while at < n do
         local m = math.min(how.chunk, n - at)
         lc.scope(function()
-            local part = x:narrow(1, at + 1, m)
-            local student = lc.linear(part, head)
+            local part = x:narrow(1, at + 1, m):detach()
+            if grad then part:requires_grad_(true) end
+            local logits = (grad and lc.enable_grad or lc.no_grad)(lc.linear, part, head) -- its gradient knows every kind of head
+            local student = logits:detach()
             if student.dtype ~= "f64" then student = student:to "f32" end
             local slope
             if how.ce ~= 0 then
@@ -39,8 +41,8 @@ local function logit_losses(x, y, head, wanted, how)
                 end
             end
             if grad then
-                if slope.dtype ~= x.dtype then slope = slope:to { dtype = x.dtype } end
-                grad:narrow(1, at + 1, m):copy_(slope:matmul(how.head_rows or head))
+                logits:backward(slope.dtype ~= logits.dtype and slope:to { dtype = logits.dtype } or slope)
+                grad:narrow(1, at + 1, m):copy_(part.grad)
             end
         end)
         at = at + m
@@ -172,6 +174,25 @@ function M.rank_layers(student, rows, opts)
         return a.layer < b.layer
     end)
     return out, base
+end
+
+--- Gives layers (positions from 1, negative from the end) their softmax attention back, for good: as if they had been named
+--- in softmax_layers. Before LoRA, which leaves such layers out.
+function M.keep_softmax(student, list)
+    local kept, n = {}, #student.layers
+    for i, layer in ipairs(student.layers) do kept[i] = not layer.student end
+    for _, i in ipairs(list) do
+        local at = i < 0 and n + 1 + i or i
+        if at < 1 or at > n then lc.fail("keep_softmax: there is no layer %s; the model has 1 to %d", tostring(i), n) end
+        kept[at] = true
+        student.layers[at].student = nil
+    end
+    local names = {}
+    for i = 1, n do
+        if kept[i] then names[#names + 1] = i end
+    end
+    student.settings.softmax_layers = #names > 0 and names or nil
+    return student
 end
 
 return M

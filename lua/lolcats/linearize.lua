@@ -287,6 +287,7 @@ function Student:loss_long(ids, labels, opts) return require("lolcats.long").los
 function Student:distill_loss(ids, labels, opts) return require("lolcats.improve").distill_loss(self, ids, labels, opts) end
 function Student:draw_windows(p, sizes) return require("lolcats.improve").draw_windows(self, p, sizes) end
 function Student:fade(share) return require("lolcats.improve").fade(self, share) end
+function Student:keep_softmax(list) return require("lolcats.improve").keep_softmax(self, list) end
 function Student:rank_layers(rows, opts) return require("lolcats.improve").rank_layers(self, rows, opts) end
 
 --- Ends the first stage: the maps are frozen (but for parameters whose name matches a pattern in opts.keep_training).
@@ -295,6 +296,7 @@ function Student:use_linear(opts)
     for _, p in ipairs(self:map_params()) do
         local wanted = false
         for _, pattern in ipairs(keep) do wanted = wanted or p.name:match(pattern) ~= nil end
+        wanted = wanted and not (self.map.buffers and self.map.buffers[p.name:match "[^.]+$"]) -- what a map does not train
         p.tensor:requires_grad_(wanted)
     end
     self.stage = "linear"

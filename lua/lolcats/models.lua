@@ -174,6 +174,8 @@ function M.load(name, opts)
         model.source = name
         return model
     end
+    local checkpoint = require "lolcats.reference_checkpoint"
+    if checkpoint.is_named(name) and files.is_file(name) then return checkpoint.open(name, opts) end
     local path = hub.resolve(name, opts)
     local how = read_opts(opts)
     how.source = name

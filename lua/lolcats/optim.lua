@@ -1,6 +1,7 @@
--- optim.lua: optimizers (AdamW, Adam, SGD, Adafactor) over one flat buffer of parameters, gradient clipping, and learning-rate
--- schedules: constant, linear and cosine with warm-up by Hugging Face's formulas, timm's cosine, plateau by PyTorch's
--- ReduceLROnPlateau. Each can hand out its whole state as plain values and take it back, which is what an exact resume needs.
+-- optim.lua: optimizers (AdamW, Adam, SGD, Adafactor) over one flat buffer of parameters, gradient clipping, and
+-- learning-rate schedules: constant, linear and cosine with warm-up by Hugging Face's formulas, timm's cosine, plateau
+-- by PyTorch's ReduceLROnPlateau. Each can hand out its whole state as plain values and take it back, which is what an
+-- exact resume needs.
 local lc = require "lolcats"
 local nn = require "lolcats.nn"
 
@@ -57,7 +58,9 @@ function Optim:attach(params)
 end
 
 local function attached(self)
-    if not self.flat then lc.fail("this optimizer has no parameters yet: %s(params, {...}), or give it to lc.run", self.kind) end
+    if not self.flat then
+        lc.fail("this optimizer has no parameters yet: %s(params, {...}), or give it to lc.run", self.kind)
+    end
     return self.flat
 end
 
@@ -108,10 +111,14 @@ end
 -- name(params, opts) makes a ready optimizer, name(opts) one that lc.run will attach.
 local function maker(kind, known, finish)
     return function(params, opts)
-        if opts == nil and (params == nil or (type(params) == "table" and params[1] == nil)) then params, opts = nil, params or {} end
+        if opts == nil and (params == nil or (type(params) == "table" and params[1] == nil)) then
+            params, opts = nil, params or {}
+        end
         opts = opts or {}
         local what = "lc." .. kind
-        if type(opts) ~= "table" then lc.fail("%s: options are a table like {lr = 1e-3}, got a %s", what, type(opts)) end
+        if type(opts) ~= "table" then
+            lc.fail("%s: options are a table like {lr = 1e-3}, got a %s", what, type(opts))
+        end
         check_options(what, opts, known)
         local set = {}
         for k, default in pairs(known) do
@@ -136,39 +143,47 @@ local function adam(decoupled)
         check_number(what, "betas[1]", b[1], 0, 1)
         check_number(what, "betas[2]", b[2], 0, 1)
         check_number(what, "eps", set.eps, 0)
-        self.args = { beta1 = b[1], beta2 = b[2], eps = set.eps, weight_decay = set.weight_decay, decoupled = decoupled }
+        self.args = { beta1 = b[1], beta2 = b[2], eps = set.eps, weight_decay = set.weight_decay,
+                      decoupled = decoupled }
         self.apply = adam_step
     end
 end
 
---- AdamW. lc.adamw{lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0} for lc.run, or lc.adamw(params, {...}) for a
---- loop of your own: optim:zero_grad(), optim:clip(1), optim:step(). (weight_decay is 0 here, 0.01 in PyTorch.)
+--- AdamW. lc.adamw{lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0} for lc.run, or lc.adamw(params,
+--- {...}) for a loop of your own: optim:zero_grad(), optim:clip(1), optim:step(). (weight_decay is 0 here, 0.01 in
+--- PyTorch.)
 M.adamw = maker("adamw", ADAM, adam(true))
 
 --- Adam, with weight_decay added to the gradient (L2). Options and use as lc.adamw.
 M.adam = maker("adam", ADAM, adam(false))
 
 --- SGD. Options: lr, momentum (0), dampening (0), weight_decay (0), nesterov. Use as lc.adamw.
-M.sgd = maker("sgd", { lr = 1e-2, momentum = 0, dampening = 0, weight_decay = 0, nesterov = false }, function(self, set, what)
+M.sgd = maker("sgd", { lr = 1e-2, momentum = 0, dampening = 0, weight_decay = 0, nesterov = false },
+              function(self, set, what)
     check_number(what, "momentum", set.momentum, 0)
     if set.nesterov and (set.momentum == 0 or set.dampening ~= 0) then
         lc.fail("%s: nesterov needs a momentum and no dampening", what)
     end
-    self.args = { momentum = set.momentum, dampening = set.dampening, weight_decay = set.weight_decay, nesterov = set.nesterov }
+    self.args = { momentum = set.momentum, dampening = set.dampening, weight_decay = set.weight_decay,
+                  nesterov = set.nesterov }
     self.apply = sgd_step
 end)
 
---- Adafactor as Hugging Face's with relative_step off. Options: lr, eps ({1e-30, 1e-3}), clip_threshold (1), decay_rate (-0.8),
---- beta1 (0: no first moment), weight_decay (0), scale_parameter (true). Use as lc.adamw.
+--- Adafactor as Hugging Face's with relative_step off. Options: lr, eps ({1e-30, 1e-3}), clip_threshold (1), decay_rate
+--- (-0.8), beta1 (0: no first moment), weight_decay (0), scale_parameter (true). Use as lc.adamw.
 M.adafactor = maker("adafactor", {
-    lr = 1e-3, eps = { 1e-30, 1e-3 }, clip_threshold = 1, decay_rate = -0.8, beta1 = 0, weight_decay = 0, scale_parameter = true,
+    lr = 1e-3, eps = { 1e-30, 1e-3 }, clip_threshold = 1, decay_rate = -0.8, beta1 = 0, weight_decay = 0,
+    scale_parameter = true,
 }, function(self, set, what)
     if type(set.eps) ~= "table" or #set.eps ~= 2 then lc.fail("%s: eps are two numbers like {1e-30, 1e-3}", what) end
     check_number(what, "clip_threshold", set.clip_threshold, 0)
     check_number(what, "beta1", set.beta1, 0, 1)
-    if type(set.decay_rate) ~= "number" or not (set.decay_rate < 0) then lc.fail("%s: decay_rate must be below 0", what) end
+    if type(set.decay_rate) ~= "number" or not (set.decay_rate < 0) then
+        lc.fail("%s: decay_rate must be below 0", what)
+    end
     local step = require "lolcats.train.adafactor"
-    self.args = { eps = set.eps, clip_threshold = set.clip_threshold, decay_rate = set.decay_rate, weight_decay = set.weight_decay,
+    self.args = { eps = set.eps, clip_threshold = set.clip_threshold, decay_rate = set.decay_rate,
+                  weight_decay = set.weight_decay,
                   beta1 = set.beta1 > 0 and set.beta1 or nil, scale_parameter = set.scale_parameter }
     self.on_attach, self.own_tensors, self.apply = step.attach, step.tensors, step.step
 end)
@@ -183,8 +198,8 @@ local function names_of(t)
     return table.concat(out, ", ")
 end
 
---- An optimizer by the name that a configuration gives it: sgd, adam, adamw (adamw_torch, adamw_torch_fused), adafactor. Options that
---- are not given have PyTorch's defaults: a weight_decay of 0.01 for AdamW.
+--- An optimizer by the name that a configuration gives it: sgd, adam, adamw (adamw_torch, adamw_torch_fused),
+--- adafactor. Options that are not given have PyTorch's defaults: a weight_decay of 0.01 for AdamW.
 function M.named(name, opts)
     local make = OPTIMIZERS[name]
     if not make then lc.fail("there is no optimizer '%s'; there are %s", tostring(name), names_of(OPTIMIZERS)) end
@@ -195,8 +210,8 @@ function M.named(name, opts)
 end
 
 -- ---- schedules ----------------------------------------------------------------------------------------------------
--- A schedule turns the number of updates done (from 0) into the next one's learning rate. `start(base, total)` is called once;
--- `observe(metric)` after each evaluation; state() and restore(t) carry what rate() depends on.
+-- A schedule turns the number of updates done (from 0) into the next one's learning rate. `start(base, total)` is
+-- called once; `observe(metric)` after each evaluation; state() and restore(t) carry what rate() depends on.
 local Schedule = {}
 Schedule.__index = Schedule
 
@@ -253,11 +268,12 @@ M.cosine = schedule("cosine", { warmup = 0, total = false, cycles = 0.5 }, funct
     return math.max(0, 0.5 * (1 + math.cos(math.pi * self.opts.cycles * 2 * progress)))
 end, true)
 
---- timm's cosine: from the learning rate to lr_min over cycles of t_initial updates (the run's, without), each cycle_mul times as long
---- as the one before and cycle_decay times as high; after cycle_limit cycles (0: never) lr_min. Before them warmup_t updates that lead up
---- from warmup_lr_init; with warmup_prefix the cycles begin after those.
+--- timm's cosine: from the learning rate to lr_min over cycles of t_initial updates (the run's, without), each
+--- cycle_mul times as long as the one before and cycle_decay times as high; after cycle_limit cycles (0: never) lr_min.
+--- Before them warmup_t updates that lead up from warmup_lr_init; with warmup_prefix the cycles begin after those.
 M.timm_cosine = schedule("timm_cosine", {
-    t_initial = false, lr_min = 0, cycle_mul = 1, cycle_decay = 1, cycle_limit = 0, warmup_t = 0, warmup_lr_init = 0, warmup_prefix = false,
+    t_initial = false, lr_min = 0, cycle_mul = 1, cycle_decay = 1, cycle_limit = 0, warmup_t = 0, warmup_lr_init = 0,
+    warmup_prefix = false,
     total = false,
 }, function(self, t)
     local o, base = self.opts, self.base
@@ -292,7 +308,9 @@ function Plateau:rate() return self.lr end
 local function better(self, metric) -- a NaN never is
     local o, best = self.opts, self.best
     if not best then return metric == metric end
-    if o.mode == "min" then return metric < (o.threshold_mode == "rel" and best * (1 - o.threshold) or best - o.threshold) end
+    if o.mode == "min" then
+        return metric < (o.threshold_mode == "rel" and best * (1 - o.threshold) or best - o.threshold)
+    end
     return metric > (o.threshold_mode == "rel" and best * (1 + o.threshold) or best + o.threshold)
 end
 
@@ -315,11 +333,13 @@ end
 function Plateau:state() return { lr = self.lr, best = self.best, bad = self.bad, cool = self.cool } end
 function Plateau:restore(s) self.lr, self.best, self.bad, self.cool = s.lr, s.best, s.bad, s.cool end
 
---- Multiplies the learning rate by `factor` (0.1) when the metric of more than `patience` (10) evaluations was no better than the
---- best. Also mode ("min"), threshold (1e-4), threshold_mode ("rel"), cooldown (0), min_lr (1e-5; PyTorch has 0), eps (1e-8).
+--- Multiplies the learning rate by `factor` (0.1) when the metric of more than `patience` (10) evaluations was no
+--- better than the best. Also mode ("min"), threshold (1e-4), threshold_mode ("rel"), cooldown (0), min_lr (1e-5;
+--- PyTorch has 0), eps (1e-8).
 function M.plateau(opts)
     opts = opts or {}
-    local known = { factor = 0.1, patience = 10, mode = "min", threshold = 1e-4, threshold_mode = "rel", cooldown = 0, min_lr = 1e-5,
+    local known = { factor = 0.1, patience = 10, mode = "min", threshold = 1e-4, threshold_mode = "rel", cooldown = 0,
+                    min_lr = 1e-5,
                     eps = 1e-8 }
     check_options("lc.plateau", opts, known)
     local set = {}
@@ -327,7 +347,9 @@ function M.plateau(opts)
         set[k] = opts[k]
         if set[k] == nil then set[k] = default end
     end
-    if set.mode ~= "min" and set.mode ~= "max" then lc.fail("lc.plateau: mode is 'min' or 'max', not '%s'", tostring(set.mode)) end
+    if set.mode ~= "min" and set.mode ~= "max" then
+        lc.fail("lc.plateau: mode is 'min' or 'max', not '%s'", tostring(set.mode))
+    end
     check_number("lc.plateau", "factor", set.factor, 0, 1)
     return setmetatable({ kind = "plateau", opts = set, bad = 0, cool = 0 }, Plateau)
 end
@@ -335,7 +357,9 @@ end
 -- Names of schedules in configurations; for each what its keys are called here.
 local WARM = { num_warmup_steps = "warmup", num_training_steps = "total" }
 local PLATEAU_KEYS, TIMM_KEYS = {}, { t_mul = "cycle_mul", decay_rate = "cycle_decay" }
-for word in ("factor patience mode threshold threshold_mode cooldown min_lr eps"):gmatch "%S+" do PLATEAU_KEYS[word] = word end
+for word in ("factor patience mode threshold threshold_mode cooldown min_lr eps"):gmatch "%S+" do
+    PLATEAU_KEYS[word] = word
+end
 for word in ("t_initial lr_min cycle_mul cycle_decay cycle_limit warmup_t warmup_lr_init warmup_prefix"):gmatch "%S+" do
     TIMM_KEYS[word] = word
 end
@@ -346,12 +370,15 @@ local SCHEDULES = {
     cosine = { M.cosine, WAVES }, cosine_warmup = { M.cosine, WAVES }, timm_cosine = { M.timm_cosine, TIMM_KEYS },
 }
 
---- A schedule by the name that a configuration gives it (plateau, reduce_lr_on_plateau, cosine_warmup, linear_warmup, linear,
---- timm_cosine, none) with that configuration's keys; keys of another schedule are left out.
+--- A schedule by the name that a configuration gives it (plateau, reduce_lr_on_plateau, cosine_warmup, linear_warmup,
+--- linear, timm_cosine, none) with that configuration's keys; keys of another schedule are left out.
 function M.named_schedule(name, opts)
     local row = SCHEDULES[name or "none"]
     if name == "plateau" or name == "reduce_lr_on_plateau" then row = { M.plateau, PLATEAU_KEYS } end
-    if not row then lc.fail("there is no schedule '%s'; there are plateau, reduce_lr_on_plateau, %s", tostring(name), names_of(SCHEDULES)) end
+    if not row then
+        lc.fail("there is no schedule '%s'; there are plateau, reduce_lr_on_plateau, %s", tostring(name),
+                names_of(SCHEDULES))
+    end
     local set = {}
     for k, v in pairs(opts or {}) do
         if row[2][k] then set[row[2][k]] = v end
@@ -367,7 +394,9 @@ function M.schedule(v)
         if not make then lc.fail("there is no schedule '%s'; there are constant, linear, cosine, plateau", v) end
         return make()
     end
-    if type(v) ~= "table" or not v.rate then lc.fail("schedule: expected lc.plateau{}, lc.cosine{}, ... or a name, got a %s", type(v)) end
+    if type(v) ~= "table" or not v.rate then
+        lc.fail("schedule: expected lc.plateau{}, lc.cosine{}, ... or a name, got a %s", type(v))
+    end
     return v
 end
 

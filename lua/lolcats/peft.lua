@@ -135,8 +135,8 @@ local function shape_text(t) return "[" .. table.concat(t.shape, ", ") .. "]" en
 local function read_pair(model, p, f, pair, rank, where)
     local out, inp = lora.sizes(p)
     local got = {}
-    for side, want in pairs { a = { rank, inp }, b = { out, rank } } do
-        local name = pair[side]
+    for _, side in ipairs { "a", "b" } do
+        local name, want = pair[side], side == "a" and { rank, inp } or { out, rank }
         if not name then lc.fail("%s: the adapter of %s has no %s", where, p.name, side:upper()) end
         local x = f:tensor(name, { dtype = model.fine })
         if #x.shape ~= 2 or x.shape[1] ~= want[1] or x.shape[2] ~= want[2] then
@@ -195,8 +195,8 @@ end
 
 -- What lora.add would need to hang the same adapters on a fresh model; see linearize.lua, which keeps it.
 local function record(model, c)
-    local out = { rank = c.r, alpha = c.lora_alpha, targets = {}, rank_pattern = {}, alpha_pattern = {}, any_layer = true,
-                  rslora = c.use_rslora == true or nil, dropout = dropout_of(c),
+    local out = { rank = c.r, alpha = c.lora_alpha, targets = {}, any_layer = true, rank_pattern = {},
+                  alpha_pattern = {}, rslora = c.use_rslora == true or nil, dropout = dropout_of(c),
                   modules_to_save = is_set(c.modules_to_save) and c.modules_to_save or nil,
                   tie_weights = c.ensure_weight_tying == true or nil }
     for _, name in ipairs(model.trained_weights or {}) do
@@ -216,42 +216,62 @@ local function record(model, c)
     return out
 end
 
---- Hangs the adapters of a PEFT folder on a model; they can be trained further, merged, or saved again.
+-- The pairs of a file as {place, a, b, how}, read and checked, and nothing hung up yet.
+local function read_pairs(model, c, f, adapters, files_are)
+    local by_name, out = {}, {}
+    for _, p in ipairs(lora.places(model)) do by_name[p.name] = p end
+    for module in pairs(adapters) do
+        local p = by_name[module]
+        if not p then
+            lc.fail("%s: there is an adapter for '%s', which this model does not have", files_are.path, module)
+        end
+        if p.lora then lc.fail("%s: %s has an adapter already; merge or drop it first", files_are.path, p.name) end
+    end
+    for _, p in ipairs(lora.places(model)) do
+        local pair = adapters[p.name]
+        if pair then
+            local how = { alpha = lora.by_pattern(c.alpha_pattern, p.name, c.lora_alpha, files_are.config),
+                          rslora = c.use_rslora == true, dropout = dropout_of(c) }
+            local rank = lora.by_pattern(c.rank_pattern, p.name, c.r, files_are.config)
+            local a, b = lc.scope(function() return read_pair(model, p, f, pair, rank, files_are.path) end)
+            out[#out + 1] = { p, a, b, how }
+        end
+    end
+    return out
+end
+
+-- Reads all of a folder and hangs it on the model.
+local function read_all(model, c, f, files_are)
+    local adapters, whole = sort_names(f, files_are.path)
+    if not next(adapters) and not next(whole) then lc.fail("%s holds no adapter", files_are.path) end
+    local list = read_pairs(model, c, f, adapters, files_are)
+    lc.no_grad(lc.scope, function() read_whole(model, c, f, whole, files_are.path) end)
+    for _, entry in ipairs(list) do lora.attach(unpack(entry)) end
+end
+
+--- Hangs the adapters of a PEFT folder on a model; they can be trained further, merged, or saved again. A folder that
+--- is refused leaves the model as it was.
 function M.load(model, dir)
-    local where = dir .. "/adapter_config.json"
-    if not files.exists(where) then lc.fail("%s has no adapter_config.json: it is not an adapter folder", dir) end
-    local c = files.read_json(where)
-    check_config(c, where)
+    local files_are = { config = dir .. "/adapter_config.json" }
+    if not files.exists(files_are.config) then
+        lc.fail("%s has no adapter_config.json: it is not an adapter folder", dir)
+    end
+    local c = files.read_json(files_are.config)
+    check_config(c, files_are.config)
     for key, v in pairs(c) do
         if v == files.null then c[key] = nil end
     end
-    local path = weights_file(dir)
-    local f = files.open_tensors(path)
-    local ok, err = pcall(function()
-        local adapters, whole = sort_names(f, path)
-        local by_name = {}
-        for _, p in ipairs(lora.places(model)) do by_name[p.name] = p end
-        for module in pairs(adapters) do
-            local p = by_name[module]
-            if not p then lc.fail("%s: there is an adapter for '%s', which this model does not have", path, module) end
-            if p.lora then lc.fail("%s has an adapter already; merge or drop it first", p.name) end
-        end
-        lc.no_grad(lc.scope, function() read_whole(model, c, f, whole, path) end)
-        local alphas, ranks = is_set(c.alpha_pattern) and c.alpha_pattern, is_set(c.rank_pattern) and c.rank_pattern
-        for _, p in ipairs(lora.places(model)) do
-            local pair = adapters[p.name]
-            if pair then
-                local how = { alpha = lora.by_pattern(alphas or nil, p.name, c.lora_alpha, where),
-                              rslora = c.use_rslora == true, dropout = dropout_of(c) }
-                local rank = lora.by_pattern(ranks or nil, p.name, c.r, where)
-                local a, b = lc.scope(function() return read_pair(model, p, f, pair, rank, path) end)
-                lora.attach(p, a, b, how)
-            end
-        end
-        if not next(adapters) and not next(whole) then lc.fail("%s holds no adapter", path) end
-    end)
+    files_are.path = weights_file(dir)
+    local f = files.open_tensors(files_are.path)
+    local before = { weights = model.weights, config = model.config, trained = model.trained_weights }
+    model.trained_weights = before.trained and { unpack(before.trained) }
+    local ok, err = pcall(read_all, model, c, f, files_are)
     f:close()
-    if not ok then error(err, 0) end
+    if not ok then
+        model.weights, model.config, model.trained_weights = before.weights, before.config, before.trained
+        model:refresh()
+        error(err, 0)
+    end
     model.lora = record(model, c)
     return model
 end

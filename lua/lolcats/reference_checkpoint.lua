@@ -1,5 +1,6 @@
--- reference_checkpoint.lua: what a run trained, as the reference's .pt files have it (torch.save of a dict with model_state_dict, step
--- and the metric), or as a folder of our own. Reads the reference's three spellings of names.
+-- reference_checkpoint.lua: what a run trained, as the reference's .pt files have it (torch.save of a dict with
+-- model_state_dict, step and the metric), or as a folder of our own. Reads the reference's three spellings of names,
+-- and builds a student from a checkpoint whose name says how it was made.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local lora = require "lolcats.lora"
@@ -34,10 +35,13 @@ end
 
 local function shape(x) return table.concat(x.shape, ", ") end
 
---- Copies a checkpoint (.pt, .safetensors, or a folder of ours) into a student's maps, window factors and adapters. Returns how many
---- tensors were taken. A tensor that is in neither, or has another shape, is an error; parameters that the file does not have stay.
+--- Copies a checkpoint (.pt, .safetensors, or a folder of ours) into a student's maps, window factors and adapters.
+--- Returns how many tensors were taken. A tensor that is in neither, or has another shape, is an error; parameters that
+--- the file does not have stay.
 function M.load(student, path)
-    if files.is_folder(path) and files.exists(path .. "/student.safetensors") then path = path .. "/student.safetensors" end
+    if files.is_folder(path) and files.exists(path .. "/student.safetensors") then
+        path = path .. "/student.safetensors"
+    end
     if not files.exists(path) and files.exists((path:gsub("%.pt$", "")) .. "/student.safetensors") then
         path = path:gsub("%.pt$", "") .. "/student.safetensors"
     end
@@ -53,7 +57,8 @@ function M.load(student, path)
             if p then
                 local x = f:tensor(name)
                 if shape(x) ~= shape(p) then
-                    lc.fail("%s: '%s' is [%s], the student's is [%s]: other configurations made it", path, name, shape(x), shape(p))
+                    lc.fail("%s: '%s' is [%s], the student's is [%s]: other configurations made it", path, name,
+                            shape(x), shape(p))
                 end
                 p:detach():copy_(x)
                 taken = taken + 1
@@ -85,8 +90,8 @@ function M.in_order(list)
     return list
 end
 
---- Writes what was trained. values: step and the metric. format: "pt", or "folder" (student:save). what: "maps" (maps and window factors
---- that were trained), or "trained" (adapters and whatever else is trained now).
+--- Writes what was trained. values: step and the metric. format: "pt", or "folder" (student:save). what: "maps" (maps
+--- and window factors that were trained), or "trained" (adapters and whatever else is trained now).
 function M.save(student, path, values, format, what)
     path = M.fits(path)
     files.make_dirs(files.dirname(path))
@@ -102,7 +107,8 @@ function M.save(student, path, values, format, what)
     else
         for _, p in ipairs(trained(student)) do
             if p.tensor.requires_grad then
-                local name = p.name:gsub("^base_model%.model%.", ""):gsub("%.lora_([AB])%.weight$", ".lora_%1.default.weight")
+                local name = p.name:gsub("^base_model%.model%.", ""):gsub("%.lora_([AB])%.weight$",
+                        ".lora_%1.default.weight")
                 list[#list + 1] = { name = "base_model.model." .. name, tensor = p.tensor:detach(), at = #list }
             end
         end
@@ -111,6 +117,83 @@ function M.save(student, path, values, format, what)
     local plain = {}
     for k, v in pairs(values) do plain[k] = k == "step" and v or { real = v } end
     files.save_tensors(path, list, nil, { values = plain, wrap = "model_state_dict" })
+end
+
+-- ---- a student from a name ------------------------------------------------------------------------------------------
+-- What a name's suffixes say: flag and how its value reads.
+local function yes(v) return v == "1" end
+local SUFFIXES = { at = { "attention_type" }, lk = { "learned_kernel" }, tqk = { "tie_qk_kernels", yes },
+                   scl = { "state_chunk_len", tonumber },
+                   ws = { "window_size", tonumber }, lsc = { "lk_skip_connection", yes }, lzi = { "lk_zero_init", yes },
+                   lni = { "lk_normal_init", yes } }
+
+local function flags_of(path)
+    local out = {}
+    for key, value in (path:match "%-f=.*$" or ""):gsub("_[%a_%d]*%.pt$", ""):gmatch "%-(%a+)=([^-]*)" do
+        local row = SUFFIXES[key]
+        if row then out[row[1]] = row[2] and row[2](value) or not row[2] and value or nil end
+    end
+    return out
+end
+
+--- Is this the path of a checkpoint named as the reference names them?
+function M.is_named(path) return type(path) == "string" and path:match "dl%-d=.*%-m=.*%-f=.*%.pt$" ~= nil end
+
+-- The first stage's file that belongs to a second stage's: its name is the longest with which the other begins.
+local function first_stage(path)
+    local folder, stem, best = files.dirname(path), files.basename(path):gsub("_ft[_%d]*%.pt$", ""), nil
+    for _, name in ipairs(files.is_folder(folder) and files.list(folder) or {}) do
+        local head = name:match "^(.*)_distill%.pt$"
+        if head and stem:sub(1, #head) == head and (not best or #head > #best) then best = head end
+    end
+    return best and folder .. "/" .. best .. "_distill.pt"
+end
+
+--- The student that a named checkpoint stands for, with both stages where it is of the second. opts: base (a model, or
+--- its name; else the configuration's), distill (the first stage's file, where it is not beside it), config_dir, dtype,
+--- device, compat.
+function M.open(path, opts)
+    opts = opts or {}
+    local configs, about = require "lolcats.configs", require("lolcats.run_name").parse(path)
+    if not M.is_named(path) then
+        lc.fail("the name of %s does not say how it was made (dl-d=...-m=...-f=....pt)", path)
+    end
+    local dir = opts.config_dir or "configs"
+    local tree = configs.override_model(configs.load("model", about.model, dir), flags_of(path))
+    local options = configs.linearize_options(tree) or lc.fail("%s: its attention is softmax; it is no student", path)
+    options.compat = opts.compat
+    local base = opts.base or tree.model.pretrained_model_name_or_path
+    if type(base) == "string" then
+        base = require("lolcats.models").load(base, { dtype = opts.dtype, device = opts.device })
+    end
+    local student = lc.linearize(base, options)
+    if path:match "_distill[_%d]*%.pt$" then
+        M.load(student, path)
+        return student:use_linear()
+    end
+    local first = opts.distill or first_stage(path)
+    if first then M.load(student, first) else log.say("%s: no file of the first stage beside it", path) end
+    student:use_linear()
+    local found, experiment = pcall(configs.load, "experiment", about.finetune, dir)
+    local lora = found and configs.lora_options(experiment) or nil
+    if not lora then -- a name that is condensed: what the file itself shows
+        local f, targets, rank = files.open_tensors(path), {}, nil
+        for _, name in ipairs(f:names()) do
+            local target = name:match "%.([%w_]+)%.lora_A%."
+            if target and not targets[target] then
+                targets[target], targets[#targets + 1] = true, target
+                rank = f:info(name).shape[1]
+            end
+        end
+        f:close()
+        if not rank then lc.fail("%s holds no adapters", path) end
+        log.say("%s: LoRA of rank %d and alpha %d, as its tensors and the reference's habit say", path, rank, 2 * rank)
+        lora = { rank = rank, alpha = 2 * rank, targets = { unpack(targets) } }
+    end
+    lora.dropout = nil
+    student:add_lora(lora)
+    M.load(student, path)
+    return student
 end
 
 return M

@@ -1,5 +1,5 @@
--- reference_flags.lua: the command-line flags of the reference's training scripts, with their defaults, as rows of lc.args; which of
--- them are whole numbers, and which change nothing here.
+-- reference_flags.lua: the command-line flags of the reference's training scripts, with their defaults, as rows of
+-- lc.args; which of them are whole numbers, and which change nothing here.
 local cli = require "lolcats.cli"
 local log = require "lolcats.log"
 
@@ -54,16 +54,23 @@ local ROWS = {
     -- the scripts for many GPUs
     { "dataset_chunk_size", "i", nil, "tokens a row" },
     { "finetune_lr", "f", nil, "learning rate of the second stage" },
-    { "num_train_steps", "i", nil, "micro-batches an epoch" },
+    { "num_train_steps", "i", nil, "micro-batches after which a stage ends" },
     { "data_dir", "s", nil, "folder of data files" },
-    { "layers_per_model", "i", nil, "layers a block: attention transfer block by block" },
+    { "layers_per_model", "i", nil, "layers a block: the first stage with the memory of one block" },
+    { "layer_idx", "i", nil, "first layer of the block, in the scripts for blocks; here all blocks are done" },
+    { "final_finetune_config", "s", nil, "experiment of the second stage after blocks; as finetune_config" },
+    { "load_finetuned_loras", "b", nil, "accepted" }, { "checkpoint_model_config", "s", nil, "accepted" },
+    { "shard_dir", "s", nil, "accepted; blocks are read from the model's own files" },
+    { "attentions_data_dir", "s", nil, "folder of the blocks' inputs; without it beside the checkpoints" },
     { "enable_fsdp", "b", nil, "accepted; names become those of the scripts for many GPUs" },
     { "fsdp_activation_checkpointing", "b", nil, "accepted; part of the name" },
-    { "low_cpu_fsdp", "b", nil, "accepted" }, { "pure_bf16", "b", nil, "accepted" }, { "fsdp_cpu_offload", "b", nil, "accepted" },
+    { "low_cpu_fsdp", "b", nil, "accepted" }, { "pure_bf16", "b", nil, "accepted" },
+    { "fsdp_cpu_offload", "b", nil, "accepted" },
     { "finetune_attn_mlps", "b", nil, "no effect, as in the reference" },
     { "layers_limit_max", "i", nil, "accepted" }, { "layers_limit_min", "i", nil, "accepted" },
     { "no_distill", "b", nil, "no first stage" },
-    { "num_generations", "i", 1, "samples a prompt" }, { "top_k", "i", 50, "of samples" }, { "top_p", "f", 0.95, "of samples" },
+    { "num_generations", "i", 1, "samples a prompt" }, { "top_k", "i", 50, "of samples" },
+    { "top_p", "f", 0.95, "of samples" },
     { "max_new_tokens", "i", 100, "tokens a sample" },
     { "benchmark", "b", nil, "print tokens and seconds of samples" }, { "print_model", "b", nil, "print the model" },
 }
@@ -77,10 +84,12 @@ function M.rows()
     return out
 end
 
-local SILENT = { "num_workers", "train_qk", "no_cuda", "finetune_attn_mlps", "layers_limit_max", "layers_limit_min", "low_cpu_fsdp", "pure_bf16",
-                 "fsdp_cpu_offload" }
+local SILENT = { "num_workers", "train_qk", "no_cuda", "finetune_attn_mlps", "layers_limit_max", "layers_limit_min",
+                 "low_cpu_fsdp", "pure_bf16",
+                 "fsdp_cpu_offload", "layer_idx", "load_finetuned_loras", "checkpoint_model_config", "shard_dir" }
 
---- Checks what lc.args gave: whole numbers are whole; flags without effect are said. Returns the flags as a plain table of what is set.
+--- Checks what lc.args gave: whole numbers are whole; flags without effect are said. Returns the flags as a plain table
+--- of what is set.
 function M.check(args)
     local out = {}
     for _, r in ipairs(ROWS) do
@@ -107,7 +116,9 @@ function M.wanted(argv)
         if name then
             name = name:gsub("-", "_")
             for _, mark in ipairs(MARKS) do
-                if name == mark or (#name > 4 and cli.suggest(name, { mark }) == mark and name:match "_config") then return true end
+                if name == mark or (#name > 4 and cli.suggest(name, { mark }) == mark and name:match "_config") then
+                    return true
+                end
             end
         end
     end

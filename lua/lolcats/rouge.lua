@@ -1,5 +1,6 @@
--- rouge.lua: ROUGE-1, -2, -L and -Lsum by the rules of the rouge_score package (tokens are runs of a-z and 0-9; n-gram overlap;
--- longest common subsequence; its union over sentences), without its stemmer, and the summary of the SCROLLS metric over them.
+-- rouge.lua: ROUGE-1, -2, -L and -Lsum by the rules of the rouge_score package (tokens are runs of a-z and 0-9; n-gram
+-- overlap; longest common subsequence; its union over sentences), without its stemmer, and the summary of the SCROLLS
+-- metric over them.
 local M = {}
 
 local TYPES = { "rouge1", "rouge2", "rougeL", "rougeLsum" }
@@ -109,17 +110,21 @@ local function rouge_lsum(target, prediction)
     return score(hits, predicted, wanted)
 end
 
---- Scores of one prediction: rouge1, rouge2, rougeL and rougeLsum (lines count as sentences), each {precision, recall, fmeasure}.
+--- Scores of one prediction: rouge1, rouge2, rougeL and rougeLsum (lines count as sentences), each {precision, recall,
+--- fmeasure}.
 function M.score(target, prediction)
     local a, b = M.tokens(target), M.tokens(prediction)
-    return { rouge1 = rouge_n(a, b, 1), rouge2 = rouge_n(a, b, 2), rougeL = rouge_l(a, b), rougeLsum = rouge_lsum(target, prediction) }
+    return { rouge1 = rouge_n(a, b, 1), rouge2 = rouge_n(a, b, 2), rougeL = rouge_l(a, b),
+             rougeLsum = rouge_lsum(target, prediction) }
 end
 
 local SHORT = {}
-for word in ("mr mrs ms dr prof st vs etc jr sr inc ltd co corp no fig e.g i.e u.s a.m p.m"):gmatch "%S+" do SHORT[word] = true end
+for word in ("mr mrs ms dr prof st vs etc jr sr inc ltd co corp no fig e.g i.e u.s a.m p.m"):gmatch "%S+" do
+    SHORT[word] = true
+end
 
---- A text with each sentence on a line of its own: it ends after . ! or ? (and what closes there) where white space and then no small
---- letter follows, but not after an initial or a common short form. Matters to rougeLsum alone.
+--- A text with each sentence on a line of its own: it ends after . ! or ? (and what closes there) where white space and
+--- then no small letter follows, but not after an initial or a common short form. Matters to rougeLsum alone.
 function M.sentences(text)
     text = text:match "^%s*(.-)%s*$"
     local out, from = {}, 1
@@ -139,12 +144,14 @@ end
 local function characters(s) return select(2, s:gsub("[^\128-\191]", "")) end
 local function rounded(v) return math.floor(v * 1e4 + 0.5) / 1e4 end
 
---- The SCROLLS summary over predictions and references (each reference a text, or a list of which the best counts): rouge/rouge1,
---- rouge/rouge2, rouge/rougeL, rouge/rougeLsum and rouge/geometric_mean (of the first three) in percent, num_predicted,
---- mean_prediction_length_characters.
+--- The SCROLLS summary over predictions and references (each reference a text, or a list of which the best counts):
+--- rouge/rouge1, rouge/rouge2, rouge/rougeL, rouge/rougeLsum and rouge/geometric_mean (of the first three) in percent,
+--- num_predicted, mean_prediction_length_characters.
 function M.summary(predictions, references)
     local sums, length, n = {}, 0, #predictions
-    if n == 0 or n ~= #references then error(("rouge.summary: %d predictions and %d references"):format(n, #references), 2) end
+    if n == 0 or n ~= #references then
+        error(("rouge.summary: %d predictions and %d references"):format(n, #references), 2)
+    end
     for i, text in ipairs(predictions) do
         local best = {}
         for _, reference in ipairs(type(references[i]) == "table" and references[i] or { references[i] }) do
@@ -154,7 +161,8 @@ function M.summary(predictions, references)
         for _, k in ipairs(TYPES) do sums[k] = (sums[k] or 0) + best[k] / n end
         length = length + characters(text) / n
     end
-    local out = { ["rouge/geometric_mean"] = rounded((sums.rouge1 * sums.rouge2 * sums.rougeL) ^ (1 / 3)), num_predicted = n,
+    local out = { ["rouge/geometric_mean"] = rounded((sums.rouge1 * sums.rouge2 * sums.rougeL) ^ (1 / 3)),
+                  num_predicted = n,
                   mean_prediction_length_characters = rounded(length) }
     for _, k in ipairs(TYPES) do out["rouge/" .. k] = rounded(sums[k]) end
     return out

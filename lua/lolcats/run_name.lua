@@ -1,10 +1,11 @@
--- run_name.lua: the reference's names of runs and its paths of checkpoints and results: from the configurations and the flags that
--- were given, by exactly its rules, so that files made there are found here and the other way round. Pure text: reads and writes
--- nothing.
+-- run_name.lua: the reference's names of runs and its paths of checkpoints and results: from the configurations and the
+-- flags that were given, by exactly its rules, so that files made there are found here and the other way round. Pure
+-- text: reads and writes nothing.
 local M = {}
 
 -- ---- words ----------------------------------------------------------------------------------------------------------
---- What a flag is called in a name: the part after the last "/", or the first letters of the parts between "_", or two letters.
+--- What a flag is called in a name: the part after the last "/", or the first letters of the parts between "_", or two
+--- letters.
 function M.abbreviate(name)
     if name:find("/", 1, true) then return name:match "([^/]*)$" end
     if not name:find("_", 1, true) then return name:sub(1, 2) end
@@ -26,7 +27,8 @@ function M.python_float(v)
     exponent = tonumber(exponent)
     local all = lead .. rest
     if exponent < -4 or exponent >= 16 then
-        return ("%s%s%se%s%02d"):format(sign, lead, rest ~= "" and "." .. rest or "", exponent < 0 and "-" or "+", math.abs(exponent))
+        return ("%s%s%se%s%02d"):format(sign, lead, rest ~= "" and "." .. rest or "", exponent < 0 and "-" or "+",
+                                        math.abs(exponent))
     end
     if exponent < 0 then return sign .. "0." .. ("0"):rep(-exponent - 1) .. all end
     if #all <= exponent + 1 then return sign .. all .. ("0"):rep(exponent + 1 - #all) .. ".0" end
@@ -45,7 +47,9 @@ end
 
 local function concise(name) return (name:gsub("True", "1"):gsub("False", "0")) end
 
-local function suffix(name, v, spelled) return v ~= nil and ("-%s=%s"):format(spelled or M.abbreviate(name), show(name, v)) or "" end
+local function suffix(name, v, spelled)
+    return v ~= nil and ("-%s=%s"):format(spelled or M.abbreviate(name), show(name, v)) or ""
+end
 
 --- The short form in which a checkpoint's file name stands for a configuration.
 function M.condense(path)
@@ -65,7 +69,8 @@ end
 
 -- ---- names ----------------------------------------------------------------------------------------------------------
 local TRAINER = { "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_finetune_steps", "seed" }
-local MODEL = { "attention_type", "learned_kernel", "tie_qk_kernels", "train_qk", "state_chunk_len", "no_peft_grad_ckpt", "window_size",
+local MODEL = { "attention_type", "learned_kernel", "tie_qk_kernels", "train_qk", "state_chunk_len",
+                "no_peft_grad_ckpt", "window_size",
                 "lk_skip_connection", "lk_zero_init", "lk_normal_init" }
 local NOT_SCALED = { window_size = true, lk_normal_init = true }
 
@@ -101,8 +106,8 @@ local function model_suffixes(f, scaled)
     return table.concat(out)
 end
 
---- The name before any suffix. flags: those of the command line, absent where they were not given (seed counts as 0). fsdp: as the
---- scripts for many GPUs write it.
+--- The name before any suffix. flags: those of the command line, absent where they were not given (seed counts as 0).
+--- fsdp: as the scripts for many GPUs write it.
 function M.base(flags, fsdp)
     local loaded, tuned = flags.load_distill_checkpoint, flags.load_finetune_checkpoint
     local d = loaded and loaded ~= "default" and M.condense(loaded) or flags.distill_config
@@ -119,9 +124,9 @@ function M.base(flags, fsdp)
     return concise(out)
 end
 
---- Names of both stages. trainer: the first stage's trainer block (flags laid over it) where that stage is trained in this process: the
---- reference lets its settings into the second name. opts.fsdp: the names of the scripts for many GPUs.
---- Returns {distill =, finetune =}.
+--- Names of both stages. trainer: the first stage's trainer block (flags laid over it) where that stage is trained in
+--- this process: the reference lets its settings into the second name. opts.fsdp: the names of the scripts for many
+--- GPUs. Returns {distill =, finetune =}.
 function M.names(flags, trainer, opts)
     local fsdp = opts and opts.fsdp
     local f = {}
@@ -129,7 +134,8 @@ function M.names(flags, trainer, opts)
     f.seed, f.replicate = flags.seed or 0, flags.replicate or 0
     local first = concise(M.base(f, fsdp) .. experiment_suffixes(f) .. model_suffixes(f, fsdp))
     if trainer and not fsdp then
-        for _, k in ipairs { "batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps", "max_finetune_steps" } do
+        for _, k in ipairs { "batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps",
+                             "max_finetune_steps" } do
             if trainer[k] ~= nil then f[k] = trainer[k] end
         end
     end
@@ -158,9 +164,11 @@ function M.paths(flags, trainer, opts)
     local root, results = flags.checkpoint_dir or "./checkpoints", flags.results_dir or "./results"
     local dir = join(root, tostring(flags.model_config))
     if opts and opts.fsdp then
-        return { distill = dir .. "/distill-" .. names.distill, finetune = dir .. "/finetune-" .. names.finetune, names = names }
+        return { distill = dir .. "/distill-" .. names.distill, finetune = dir .. "/finetune-" .. names.finetune,
+                 names = names }
     end
-    local out = { distill = ("%s/%s_distill.pt"):format(dir, names.distill), finetune = ("%s/%s_ft.pt"):format(dir, names.finetune),
+    local out = { distill = ("%s/%s_distill.pt"):format(dir, names.distill),
+                  finetune = ("%s/%s_ft.pt"):format(dir, names.finetune),
                   evaluation = ("%s/%s_final.pt"):format(dir, names.finetune), names = names }
     out.csv = replace(replace(out.finetune, ".pt", ".csv"), dir, join(results, tostring(flags.model_config)))
     return out
@@ -184,7 +192,8 @@ function M.evaluation(task, shots, opts)
     return out .. suffix("", opts.replicate, "r")
 end
 
---- The configurations that a checkpoint's path names: {model =, distill =, finetune =}; a field is nil where the path has none.
+--- The configurations that a checkpoint's path names: {model =, distill =, finetune =}; a field is nil where the path
+--- has none.
 function M.parse(path)
     local d = path:match "%-d=(.-)%-m="
     local rest, at = path, nil

@@ -1,5 +1,6 @@
--- sweep.lua: many runs of a recipe that differ in some arguments: each in a process and a folder of its own, so that one that fails or
--- is killed leaves the others alone and is gone on with later; then a table and a plot of what their summaries say.
+-- sweep.lua: many runs of a recipe that differ in some arguments: each in a process and a folder of its own, so that
+-- one that fails or is killed leaves the others alone and is gone on with later; then a table and a plot of what their
+-- summaries say.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local log = require "lolcats.log"
@@ -9,8 +10,8 @@ local M = {}
 
 local function quote(s) return "'" .. tostring(s):gsub("'", "'\\''") .. "'" end
 
---- Cells of every combination of axes. axes: a list of {name =, values = {...}}. A cell is {label =, args = {["name"] = value}, x = the
---- last axis' value where it is a number, series = the others}.
+--- Cells of every combination of axes. axes: a list of {name =, values = {...}}. A cell is {label =, args = {["name"] =
+--- value}, x = the last axis' value where it is a number, series = the others}.
 function M.product(axes)
     local cells = { { parts = {}, args = {} } }
     for _, axis in ipairs(axes) do
@@ -79,7 +80,8 @@ local function run_one(recipe, words, folder, o)
     files.make_dirs(folder)
     if (not same or o.fresh) and files.exists(summary) then files.remove(summary) end
     files.write(told, command)
-    local status = os.execute(("%s%s > %s 2>&1 < /dev/null"):format(command, (not same or o.fresh) and " --fresh" or "", quote(folder .. "/log")))
+    local status = os.execute(("%s%s > %s 2>&1 < /dev/null"):format(command, (not same or o.fresh) and " --fresh" or "",
+            quote(folder .. "/log")))
     if status ~= 0 or not files.exists(summary) then
         local last = ""
         for line in files.read(folder .. "/log"):gmatch "[^\r\n]+" do
@@ -98,8 +100,8 @@ local function mean(list)
     return m, #list > 1 and math.sqrt(s / (#list - 1)) or nil
 end
 
---- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh. Sets cell.values = {name = {a value a seed}}
---- and cell.problem.
+--- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh. Sets cell.values = {name =
+--- {a value a seed}} and cell.problem.
 function M.run(o)
     local n = 0
     for i, cell in ipairs(o.cells) do
@@ -171,7 +173,8 @@ function M.csv(cells, keys)
             local list = cell.values[key]
             if list then
                 local m, s = mean(list)
-                lines[#lines + 1] = ('"%s",%s,%.9g,%s,%d'):format(cell.label:gsub('"', '""'), key, m, s and ("%.3g"):format(s) or "", #list)
+                lines[#lines + 1] = ('"%s",%s,%.9g,%s,%d'):format(cell.label:gsub('"', '""'), key, m,
+                        s and ("%.3g"):format(s) or "", #list)
             end
         end
     end

@@ -22,6 +22,7 @@ local KNOWN = {
     max_steps = "number", accumulate = "number", batch = "number", clip = "number", eval = "function", eval_every = "number",
     metric = "string", mode = "string", save_every = "number", save_seconds = "number", load_best = "boolean", seed = "number",
     fresh = "boolean", model = "table", order = "table", quiet = "boolean", neutral = "table", settings = "table",
+    drop_leftover = "boolean",
 }
 
 local function check_options(opts)
@@ -125,7 +126,8 @@ end
 --- of them), eval_every (100 updates), metric ("loss") and mode ("min") that name the best, load_best (the best parameters at the
 --- end; true when there is eval), save_every (100 updates) and save_seconds (120), seed, order (rows, instead of shuffling),
 --- model (its layers are looked at when a loss is not finite), fresh, quiet, settings (more values that a resume compares),
---- neutral (names of arguments that may change on a resume). Then: for batch in run:steps() do run:backward(loss) end.
+--- neutral (names of arguments that may change on a resume), drop_leftover (an epoch's end forgets gradients that made no update
+--- yet, as the reference does). Then: for batch in run:steps() do run:backward(loss) end.
 function M.run(opts)
     check_options(opts)
     local values = cli.current and cli.current.values or {}
@@ -310,6 +312,7 @@ local function next_batch(self)
         local rows, epoch = self:row_list(k)
         batch = self.data:batch(rows)
         self.epoch = epoch
+        if self.opts.drop_leftover and self.micro > 0 and k % self.per_epoch == 0 then self.optim:zero_grad() end
     else
         batch = {}
     end

@@ -1,5 +1,5 @@
-/* bind.c: where files meet tensors: views of a mapping, and reading with conversion into a tensor. It and save.c are the only
- * files of runtime/io that know the core. */
+/* bind.c: where files meet tensors: views of a mapping, and reading with conversion into a tensor. It and save.c are
+ * the only files of runtime/io that know the core. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
@@ -184,7 +184,10 @@ typedef struct run_target {
 
 static lc_status load_run(void *ctx, const lc_file_run *run) {
     const run_target *t = ctx;
-    read_job job = {.in = run->data, .store = t->entry->store, .dtype = t->dtype, .step = run->step,
+    read_job job = {.in = run->data,
+                    .store = t->entry->store,
+                    .dtype = t->dtype,
+                    .step = run->step,
                     .out = t->out + bytes_of(t->dtype, run->at)};
     return read_run(job, run->count, run->piece->map);
 }

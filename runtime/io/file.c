@@ -207,7 +207,8 @@ static lc_status open_folder(struct lc_file **out, const char *path) {
     lc_status status = inner && f ? LC_OK : LC_ENOMEM;
     if (status == LC_OK) snprintf(inner, length, "%s/.metadata", path);
     if (status == LC_OK && lc_path_kind(inner) != 1)
-        status = lc_fail(LC_EIO, "cannot read %s: it is a folder (without the .metadata of a distributed checkpoint)", path);
+        status =
+            lc_fail(LC_EIO, "cannot read %s: it is a folder (without the .metadata of a distributed checkpoint)", path);
     if (status == LC_OK) status = lc_mapping_open(inner, &f->map);
     if (status == LC_OK) {
         f->data = f->map->data ? f->map->data : (const uint8_t *)"";

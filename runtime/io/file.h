@@ -16,8 +16,8 @@ typedef struct lc_mapping {
 lc_status lc_mapping_open(const char *path, lc_mapping **out);
 void lc_mapping_drop(lc_mapping *m); /* NULL does nothing */
 
-/* A block of a tensor that does not stand as one row-major row of bytes: part of a view with strides, or of a tensor that
- * several files share. */
+/* A block of a tensor that does not stand as one row-major row of bytes: part of a view with strides, or of a tensor
+ * that several files share. */
 typedef struct lc_file_piece {
     const uint8_t *data;            /* its first element */
     lc_mapping *map;                /* borrowed; NULL when read from memory */
@@ -87,8 +87,8 @@ lc_status lc_file_check_names(struct lc_file *f);
 
 /* Is the i-th piece the whole tensor, row-major? */
 bool lc_piece_is_whole(const lc_file_entry *e, int i);
-/* Calls `each` for every run of elements with one step that the tensor's pieces are made of: `count` elements from `data`,
- * `step` elements apart, which belong at element `at` of the row-major tensor. Stops at a failure. */
+/* Calls `each` for every run of elements with one step that the tensor's pieces are made of: `count` elements from
+ * `data`, `step` elements apart, which belong at element `at` of the row-major tensor. Stops at a failure. */
 typedef struct lc_file_run {
     const uint8_t *data;
     int64_t step, count, at;
@@ -98,7 +98,8 @@ lc_status lc_file_runs(const lc_file_entry *e, lc_status (*each)(void *ctx, cons
 
 /* GGUF's part of lc_file_meta_number and lc_file_meta_string. */
 double lc_gguf_number(const lc_file_meta *m, int32_t element);
-int lc_gguf_value_bytes(int type);              /* of a metadata value; 0: a string or an array */
-int lc_gguf_type(const char *name, int store);  /* GGUF's number of an element type, by name or else by store; -1: none */
+int lc_gguf_value_bytes(int type); /* of a metadata value; 0: a string or an array */
+int lc_gguf_type(const char *name,
+                 int store); /* GGUF's number of an element type, by name or else by store; -1: none */
 
 #endif

@@ -1,5 +1,6 @@
-/* gguf.c: the reader of GGUF (versions 1 to 3, little-endian; version 1 counts and measures in 32 bits): metadata of all value types, tensor infos, and the
- * place of the data. Every count is checked against the bytes that are left before anything is allocated for it. */
+/* gguf.c: the reader of GGUF (versions 1 to 3, little-endian; version 1 counts and measures in 32 bits): metadata of
+ * all value types, tensor infos, and the place of the data. Every count is checked against the bytes that are left
+ * before anything is allocated for it. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -183,7 +184,8 @@ int lc_gguf_value_bytes(int type) { return type >= 0 && type < V_COUNT ? value_b
 
 int lc_gguf_type(const char *name, int store) {
     for (size_t i = 0; i < sizeof gguf_types / sizeof *gguf_types; i++)
-        if (name ? strcmp(gguf_types[i].name, name) == 0 : gguf_types[i].store == store && store >= 0) return gguf_types[i].id;
+        if (name ? strcmp(gguf_types[i].name, name) == 0 : gguf_types[i].store == store && store >= 0)
+            return gguf_types[i].id;
     return -1;
 }
 

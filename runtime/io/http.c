@@ -31,7 +31,7 @@ typedef struct curl_list curl_list;
 enum {
     OPT_WRITEDATA = 10001, OPT_URL = 10002, OPT_ERRORBUFFER = 10010, OPT_USERAGENT = 10018, OPT_HTTPHEADER = 10023,
     OPT_HEADERDATA = 10029, OPT_CAINFO = 10065, OPT_PRIVATE = 10103, OPT_WRITEFUNCTION = 20011, OPT_HEADERFUNCTION = 20079,
-    OPT_LOW_SPEED_LIMIT = 19, OPT_LOW_SPEED_TIME = 20, OPT_NOBODY = 44, OPT_CONNECTTIMEOUT = 78, OPT_HTTP_VERSION = 84,
+    OPT_LOW_SPEED_LIMIT = 19, OPT_LOW_SPEED_TIME = 20, OPT_NOBODY = 44, OPT_CONNECTTIMEOUT = 78, OPT_HTTP_VERSION = 84, OPT_BUFFERSIZE = 98,
     OPT_NOSIGNAL = 99, OPT_PROTOCOLS = 181, INFO_STATUS = 0x200002, INFO_PRIVATE = 0x100015, INFO_REDIRECT = 0x10001f
 };
 
@@ -263,6 +263,7 @@ static lc_status set_up(lc_http *h, transfer *t, const char *method, const char 
     curl_easy_setopt(t->easy, OPT_CONNECTTIMEOUT, 10L);
     curl_easy_setopt(t->easy, OPT_LOW_SPEED_LIMIT, 1L); /* half a minute without a byte: the connection is dead */
     curl_easy_setopt(t->easy, OPT_LOW_SPEED_TIME, 30L);
+    curl_easy_setopt(t->easy, OPT_BUFFERSIZE, 1L << 18);
     curl_easy_setopt(t->easy, OPT_PROTOCOLS, 3L);    /* http and https */
     curl_easy_setopt(t->easy, OPT_HTTP_VERSION, 2L); /* 1.1: a connection for each file is faster than one for all */
     if (ca_file()) curl_easy_setopt(t->easy, OPT_CAINFO, ca_file());

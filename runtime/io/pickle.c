@@ -179,7 +179,8 @@ static lc_status push_text_integer(reader *r) {
     if (n > 0 && p[n - 1] == 'L') n--;
     if (n == 0 || n >= sizeof text) return wrong(r, "no integer in the text");
     memcpy(text, p, n);
-    if (n == 2 && text[0] == '0' && (text[1] == '0' || text[1] == '1')) return push_integer(r, LC_PK_BOOL, text[1] - '0');
+    if (n == 2 && text[0] == '0' && (text[1] == '0' || text[1] == '1'))
+        return push_integer(r, LC_PK_BOOL, text[1] - '0');
     long long v = strtoll(text, &end, 10);
     if (*end) return wrong(r, "no integer in the text");
     return push_integer(r, LC_PK_INT, v);
@@ -201,7 +202,8 @@ static lc_status append_from(reader *r, int32_t from, lc_pickle_kind kind) {
     if (from - 1 < floor_of(r)) return wrong(r, "no container below the values");
     int32_t to = r->stack[from - 1];
     if (r->p->node[to].kind != kind)
-        return wrong(r, kind == LC_PK_LIST ? "values for a list, but it is none" : "entries for a dict, but it is none");
+        return wrong(r,
+                     kind == LC_PK_LIST ? "values for a list, but it is none" : "entries for a dict, but it is none");
     if (kind == LC_PK_DICT && (r->depth - from) % 2) return wrong(r, "a key without a value");
     for (int32_t i = from; i < r->depth; i++) LC_TRY(add_item(r, to, r->stack[i]));
     r->depth = from;
@@ -232,9 +234,12 @@ static lc_status marked(reader *r, uint8_t op) {
 /* Indices are given in order, so one that exceeds the bytes read so far is no honest one. */
 static lc_status memo_put(reader *r, uint64_t index) {
     LC_TRY(need(r, 1));
-    if (index > r->at) return lc_fail(LC_EPARSE, "byte %.0f of the pickle: the memo has no index %.0f yet", (double)r->op_at, (double)index);
+    if (index > r->at)
+        return lc_fail(LC_EPARSE, "byte %.0f of the pickle: the memo has no index %.0f yet", (double)r->op_at,
+                       (double)index);
     int32_t old = r->memo_room;
-    while ((int32_t)index >= r->memo_room) LC_TRY(grow((void **)&r->memo, &r->memo_room, r->memo_room + 1, sizeof *r->memo));
+    while ((int32_t)index >= r->memo_room)
+        LC_TRY(grow((void **)&r->memo, &r->memo_room, r->memo_room + 1, sizeof *r->memo));
     for (int32_t i = old; i < r->memo_room; i++) r->memo[i] = -1;
     r->memo_used += r->memo[index] < 0;
     r->memo[index] = top(r, 0);
@@ -243,7 +248,8 @@ static lc_status memo_put(reader *r, uint64_t index) {
 
 static lc_status memo_get(reader *r, uint64_t index) {
     if (index >= (uint64_t)r->memo_room || r->memo[index] < 0)
-        return lc_fail(LC_EPARSE, "byte %.0f of the pickle: the memo has nothing at %.0f", (double)r->op_at, (double)index);
+        return lc_fail(LC_EPARSE, "byte %.0f of the pickle: the memo has nothing at %.0f", (double)r->op_at,
+                       (double)index);
     return push(r, r->memo[index]);
 }
 
@@ -253,10 +259,11 @@ static lc_status memo_get(reader *r, uint64_t index) {
 static lc_status refuse_global(const reader *r, const uint8_t *module, size_t m, const uint8_t *name, size_t n) {
     if (m > 100) m = 100;
     if (n > 100) n = 100;
-    return lc_fail(LC_EPARSE,
-                   "byte %.0f of the pickle: it asks for %.*s.%.*s; only tensors, parameters, dicts, lists, tuples and plain "
-                   "values are read, and nothing is run",
-                   (double)r->op_at, (int)m, (const char *)module, (int)n, (const char *)name);
+    return lc_fail(
+        LC_EPARSE,
+        "byte %.0f of the pickle: it asks for %.*s.%.*s; only tensors, parameters, dicts, lists, tuples and plain "
+        "values are read, and nothing is run",
+        (double)r->op_at, (int)m, (const char *)module, (int)n, (const char *)name);
 }
 
 static lc_status push_global(reader *r, const uint8_t *module, size_t m, const uint8_t *name, size_t n) {
@@ -285,22 +292,35 @@ static lc_status global_of_stack(reader *r) {
 }
 
 static lc_status refuse_call(const reader *r, const lc_pickle_global *g) {
-    return lc_fail(LC_EPARSE, "byte %.0f of the pickle: %s.%s is called with arguments that it does not take", (double)r->op_at,
-                   g->module, g->name);
+    return lc_fail(LC_EPARSE, "byte %.0f of the pickle: %s.%s is called with arguments that it does not take",
+                   (double)r->op_at, g->module, g->name);
 }
 
 static bool is_tuple_of(const lc_pickle *p, int32_t node, int least) {
     return lc_pickle_is(p, node, LC_PK_TUPLE) && p->node[node].items.count >= least;
 }
 
-/* _rebuild_tensor_v2(storage, offset, size, stride, ..) */
+/* Do the values stand otherwise than they mean? (Lazy conjugates and negatives: bits in the last argument.) */
+static bool is_lazy(const lc_pickle *p, int32_t metadata) {
+    static const char *const bits[] = {"conj", "neg"};
+    for (int i = 0; i < 2; i++) {
+        int32_t bit = lc_pickle_get(p, metadata, bits[i]);
+        if (bit >= 0 && !(p->node[bit].kind == LC_PK_BOOL && p->node[bit].integer == 0)) return true;
+    }
+    return false;
+}
+
+/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata]); v3 has the dtype before the last. */
 static lc_status make_tensor(reader *r, const lc_pickle_global *g, int32_t args, int32_t *out) {
     lc_pickle *p = r->p;
     bool v3 = g->role == LC_PR_TENSOR_V3;
     if (!is_tuple_of(p, args, v3 ? 7 : 4) || !lc_pickle_is(p, lc_pickle_item_at(p, args, 0), LC_PK_STORAGE))
         return refuse_call(r, g);
     int32_t dtype = v3 ? lc_pickle_item_at(p, args, 6) : -1;
-    if (v3 && (!lc_pickle_is(p, dtype, LC_PK_GLOBAL) || p->node[dtype].global.role != LC_PR_DTYPE)) return refuse_call(r, g);
+    if (v3 && (!lc_pickle_is(p, dtype, LC_PK_GLOBAL) || p->node[dtype].global.role != LC_PR_DTYPE))
+        return refuse_call(r, g);
+    if (is_lazy(p, lc_pickle_item_at(p, args, v3 ? 7 : 6)))
+        return wrong(r, "a tensor whose values wait to be conjugated or negated; save x.resolve_conj().resolve_neg()");
     LC_TRY(add_node(r, LC_PK_TENSOR, out));
     p->node[*out].items = p->node[args].items; /* a tuple's items change no more */
     p->node[*out].state = dtype;
@@ -347,15 +367,9 @@ static lc_status call(reader *r, int32_t callee, int32_t args, int32_t *out) {
     case LC_PR_TENSOR_V3: return make_tensor(r, &g, args, out);
     case LC_PR_ORDERED_DICT: return make_dict(r, &g, args, out);
     case LC_PR_ENCODE: return make_bytes(r, &g, args, out);
-    case LC_PR_PARAMETER:
-        *out = first;
-        return lc_pickle_is(p, first, LC_PK_TENSOR) ? LC_OK : refuse_call(r, &g);
-    case LC_PR_SIZE:
-        *out = first;
-        return lc_pickle_is(p, first, LC_PK_TUPLE) ? LC_OK : refuse_call(r, &g);
-    case LC_PR_TEXT:
-        *out = first;
-        return lc_pickle_is(p, first, LC_PK_STRING) ? LC_OK : refuse_call(r, &g);
+    case LC_PR_PARAMETER: *out = first; return lc_pickle_is(p, first, LC_PK_TENSOR) ? LC_OK : refuse_call(r, &g);
+    case LC_PR_SIZE: *out = first; return lc_pickle_is(p, first, LC_PK_TUPLE) ? LC_OK : refuse_call(r, &g);
+    case LC_PR_TEXT: *out = first; return lc_pickle_is(p, first, LC_PK_STRING) ? LC_OK : refuse_call(r, &g);
     case LC_PR_PATH: return add_node(r, LC_PK_NONE, out);
     case LC_PR_IGNORED: return add_node(r, LC_PK_NONE, out);
     case LC_PR_TYPED: /* (function, type, arguments, state): a parameter with attributes */
@@ -522,7 +536,8 @@ static bool run_call(reader *r, uint8_t op, lc_status *status) {
     case 0x81: *status = new_object(r); return true;
     case 'b': *status = build(r); return true;
     case 'Q': *status = persistent(r); return true;
-    case 'i': *status = global_of_lines(r); /* the class is named, and refused by name, before the opcode is */
+    case 'i':
+        *status = global_of_lines(r); /* the class is named, and refused by name, before the opcode is */
         if (*status == LC_OK) *status = wrong(r, "the opcode INST, which no checkpoint needs");
         return true;
     default: return false;
@@ -542,13 +557,15 @@ static lc_status run(reader *r) {
         const uint8_t *op = NULL;
         lc_status status = LC_OK;
         r->op_at = r->at;
-        if (r->at >= r->bytes) return lc_fail(LC_EPARSE, "the pickle ends at byte %.0f without its last opcode", (double)r->at);
+        if (r->at >= r->bytes)
+            return lc_fail(LC_EPARSE, "the pickle ends at byte %.0f without its last opcode", (double)r->at);
         LC_TRY(take(r, 1, &op));
         if (*op == '.') break;
         if (*op == 0x80 || *op == 0x95)
             status = frame(r, *op);
         else if (!run_value(r, *op, &status) && !run_container(r, *op, &status) && !run_call(r, *op, &status))
-            status = lc_fail(LC_EPARSE, "byte %.0f of the pickle: the opcode 0x%02x, which no checkpoint needs", (double)r->op_at, *op);
+            status = lc_fail(LC_EPARSE, "byte %.0f of the pickle: the opcode 0x%02x, which no checkpoint needs",
+                             (double)r->op_at, *op);
         LC_TRY(status);
     }
     LC_TRY(need(r, 1));
@@ -597,8 +614,10 @@ int32_t lc_pickle_item_at(const lc_pickle *p, int32_t container, int32_t n) {
 }
 
 int32_t lc_pickle_get(const lc_pickle *p, int32_t dict, const char *key) {
-    if (lc_pickle_is(p, dict, LC_PK_OBJECT)) dict = p->node[dict].state;
-    if (!lc_pickle_is(p, dict, LC_PK_DICT)) return -1;
+    bool record = lc_pickle_is(p, dict, LC_PK_OBJECT);
+    if (record) dict = p->node[dict].state;
+    if (!lc_pickle_is(p, dict, LC_PK_DICT) || (record && p->node[dict].items.count > 2 * 64))
+        return -1; /* no record has 64 fields */
     for (int32_t i = p->node[dict].items.first; i >= 0;) {
         int32_t value = p->item[i].next;
         if (value < 0) return -1;

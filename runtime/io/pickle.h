@@ -1,7 +1,7 @@
-/* pickle.h: Python's pickles as a tree of plain values, by an unpickler that calls nothing. What it can build is the list in
- * pickle_globals.c: tensors, parameters, dicts, lists, tuples, plain values, and (on request) the records of torch's distributed
- * checkpoints. Any other global is an error that names it. Every value is an index into one array; containers may share
- * values and, by a hostile pickle, hold themselves: who walks the tree bounds depth and steps. */
+/* pickle.h: Python's pickles as a tree of plain values, by an unpickler that calls nothing. What it can build is the
+ * list in pickle_globals.c: tensors, parameters, dicts, lists, tuples, plain values, and (on request) the records of
+ * torch's distributed checkpoints. Any other global is an error that names it. Every value is an index into one array;
+ * containers may share values and, by a hostile pickle, hold themselves: who walks the tree bounds depth and steps. */
 #ifndef LC_PICKLE_H
 #define LC_PICKLE_H
 
@@ -86,8 +86,8 @@ typedef struct lc_pickle {
 
 enum { LC_PICKLE_PERSISTENT = 1, LC_PICKLE_DISTRIBUTED = 2 }; /* persistent ids are storages; records are known */
 
-/* Reads one pickle from the start of `data`, which outlives it. LC_EPARSE says at which byte and what was wrong. On failure
- * there is nothing to free. */
+/* Reads one pickle from the start of `data`, which outlives it. LC_EPARSE says at which byte and what was wrong. On
+ * failure there is nothing to free. */
 lc_status lc_pickle_read(lc_pickle *p, const uint8_t *data, size_t bytes, int flags);
 void lc_pickle_free(lc_pickle *p);
 

@@ -63,9 +63,12 @@ static const lc_pickle_global globals[] = {
     {"torch.distributed.checkpoint.filesystem", "_StorageInfo", LC_PR_RECORD, true},
 };
 
-static bool same(const char *known, const uint8_t *s, size_t n) { return strlen(known) == n && memcmp(known, s, n) == 0; }
+static bool same(const char *known, const uint8_t *s, size_t n) {
+    return strlen(known) == n && memcmp(known, s, n) == 0;
+}
 
-static bool find_torch(const uint8_t *module, size_t module_bytes, const uint8_t *name, size_t n, lc_pickle_global *out) {
+static bool find_torch(const uint8_t *module, size_t module_bytes, const uint8_t *name, size_t n,
+                       lc_pickle_global *out) {
     bool torch = same("torch", module, module_bytes), cuda = same("torch.cuda", module, module_bytes);
     for (size_t i = 0; (torch || cuda) && i < sizeof dtypes / sizeof *dtypes; i++) {
         const lc_torch_dtype *d = &dtypes[i];

@@ -1,4 +1,5 @@
-/* pieces.c: tensors that stand in a file as strided views or in several blocks, as runs of elements with one step each. */
+/* pieces.c: tensors that stand in a file as strided views or in several blocks, as runs of elements with one step each.
+ */
 #include <string.h>
 
 #include "file.h"
@@ -13,7 +14,8 @@ bool lc_piece_is_whole(const lc_file_entry *e, int i) {
     return true;
 }
 
-/* Dims from the end that are one run: each next one steps by what the ones behind it span, in the file and in the tensor. */
+/* Dims from the end that are one run: each next one steps by what the ones behind it span, in the file and in the
+ * tensor. */
 static int run_dims(const lc_file_entry *e, const lc_file_piece *p, int64_t *count, int64_t *step) {
     int d = e->ndim;
     bool full = true; /* the dims behind are the tensor's whole: what comes next follows them in the tensor */
@@ -32,8 +34,8 @@ static int run_dims(const lc_file_entry *e, const lc_file_piece *p, int64_t *cou
     return d;
 }
 
-static lc_status piece_runs(const lc_file_entry *e, const lc_file_piece *p, lc_status (*each)(void *, const lc_file_run *),
-                            void *ctx) {
+static lc_status piece_runs(const lc_file_entry *e, const lc_file_piece *p,
+                            lc_status (*each)(void *, const lc_file_run *), void *ctx) {
     int64_t at[64] = {0}, place[64], span = 1, item, elements = 1;
     lc_file_run run = {.piece = p};
     if (e->ndim > 64) return lc_fail(LC_ESHAPE, "%d dims", e->ndim);

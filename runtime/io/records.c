@@ -12,7 +12,7 @@
 #include "file.h"
 #include "stream.h"
 
-enum { RECORD_MAX = 1 << 30, TEXT_PIECE = 4 << 20 };
+enum { RECORD_MAX = 1 << 29, TEXT_PIECE = 4 << 20 };
 
 typedef enum { JSON_LINES, JSON_VALUES, CSV, TEXT, PARQUET } records_kind;
 

@@ -1,5 +1,6 @@
-/* save.c: writers of tensor files: the list of what is to be written, its element types in each format, and its bytes, which
- * come from tensors or straight from another file. The formats are in save_safetensors.c, save_torch.c and save_gguf.c. */
+/* save.c: writers of tensor files: the list of what is to be written, its element types in each format, and its bytes,
+ * which come from tensors or straight from another file. The formats are in save_safetensors.c, save_torch.c and
+ * save_gguf.c. */
 #define _GNU_SOURCE
 #include "save.h"
 
@@ -59,7 +60,8 @@ int lc_writer_open(lc_writer **out, const char *path, const char *format) {
     bool good = false;
     if (!out || !path || !format) return lc_fail(LC_EARG, "lc_writer_open: expected a path and a format");
     for (size_t i = 0; i < sizeof known / sizeof *known; i++) good = good || strcmp(known[i], format) == 0;
-    if (!good) return lc_fail(LC_EARG, "the format '%.40s' is not one that can be written: safetensors, torch, gguf", format);
+    if (!good)
+        return lc_fail(LC_EARG, "the format '%.40s' is not one that can be written: safetensors, torch, gguf", format);
     lc_writer *w = lc_alloc(1, sizeof *w);
     if (!w) return LC_ENOMEM;
     w->path = lc_strdup(path);
@@ -105,8 +107,11 @@ static lc_status new_entry(lc_writer *w, const char *name, int ndim, lc_save_ent
         w->room = room;
     }
     lc_save_entry *e = &w->entry[w->count];
-    *e = (lc_save_entry){.name = lc_strdup(name), .dim = lc_alloc(ndim ? (size_t)ndim : 1, sizeof *e->dim), .ndim = ndim,
-                         .place = w->count, .quantise = -1};
+    *e = (lc_save_entry){.name = lc_strdup(name),
+                         .dim = lc_alloc(ndim ? (size_t)ndim : 1, sizeof *e->dim),
+                         .ndim = ndim,
+                         .place = w->count,
+                         .quantise = -1};
     w->count++;
     *out = e;
     return e->name && e->dim ? LC_OK : LC_ENOMEM;
@@ -124,7 +129,8 @@ int lc_writer_tensor(lc_writer *w, const char *name, const lc_handle *tensor) {
     if (!t) return lc_fail_in(LC_ESTALE, "tensor '%s' to be saved: ", name ? name : "");
     LC_TRY(check_name(name));
     const lc_save_dtype *dtype = of_store(t->dtype);
-    if (!dtype) return lc_fail(LC_EDTYPE, "'%s' cannot be saved: the format does not hold %s", name, lc_dtype_name(t->dtype));
+    if (!dtype)
+        return lc_fail(LC_EDTYPE, "'%s' cannot be saved: the format does not hold %s", name, lc_dtype_name(t->dtype));
     LC_TRY(new_entry(w, name, lc_ndim(tensor), &e));
     for (int d = 0; d < e->ndim; d++) e->dim[d] = lc_dim(tensor, d);
     e->tensor = *tensor;
@@ -141,9 +147,11 @@ int lc_writer_stored(lc_writer *w, const char *name, const lc_file *f, int i, in
     bool blocks = dtype >= 0 && lc_dtype_is_quant(dtype);
     const lc_save_dtype *as = dtype < 0 || blocks ? of_stored(f, from) : of_store(dtype);
     if (dtype >= 0 && dtype != from->store && !lc_convertible(from->store, blocks ? LC_F32 : dtype))
-        return lc_fail(LC_EDTYPE, "tensor '%s' is %s, which cannot be converted to %s", name, from->dtype_name, lc_dtype_name(dtype));
+        return lc_fail(LC_EDTYPE, "tensor '%s' is %s, which cannot be converted to %s", name, from->dtype_name,
+                       lc_dtype_name(dtype));
     if (!as && !blocks && !(dtype < 0 && strcmp(w->format, "gguf") == 0 && strcmp(f->format, "gguf") == 0))
-        return lc_fail(LC_EDTYPE, "tensor '%s' is %s; to be written it needs a dtype such as f16", name, from->dtype_name);
+        return lc_fail(LC_EDTYPE, "tensor '%s' is %s; to be written it needs a dtype such as f16", name,
+                       from->dtype_name);
     LC_TRY(new_entry(w, name, from->ndim, &e));
     memcpy(e->dim, from->dim, (size_t)from->ndim * sizeof *e->dim);
     e->file = f;
@@ -157,7 +165,8 @@ int lc_writer_stored(lc_writer *w, const char *name, const lc_file *f, int i, in
     if (block > 1 && (e->ndim < 1 || e->dim[e->ndim - 1] % block))
         return lc_fail(LC_ESHAPE, "tensor '%s' has rows of %.0f; %s needs a multiple of %d", name,
                        e->ndim ? (double)e->dim[e->ndim - 1] : 1.0, lc_dtype_name(dtype), block);
-    if (!lc_file_sizes(e->dim, e->ndim, block, bytes, &e->bytes)) return lc_fail(LC_ESHAPE, "tensor '%s' is too large", name);
+    if (!lc_file_sizes(e->dim, e->ndim, block, bytes, &e->bytes))
+        return lc_fail(LC_ESHAPE, "tensor '%s' is too large", name);
     return LC_OK;
 }
 
@@ -184,7 +193,8 @@ int lc_writer_describe(lc_writer *w, const char *key, const char *text, double l
     lc_save_value *v;
     w->described = true;
     if (!key) return LC_OK;
-    if (!text || lc_utf8_invalid(text, (size_t)length) >= 0) return lc_fail(LC_EARG, "a description is a key and a text in UTF-8");
+    if (!text || lc_utf8_invalid(text, (size_t)length) >= 0)
+        return lc_fail(LC_EARG, "a description is a key and a text in UTF-8");
     for (int i = 0; i < w->metas; i++)
         if (strcmp(w->meta[i].key, key) == 0) return lc_fail(LC_EARG, "the description '%s' is given twice", key);
     LC_TRY(new_value(&w->meta, &w->metas, key, &v));
@@ -213,7 +223,8 @@ int lc_writer_element(lc_writer *w, int kind, double number, const char *text, d
 
 int lc_writer_copy_value(lc_writer *w, const lc_file *f, int i) {
     lc_save_value *v;
-    if (!f || i < 0 || i >= f->metas || strcmp(f->format, "gguf") != 0) return lc_fail(LC_EARG, "no metadata value %d in that file", i);
+    if (!f || i < 0 || i >= f->metas || strcmp(f->format, "gguf") != 0)
+        return lc_fail(LC_EARG, "no metadata value %d in that file", i);
     for (int k = 0; k < w->values; k++)
         if (strcmp(w->value[k].key, f->meta[i].key) == 0) return LC_OK; /* what was set before counts */
     LC_TRY(new_value(&w->value, &w->values, f->meta[i].key, &v));
@@ -266,7 +277,8 @@ int lc_safetensors_save(const char *path, int n, const char *const *names, const
     lc_status status = LC_OK;
     lc_doc *d = NULL;
     if (metadata) status = lc_json_parse("metadata", metadata, strlen(metadata), &d);
-    if (d && d->node[0].kind != LC_DOC_OBJECT) status = lc_fail(LC_EARG, "the metadata of a safetensors file is a JSON object of strings");
+    if (d && d->node[0].kind != LC_DOC_OBJECT)
+        status = lc_fail(LC_EARG, "the metadata of a safetensors file is a JSON object of strings");
     for (int32_t i = d ? d->node[0].first : -1; status == LC_OK && i >= 0; i = d->node[i].next) {
         if (d->node[i].kind == LC_DOC_STRING)
             status = lc_writer_describe(w, d->text + d->node[i].key, d->text + d->node[i].str, d->node[i].str_len);
@@ -341,7 +353,8 @@ static lc_status pieces_data(const lc_save_entry *e, lc_save_sink sink, void *ct
     for (int d = 0; d < e->ndim; d++) n *= e->dim[d];
     uint8_t *data = malloc((size_t)e->from->bytes);
     if (!data) return lc_fail(LC_ENOMEM, "no memory for '%s' (%.0f bytes)", e->name, (double)e->from->bytes);
-    lc_status status = lc_file_runs(e->from, gather_run, &(gather_target){data, (size_t)(e->from->bytes / (uint64_t)n)});
+    lc_status status =
+        lc_file_runs(e->from, gather_run, &(gather_target){data, (size_t)(e->from->bytes / (uint64_t)n)});
     if (status == LC_OK) status = sink_in_parts(sink, ctx, data, e->from->bytes);
     free(data);
     return status;

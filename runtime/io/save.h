@@ -1,5 +1,5 @@
-/* save.h: what the writers of tensor files share. A writer is a list of tensors, in memory or stored in another file; finishing
- * it writes them one after the other, converted on the way, so that a model needs no memory of its size. */
+/* save.h: what the writers of tensor files share. A writer is a list of tensors, in memory or stored in another file;
+ * finishing it writes them one after the other, converted on the way, so that a model needs no memory of its size. */
 #ifndef LC_SAVE_H
 #define LC_SAVE_H
 
@@ -43,7 +43,7 @@ struct lc_writer {
     int count, room;
     lc_save_value *meta; /* strings that describe the file: safetensors' __metadata__ */
     int metas;
-    bool described; /* the description is written even where it is empty */
+    bool described;       /* the description is written even where it is empty */
     lc_save_value *value; /* plain values beside the tensors (torch), metadata (gguf) */
     int values;
 };
@@ -55,7 +55,8 @@ typedef struct lc_text {
 
 lc_status lc_text_add(lc_text *b, const void *s, size_t n);
 
-/* The tensor's elements, row-major, as `dtype`, into `out`, by all threads. An entry that is LC_STORE_UNKNOWN cannot be. */
+/* The tensor's elements, row-major, as `dtype`, into `out`, by all threads. An entry that is LC_STORE_UNKNOWN cannot
+ * be. */
 lc_status lc_file_load(const struct lc_file *f, const lc_file_entry *e, int dtype, uint8_t *out);
 
 /* Hands the bytes of an entry, as they are written, to `sink`, piece by piece. */

@@ -1,5 +1,5 @@
-/* save_gguf.c: the writer of GGUF, version 3: metadata values (given, or copied from another GGUF), tensor infos, and the
- * tensors, each from a multiple of 32 bytes. Format: docs/gguf.md of ggml. */
+/* save_gguf.c: the writer of GGUF, version 3: metadata values (given, or copied from another GGUF), tensor infos, and
+ * the tensors, each from a multiple of 32 bytes. Format: docs/gguf.md of ggml. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -42,7 +42,8 @@ static lc_status put_raw(lc_text *b, const lc_save_value *v) {
 static lc_status put_scalar(lc_text *b, const lc_save_value *v) {
     int bytes = lc_gguf_value_bytes(v->kind);
     bool real = v->kind == V_F32 || v->kind == V_F64;
-    if (!real && !(v->number > -9.22e18 && v->number < 1.84e19)) return lc_fail(LC_EARG, "the metadata value '%s' does not fit", v->key ? v->key : "");
+    if (!real && !(v->number > -9.22e18 && v->number < 1.84e19))
+        return lc_fail(LC_EARG, "the metadata value '%s' does not fit", v->key ? v->key : "");
     uint64_t bits = real ? 0 : v->number < 0 ? (uint64_t)(int64_t)v->number : (uint64_t)v->number;
     if (v->kind == V_STRING && v->text) return put_string(b, v->text, v->length);
     if (v->kind == V_F64) memcpy(&bits, &v->number, 8);
@@ -52,7 +53,8 @@ static lc_status put_scalar(lc_text *b, const lc_save_value *v) {
         memcpy(&low, &narrow, 4);
         bits = low;
     }
-    return bytes ? put_little(b, bits, bytes) : lc_fail(LC_EARG, "the metadata value '%s' has the type %d", v->key ? v->key : "", v->kind);
+    return bytes ? put_little(b, bits, bytes)
+                 : lc_fail(LC_EARG, "the metadata value '%s' has the type %d", v->key ? v->key : "", v->kind);
 }
 
 static lc_status put_value(lc_text *b, const lc_save_value *v) {

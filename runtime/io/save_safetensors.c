@@ -1,5 +1,6 @@
-/* save_safetensors.c: the writer of safetensors: 8 bytes of header length, the header, the tensors. Their order and the header's
- * text are those of the safetensors library, so that a file written by it and read here is written the same again. */
+/* save_safetensors.c: the writer of safetensors: 8 bytes of header length, the header, the tensors. Their order and the
+ * header's text are those of the safetensors library, so that a file written by it and read here is written the same
+ * again. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -7,8 +8,9 @@
 #include "save.h"
 
 /* Highest first; elements of one width stand together, so that every tensor is aligned. */
-static const char *const order[] = {"U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ",
-                                    "F8_E4M3FNUZ", "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"};
+static const char *const order[] = {"U64",     "I64",     "F64", "C64", "F32",         "U32",         "I32",
+                                    "BF16",    "F16",     "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0",
+                                    "F8_E4M3", "F8_E5M2", "I8",  "U8",  "BOOL"};
 
 static int rank(const char *dtype) {
     for (int i = 0; i < (int)(sizeof order / sizeof *order); i++)
@@ -28,7 +30,7 @@ static lc_status add_string(lc_text *b, const char *s) {
     for (; *s; s++) {
         char escaped[8];
         const char *known = strchr(plain, *s);
-        int n = known ? snprintf(escaped, sizeof escaped, "\\%c", escape[known - plain])
+        int n = known                    ? snprintf(escaped, sizeof escaped, "\\%c", escape[known - plain])
                 : (unsigned char)*s < 32 ? snprintf(escaped, sizeof escaped, "\\u%04x", (unsigned)*s)
                                          : snprintf(escaped, sizeof escaped, "%c", *s);
         LC_TRY(lc_text_add(b, escaped, (size_t)n));
@@ -52,7 +54,8 @@ static lc_status add_entry(lc_text *b, const lc_save_entry *e, uint64_t begin) {
 
 static lc_status add_metadata(lc_text *b, const struct lc_writer *w) {
     for (int i = 0; i < w->metas; i++) {
-        if (strlen(w->meta[i].text) != w->meta[i].length) return lc_fail(LC_EARG, "the description '%s' holds a zero byte", w->meta[i].key);
+        if (strlen(w->meta[i].text) != w->meta[i].length)
+            return lc_fail(LC_EARG, "the description '%s' holds a zero byte", w->meta[i].key);
         LC_TRY(i ? lc_text_add(b, ",", 1) : lc_text_add(b, "\"__metadata__\":{", 16));
         LC_TRY(add_string(b, w->meta[i].key));
         LC_TRY(lc_text_add(b, ":", 1));
@@ -82,11 +85,13 @@ lc_status lc_save_safetensors(struct lc_writer *w, lc_aside *a) {
     lc_text header = {0};
     for (int i = 0; i < w->count; i++) {
         const lc_save_entry *e = &w->entry[i];
-        if (strcmp(e->name, "__metadata__") == 0) return lc_fail(LC_EARG, "a safetensors file cannot hold a tensor named '__metadata__'");
+        if (strcmp(e->name, "__metadata__") == 0)
+            return lc_fail(LC_EARG, "a safetensors file cannot hold a tensor named '__metadata__'");
         if (!e->dtype || !e->dtype->safetensors || e->quantise >= 0)
             return lc_fail(LC_EDTYPE, "'%s' cannot be saved: safetensors does not hold its type", e->name);
     }
-    if (w->values) return lc_fail(LC_EARG, "a safetensors file holds no values beside tensors, such as '%s'", w->value[0].key);
+    if (w->values)
+        return lc_fail(LC_EARG, "a safetensors file holds no values beside tensors, such as '%s'", w->value[0].key);
     if (w->count > 1) qsort(w->entry, (size_t)w->count, sizeof *w->entry, by_dtype);
     lc_status status = build_header(&header, w);
     if (status == LC_OK) status = lc_aside_write(a, header.text, header.length);

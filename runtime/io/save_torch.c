@@ -1,5 +1,6 @@
-/* save_torch.c: the writer of what torch.save writes: a zip archive, entries as they are and aligned to 64 bytes, with a pickle
- * of protocol 2 (an OrderedDict of tensors, alone or in a dict of plain values) that torch.load(weights_only=True) reads. */
+/* save_torch.c: the writer of what torch.save writes: a zip archive, entries as they are and aligned to 64 bytes, with
+ * a pickle of protocol 2 (an OrderedDict of tensors, alone or in a dict of plain values) that
+ * torch.load(weights_only=True) reads. */
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -59,7 +60,8 @@ static lc_status put_tensor(lc_text *b, const lc_save_entry *e, int key) {
         stride[i] = span;
         span *= e->dim[i] > 0 ? e->dim[i] : 1;
     }
-    LC_TRY(put(b, d->torch_storage ? "ctorch._utils\n_rebuild_tensor_v2\n((" : "ctorch._utils\n_rebuild_tensor_v3\n(("));
+    LC_TRY(
+        put(b, d->torch_storage ? "ctorch._utils\n_rebuild_tensor_v2\n((" : "ctorch._utils\n_rebuild_tensor_v3\n(("));
     LC_TRY(put_string(b, "storage", 7));
     LC_TRY(put(b, d->torch_storage ? "ctorch\n" : "ctorch.storage\n"));
     LC_TRY(put(b, d->torch_storage ? d->torch_storage : "UntypedStorage"));
@@ -71,7 +73,8 @@ static lc_status put_tensor(lc_text *b, const lc_save_entry *e, int key) {
     LC_TRY(put_byte(b, 0));
     LC_TRY(put_numbers(b, e->dim, e->ndim));
     LC_TRY(put_numbers(b, stride, e->ndim));
-    LC_TRY(put(b, "\x89" "ccollections\nOrderedDict\n)R"));
+    LC_TRY(put(b, "\x89"
+                  "ccollections\nOrderedDict\n)R"));
     if (!d->torch_storage) {
         LC_TRY(put(b, "ctorch\n"));
         LC_TRY(put(b, d->torch));
@@ -106,7 +109,8 @@ static lc_status build_pickle(lc_text *b, const struct lc_writer *w) {
     LC_TRY(put(b, "\x80\x02"));
     if (outer) {
         LC_TRY(put(b, "}("));
-        LC_TRY(put_string(b, w->wrapper ? w->wrapper : "model_state_dict", strlen(w->wrapper ? w->wrapper : "model_state_dict")));
+        LC_TRY(put_string(b, w->wrapper ? w->wrapper : "model_state_dict",
+                          strlen(w->wrapper ? w->wrapper : "model_state_dict")));
     }
     LC_TRY(put(b, "ccollections\nOrderedDict\n)R("));
     for (int i = 0; i < w->count; i++) {
@@ -159,13 +163,24 @@ static lc_status numbers(lc_text *b, int n, const uint64_t (*field)[2]) {
     return LC_OK;
 }
 
-/* The sizes are not known before the data: a descriptor follows it. The extra field pads so that the data is aligned. */
+/* The sizes are not known before the data: a descriptor follows it. The extra field pads so that the data is aligned.
+ */
 static lc_status begin_entry(archive *z, const char *name, bool wide) {
     lc_text b = {0};
     uint64_t head = 30 + strlen(name) + (wide ? 20 : 0) + 4, pad = (ALIGN - (z->at + head) % ALIGN) % ALIGN;
     uint64_t extra = (wide ? 20 : 0) + 4 + pad;
-    lc_status status = numbers(&b, 11, (const uint64_t[][2]){{0x04034b50, 4}, {wide ? 45 : 20, 2}, {0x0808, 2}, {0, 2}, {0, 2}, {0, 2},
-                                                            {0, 4}, {wide ? WIDE : 0, 4}, {wide ? WIDE : 0, 4}, {strlen(name), 2}, {extra, 2}});
+    lc_status status = numbers(&b, 11,
+                               (const uint64_t[][2]){{0x04034b50, 4},
+                                                     {wide ? 45 : 20, 2},
+                                                     {0x0808, 2},
+                                                     {0, 2},
+                                                     {0, 2},
+                                                     {0, 2},
+                                                     {0, 4},
+                                                     {wide ? WIDE : 0, 4},
+                                                     {wide ? WIDE : 0, 4},
+                                                     {strlen(name), 2},
+                                                     {extra, 2}});
     if (status == LC_OK) status = lc_text_add(&b, name, strlen(name));
     if (status == LC_OK && wide) status = numbers(&b, 4, (const uint64_t[][2]){{1, 2}, {16, 2}, {0, 8}, {0, 8}});
     if (status == LC_OK) status = numbers(&b, 2, (const uint64_t[][2]){{0x4246, 2}, {pad, 2}});
@@ -182,15 +197,31 @@ static lc_status end_entry(archive *z, const char *name, uint64_t local, bool wi
     lc_text b = {0};
     uint64_t size = z->at - z->begin;
     bool far = local >= WIDE;
-    lc_status status = numbers(&b, 4, (const uint64_t[][2]){{0x08074b50, 4}, {z->crc, 4}, {size, wide ? 8 : 4}, {size, wide ? 8 : 4}});
+    lc_status status =
+        numbers(&b, 4, (const uint64_t[][2]){{0x08074b50, 4}, {z->crc, 4}, {size, wide ? 8 : 4}, {size, wide ? 8 : 4}});
     if (status != LC_OK) free(b.text);
     LC_TRY(status);
     LC_TRY(emit_text(z, &b));
     lc_text *d = &z->directory;
     uint64_t extra = (wide ? 16 : 0) + (far ? 8 : 0);
-    LC_TRY(numbers(d, 17, (const uint64_t[][2]){{0x02014b50, 4}, {wide || far ? 45 : 20, 2}, {wide || far ? 45 : 20, 2}, {0x0808, 2}, {0, 2},
-                                                {0, 2}, {0, 2}, {z->crc, 4}, {wide ? WIDE : size, 4}, {wide ? WIDE : size, 4}, {strlen(name), 2},
-                                                {extra ? extra + 4 : 0, 2}, {0, 2}, {0, 2}, {0, 2}, {0, 4}, {far ? WIDE : local, 4}}));
+    LC_TRY(numbers(d, 17,
+                   (const uint64_t[][2]){{0x02014b50, 4},
+                                         {wide || far ? 45 : 20, 2},
+                                         {wide || far ? 45 : 20, 2},
+                                         {0x0808, 2},
+                                         {0, 2},
+                                         {0, 2},
+                                         {0, 2},
+                                         {z->crc, 4},
+                                         {wide ? WIDE : size, 4},
+                                         {wide ? WIDE : size, 4},
+                                         {strlen(name), 2},
+                                         {extra ? extra + 4 : 0, 2},
+                                         {0, 2},
+                                         {0, 2},
+                                         {0, 2},
+                                         {0, 4},
+                                         {far ? WIDE : local, 4}}));
     LC_TRY(lc_text_add(d, name, strlen(name)));
     if (extra) LC_TRY(numbers(d, 2, (const uint64_t[][2]){{1, 2}, {extra, 2}}));
     if (wide) LC_TRY(numbers(d, 2, (const uint64_t[][2]){{size, 8}, {size, 8}}));
@@ -225,11 +256,31 @@ static lc_status end_archive(archive *z) {
     bool wide = z->count >= 0xffff || begin >= WIDE || bytes >= WIDE;
     lc_status status = LC_OK;
     if (wide)
-        status = numbers(&b, 14, (const uint64_t[][2]){{0x06064b50, 4}, {44, 8}, {45, 2}, {45, 2}, {0, 4}, {0, 4}, {z->count, 8}, {z->count, 8},
-                                                       {bytes, 8}, {begin, 8}, {0x07064b50, 4}, {0, 4}, {begin + bytes, 8}, {1, 4}});
+        status = numbers(&b, 14,
+                         (const uint64_t[][2]){{0x06064b50, 4},
+                                               {44, 8},
+                                               {45, 2},
+                                               {45, 2},
+                                               {0, 4},
+                                               {0, 4},
+                                               {z->count, 8},
+                                               {z->count, 8},
+                                               {bytes, 8},
+                                               {begin, 8},
+                                               {0x07064b50, 4},
+                                               {0, 4},
+                                               {begin + bytes, 8},
+                                               {1, 4}});
     if (status == LC_OK)
-        status = numbers(&b, 8, (const uint64_t[][2]){{0x06054b50, 4}, {0, 2}, {0, 2}, {wide ? 0xffff : z->count, 2}, {wide ? 0xffff : z->count, 2},
-                                                      {wide ? WIDE : bytes, 4}, {wide ? WIDE : begin, 4}, {0, 2}});
+        status = numbers(&b, 8,
+                         (const uint64_t[][2]){{0x06054b50, 4},
+                                               {0, 2},
+                                               {0, 2},
+                                               {wide ? 0xffff : z->count, 2},
+                                               {wide ? 0xffff : z->count, 2},
+                                               {wide ? WIDE : bytes, 4},
+                                               {wide ? WIDE : begin, 4},
+                                               {0, 2}});
     if (status != LC_OK) free(b.text);
     LC_TRY(status);
     return emit_text(z, &b);

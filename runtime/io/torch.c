@@ -1,6 +1,7 @@
-/* torch.c: opens what torch.save wrote. A zip archive has NAME/data.pkl and a NAME/data/KEY for each storage; the legacy form
- * is four pickles (magic number, version, system, the object), a fifth with the storages' keys, and after it each storage as
- * its count of elements and its bytes. Formats: torch/serialization.py and caffe2/serialize of PyTorch. */
+/* torch.c: opens what torch.save wrote. A zip archive has NAME/data.pkl and a NAME/data/KEY for each storage; the
+ * legacy form is four pickles (magic number, version, system, the object), a fifth with the storages' keys, and after
+ * it each storage as its count of elements and its bytes. Formats: torch/serialization.py and caffe2/serialize of
+ * PyTorch. */
 #include "torch.h"
 
 #include <stdlib.h>
@@ -24,7 +25,8 @@ static int compare_keys(const void *a, const void *b) {
 static lc_status storage_bytes(const lc_pickle *p, int32_t node, uint64_t *bytes) {
     const lc_pickle_global *type = &p->node[lc_pickle_item_at(p, node, 1)].global;
     uint64_t count = (uint64_t)p->node[lc_pickle_item_at(p, node, 4)].integer;
-    if (__builtin_mul_overflow(count, type->dtype ? (uint64_t)type->dtype->bytes : 1, bytes) || *bytes > (uint64_t)1 << 53)
+    if (__builtin_mul_overflow(count, type->dtype ? (uint64_t)type->dtype->bytes : 1, bytes) || *bytes > (uint64_t)1
+                                                                                                             << 53)
         return lc_fail(LC_EPARSE, "a storage of %.0f elements", (double)count);
     return LC_OK;
 }
@@ -53,7 +55,8 @@ static lc_status list_storages(lc_torch *t) {
         lc_torch_storage *s = &t->storage[i];
         if (kept > 0 && compare_keys(s, &t->storage[kept - 1]) == 0) {
             if (s->bytes != t->storage[kept - 1].bytes)
-                return lc_fail(LC_EPARSE, "the storage '%.*s' has two sizes", s->key_bytes < 100 ? (int)s->key_bytes : 100, s->key);
+                return lc_fail(LC_EPARSE, "the storage '%.*s' has two sizes",
+                               s->key_bytes < 100 ? (int)s->key_bytes : 100, s->key);
             continue;
         }
         t->storage[kept++] = *s;
@@ -65,7 +68,8 @@ static lc_status list_storages(lc_torch *t) {
 /* ---- zip
  * ------------------------------------------------------------------------------------------------------------- */
 
-static const lc_zip_entry *find_in(const lc_zip *z, const char *folder, size_t folder_bytes, const char *rest, size_t rest_bytes) {
+static const lc_zip_entry *find_in(const lc_zip *z, const char *folder, size_t folder_bytes, const char *rest,
+                                   size_t rest_bytes) {
     char name[1024];
     if (folder_bytes + rest_bytes > sizeof name) return NULL;
     memcpy(name, folder, folder_bytes);
@@ -100,8 +104,8 @@ static lc_status check_archive(const lc_zip *z, const lc_zip_entry *pickle, size
     uLong crc = crc32(0, Z_NULL, 0);
     crc = crc32_z(crc, z->data + pickle->offset, (z_size_t)pickle->bytes);
     if ((uint32_t)crc != pickle->crc)
-        return lc_fail(LC_EPARSE, "data.pkl at byte %.0f has the checksum %08lx; the directory says %08x", (double)pickle->offset, crc,
-                       (unsigned)pickle->crc);
+        return lc_fail(LC_EPARSE, "data.pkl at byte %.0f has the checksum %08lx; the directory says %08x",
+                       (double)pickle->offset, crc, (unsigned)pickle->crc);
     return LC_OK;
 }
 
@@ -110,14 +114,15 @@ static lc_status place_in_zip(lc_torch *t, const lc_zip *z, const char *folder, 
         lc_torch_storage *s = &t->storage[i];
         char rest[256];
         int shown = s->key_bytes < 100 ? (int)s->key_bytes : 100;
-        if (s->key_bytes > sizeof rest - 5) return lc_fail(LC_EPARSE, "a storage's key has %u bytes", (unsigned)s->key_bytes);
+        if (s->key_bytes > sizeof rest - 5)
+            return lc_fail(LC_EPARSE, "a storage's key has %u bytes", (unsigned)s->key_bytes);
         memcpy(rest, "data/", 5);
         memcpy(rest + 5, s->key, s->key_bytes);
         const lc_zip_entry *e = find_in(z, folder, folder_bytes, rest, s->key_bytes + 5);
         if (!e) return lc_fail(LC_EPARSE, "the storage data/%.*s is missing", shown, s->key);
         if (e->bytes != s->bytes)
-            return lc_fail(LC_EPARSE, "the storage data/%.*s has %.0f bytes at byte %.0f; its tensors need %.0f", shown, s->key,
-                           (double)e->bytes, (double)e->offset, (double)s->bytes);
+            return lc_fail(LC_EPARSE, "the storage data/%.*s has %.0f bytes at byte %.0f; its tensors need %.0f", shown,
+                           s->key, (double)e->bytes, (double)e->offset, (double)s->bytes);
         s->data = z->data + e->offset;
     }
     return LC_OK;
@@ -127,7 +132,8 @@ static lc_status open_archive(lc_torch *t, const lc_zip *z) {
     const lc_zip_entry *pickle = NULL;
     size_t folder = 0;
     LC_TRY(find_pickle(z, &pickle, &folder));
-    lc_status status = lc_pickle_read(&t->pickle, z->data + pickle->offset, (size_t)pickle->bytes, LC_PICKLE_PERSISTENT);
+    lc_status status =
+        lc_pickle_read(&t->pickle, z->data + pickle->offset, (size_t)pickle->bytes, LC_PICKLE_PERSISTENT);
     if (status != LC_OK) return lc_fail_in(status, "data.pkl (at byte %.0f): ", (double)pickle->offset);
     LC_TRY(check_archive(z, pickle, folder));
     LC_TRY(list_storages(t));
@@ -163,9 +169,12 @@ static lc_status check_head(legacy *l) {
     lc_pickle p;
     LC_TRY(next_pickle(l, &p, 0, "the magic number"));
     const lc_pickle_node *n = &p.node[p.root];
-    bool good = n->kind == LC_PK_BIG && n->bytes.size == sizeof legacy_magic && memcmp(n->bytes.data, legacy_magic, sizeof legacy_magic) == 0;
+    bool good = n->kind == LC_PK_BIG && n->bytes.size == sizeof legacy_magic &&
+                memcmp(n->bytes.data, legacy_magic, sizeof legacy_magic) == 0;
     lc_pickle_free(&p);
-    if (!good) return lc_fail(LC_EPARSE, "a pickle that is no PyTorch checkpoint (it does not begin with torch.save's magic number)");
+    if (!good)
+        return lc_fail(LC_EPARSE,
+                       "a pickle that is no PyTorch checkpoint (it does not begin with torch.save's magic number)");
     LC_TRY(next_pickle(l, &p, 0, "the version"));
     n = &p.node[p.root];
     good = n->kind == LC_PK_INT && n->integer == 1001;
@@ -184,15 +193,16 @@ static lc_status place_next(lc_torch *t, legacy *l, const lc_pickle *keys, int32
     const lc_pickle_node *k = &keys->node[key];
     int shown = k->bytes.size < 100 ? (int)k->bytes.size : 100;
     lc_torch_storage *s = find_storage(t, k->bytes.data, k->bytes.size);
-    if (!s || s->found) return lc_fail(LC_EPARSE, "the storage '%.*s' %s", shown, k->bytes.data, s ? "comes twice" : "is no tensor's");
+    if (!s || s->found)
+        return lc_fail(LC_EPARSE, "the storage '%.*s' %s", shown, k->bytes.data, s ? "comes twice" : "is no tensor's");
     if (l->bytes - l->at < 8 || s->bytes > l->bytes - l->at - 8)
-        return lc_fail(LC_EPARSE, "the storage '%.*s' at byte %.0f needs %.0f bytes; the file ends after %.0f", shown, k->bytes.data,
-                       (double)l->at, (double)s->bytes + 8, (double)(l->bytes - l->at));
+        return lc_fail(LC_EPARSE, "the storage '%.*s' at byte %.0f needs %.0f bytes; the file ends after %.0f", shown,
+                       k->bytes.data, (double)l->at, (double)s->bytes + 8, (double)(l->bytes - l->at));
     uint64_t count = 0;
     for (int i = 7; i >= 0; i--) count = count << 8 | l->data[l->at + (size_t)i];
     if (count > s->bytes || (count ? s->bytes % count != 0 || s->bytes / count > 16 : s->bytes != 0))
-        return lc_fail(LC_EPARSE, "the storage '%.*s' at byte %.0f has %.0f elements; its tensors need %.0f bytes", shown,
-                       k->bytes.data, (double)l->at, (double)count, (double)s->bytes);
+        return lc_fail(LC_EPARSE, "the storage '%.*s' at byte %.0f has %.0f elements; its tensors need %.0f bytes",
+                       shown, k->bytes.data, (double)l->at, (double)count, (double)s->bytes);
     s->found = true;
     s->data = l->data + l->at + 8;
     l->at += 8 + (size_t)s->bytes;
@@ -205,10 +215,11 @@ static lc_status place_all(lc_torch *t, legacy *l, const lc_pickle *keys) {
         LC_TRY(place_next(t, l, keys, keys->item[i].value));
     for (int i = 0; i < t->storages; i++)
         if (!t->storage[i].found)
-            return lc_fail(LC_EPARSE, "the storage '%.*s' is missing", t->storage[i].key_bytes < 100 ? (int)t->storage[i].key_bytes : 100,
-                           t->storage[i].key);
+            return lc_fail(LC_EPARSE, "the storage '%.*s' is missing",
+                           t->storage[i].key_bytes < 100 ? (int)t->storage[i].key_bytes : 100, t->storage[i].key);
     return l->at == l->bytes ? LC_OK
-                             : lc_fail(LC_EPARSE, "%.0f bytes follow the last storage at byte %.0f", (double)(l->bytes - l->at), (double)l->at);
+                             : lc_fail(LC_EPARSE, "%.0f bytes follow the last storage at byte %.0f",
+                                       (double)(l->bytes - l->at), (double)l->at);
 }
 
 static lc_status open_legacy(lc_torch *t, const uint8_t *data, size_t bytes) {
@@ -241,8 +252,10 @@ void lc_torch_close(lc_torch *t) {
  * --------------------------------------------------------------------------------------------------------- */
 
 static lc_status read_numbers(const lc_pickle *p, int32_t tuple, int64_t *out, int *count) {
-    if (!lc_pickle_is(p, tuple, LC_PK_TUPLE) && !lc_pickle_is(p, tuple, LC_PK_LIST)) return lc_fail(LC_EPARSE, "a tensor's size is no tuple");
-    if (p->node[tuple].items.count > LC_TORCH_DIMS) return lc_fail(LC_EPARSE, "a tensor of %d dims", (int)p->node[tuple].items.count);
+    if (!lc_pickle_is(p, tuple, LC_PK_TUPLE) && !lc_pickle_is(p, tuple, LC_PK_LIST))
+        return lc_fail(LC_EPARSE, "a tensor's size is no tuple");
+    if (p->node[tuple].items.count > LC_TORCH_DIMS)
+        return lc_fail(LC_EPARSE, "a tensor of %d dims", (int)p->node[tuple].items.count);
     *count = 0;
     for (int32_t i = p->node[tuple].items.first; i >= 0; i = p->item[i].next) {
         const lc_pickle_node *n = &p->node[p->item[i].value];
@@ -253,22 +266,26 @@ static lc_status read_numbers(const lc_pickle *p, int32_t tuple, int64_t *out, i
     return LC_OK;
 }
 
-/* The view must lie in its storage. What is repeated by a stride of 0 costs nothing in the file, so its size is bounded. */
+/* The view must lie in its storage. What is repeated by a stride of 0 costs nothing in the file, so its size is
+ * bounded. */
 static lc_status check_extent(lc_torch_view *v, uint64_t offset, uint64_t storage) {
     enum { REPEATED = 1 << 28 };
     uint64_t item = (uint64_t)v->dtype->bytes, last = offset, step;
-    if (!lc_file_sizes(v->dim, v->ndim, 1, v->dtype->bytes, &v->bytes)) return lc_fail(LC_EPARSE, "its shape is too large");
+    if (!lc_file_sizes(v->dim, v->ndim, 1, v->dtype->bytes, &v->bytes))
+        return lc_fail(LC_EPARSE, "its shape is too large");
     v->contiguous = true;
     if (v->bytes == 0) return LC_OK;
     int64_t dense = 1;
     for (int d = v->ndim - 1; d >= 0; d--) {
-        if (__builtin_mul_overflow((uint64_t)v->stride[d], (uint64_t)v->dim[d] - 1, &step) || __builtin_add_overflow(last, step, &last))
+        if (__builtin_mul_overflow((uint64_t)v->stride[d], (uint64_t)v->dim[d] - 1, &step) ||
+            __builtin_add_overflow(last, step, &last))
             return lc_fail(LC_EPARSE, "its strides are too large");
         v->contiguous = v->contiguous && (v->dim[d] == 1 || v->stride[d] == dense);
         dense *= v->dim[d];
     }
     if (last >= storage / item)
-        return lc_fail(LC_EPARSE, "it reaches to element %.0f of a storage of %.0f", (double)last, (double)(storage / item));
+        return lc_fail(LC_EPARSE, "it reaches to element %.0f of a storage of %.0f", (double)last,
+                       (double)(storage / item));
     if (v->bytes > storage && v->bytes - storage > REPEATED)
         return lc_fail(LC_EPARSE, "it repeats a storage of %.0f bytes to %.0f", (double)storage, (double)v->bytes);
     return LC_OK;
@@ -281,7 +298,8 @@ lc_status lc_torch_view_of(const lc_torch *t, int32_t tensor, lc_torch_view *v) 
     const lc_pickle_global *type = &p->node[lc_pickle_item_at(p, storage, 1)].global;
     v->dtype = p->node[tensor].state >= 0 ? p->node[p->node[tensor].state].global.dtype : type->dtype;
     if (!v->dtype) return lc_fail(LC_EPARSE, "an untyped storage, and nothing says its dtype");
-    if (!lc_pickle_is(p, offset, LC_PK_INT) || p->node[offset].integer < 0) return lc_fail(LC_EPARSE, "its offset is no whole number of 0 or more");
+    if (!lc_pickle_is(p, offset, LC_PK_INT) || p->node[offset].integer < 0)
+        return lc_fail(LC_EPARSE, "its offset is no whole number of 0 or more");
     LC_TRY(read_numbers(p, lc_pickle_item_at(p, tensor, 2), v->dim, &v->ndim));
     LC_TRY(read_numbers(p, lc_pickle_item_at(p, tensor, 3), v->stride, &strides));
     if (strides != v->ndim) return lc_fail(LC_EPARSE, "it has %d dims but %d strides", v->ndim, strides);

@@ -1,5 +1,5 @@
-/* torch.h: what the readers of torch.save's files share: the pickle, its storages found in the file, and tensors as views
- * of them. */
+/* torch.h: what the readers of torch.save's files share: the pickle, its storages found in the file, and tensors as
+ * views of them. */
 #ifndef LC_TORCH_H
 #define LC_TORCH_H
 
@@ -31,13 +31,14 @@ typedef struct lc_torch_view {
     bool contiguous;
 } lc_torch_view;
 
-/* Reads the pickle of a zip or legacy file and finds every storage that it names: all is there, in the size that it says. */
+/* Reads the pickle of a zip or legacy file and finds every storage that it names: all is there, in the size that it
+ * says. */
 lc_status lc_torch_open(lc_torch *t, const uint8_t *data, size_t bytes);
 void lc_torch_close(lc_torch *t);
 lc_status lc_torch_view_of(const lc_torch *t, int32_t tensor, lc_torch_view *v);
 
-/* torch_tree.c: the plain values below `node` as a document's node with the waiting key; tensors are left out of dicts and are
- * null in lists. `steps` bounds the work: shared values are written as often as they stand. */
+/* torch_tree.c: the plain values below `node` as a document's node with the waiting key; tensors are left out of dicts
+ * and are null in lists. `steps` bounds the work: shared values are written as often as they stand. */
 lc_status lc_torch_plain(const lc_pickle *p, int32_t node, lc_doc_build *d, int64_t *steps);
 
 #endif

@@ -1,6 +1,6 @@
-/* torch_parts.c: folders that torch.distributed.checkpoint wrote. .metadata is a pickle of records: of each tensor its size and
- * dtype, and for each of its blocks the file, offset and length of what torch.save wrote of it. Opening checks that every
- * block is a tensor of the right dtype, and that a tensor's blocks cover it exactly once. */
+/* torch_parts.c: folders that torch.distributed.checkpoint wrote. .metadata is a pickle of records: of each tensor its
+ * size and dtype, and for each of its blocks the file, offset and length of what torch.save wrote of it. Opening checks
+ * that every block is a tensor of the right dtype, and that a tensor's blocks cover it exactly once. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -17,7 +17,7 @@ typedef struct block {
 typedef struct part {
     char *name;
     const uint8_t *data;
-    size_t bytes;
+    size_t bytes, claimed; /* claimed: by blocks so far, which do not overlap */
     lc_mapping *map;
 } part;
 
@@ -83,7 +83,7 @@ static int first_block(const parts *s, const lc_pickle_node *name) {
 /* ---- files
  * ----------------------------------------------------------------------------------------------------------- */
 
-static lc_status find_part(parts *s, const lc_pickle_node *name, const part **out) {
+static lc_status find_part(parts *s, const lc_pickle_node *name, part **out) {
     char text[512];
     if (name->bytes.size >= sizeof text || memchr(name->bytes.data, 0, name->bytes.size))
         return lc_fail(LC_EPARSE, "a file name of %u bytes", (unsigned)name->bytes.size);
@@ -107,11 +107,13 @@ static lc_status find_part(parts *s, const lc_pickle_node *name, const part **ou
 }
 
 /* What torch.save wrote of a block. */
-static lc_status open_block(parts *s, const block *b, lc_torch *t, const part **from) {
+static lc_status open_block(parts *s, const block *b, lc_torch *t, part **from) {
     const lc_pickle *p = &s->meta;
     int32_t name = lc_pickle_get(p, b->info, "relative_path"), offset = lc_pickle_get(p, b->info, "offset");
-    int32_t length = lc_pickle_get(p, b->info, "length"), transforms = lc_pickle_get(p, b->info, "transform_descriptors");
-    if (!lc_pickle_is(p, name, LC_PK_STRING) || !lc_pickle_is(p, offset, LC_PK_INT) || !lc_pickle_is(p, length, LC_PK_INT))
+    int32_t length = lc_pickle_get(p, b->info, "length"),
+            transforms = lc_pickle_get(p, b->info, "transform_descriptors");
+    if (!lc_pickle_is(p, name, LC_PK_STRING) || !lc_pickle_is(p, offset, LC_PK_INT) ||
+        !lc_pickle_is(p, length, LC_PK_INT))
         return lc_fail(LC_EPARSE, "its place is not (relative_path, offset, length)");
     if (transforms >= 0 && !lc_pickle_is(p, transforms, LC_PK_NONE) && lc_pickle_item_at(p, transforms, 0) >= 0)
         return lc_fail(LC_EPARSE, "it is stored with a transform (compressed?), which is not read");
@@ -120,6 +122,9 @@ static lc_status open_block(parts *s, const block *b, lc_torch *t, const part **
     if (at < 0 || bytes < 0 || (uint64_t)at > (*from)->bytes || (uint64_t)bytes > (*from)->bytes - (uint64_t)at)
         return lc_fail(LC_EPARSE, "%.0f bytes at %.0f of %s, which has %.0f", (double)bytes, (double)at, (*from)->name,
                        (double)(*from)->bytes);
+    if ((size_t)bytes > (*from)->bytes - (*from)->claimed)
+        return lc_fail(LC_EPARSE, "the blocks of %s overlap", (*from)->name);
+    (*from)->claimed += (size_t)bytes;
     lc_status status = lc_torch_open(t, (*from)->data + at, (size_t)bytes);
     return status == LC_OK ? LC_OK : lc_fail_in(status, "%s, from byte %.0f: ", (*from)->name, (double)at);
 }
@@ -129,7 +134,8 @@ static lc_status open_block(parts *s, const block *b, lc_torch *t, const part **
 
 /* Numbers of a tuple of `count` elements. */
 static lc_status numbers(const lc_pickle *p, int32_t tuple, int count, int64_t *out) {
-    if ((!lc_pickle_is(p, tuple, LC_PK_TUPLE) && !lc_pickle_is(p, tuple, LC_PK_LIST)) || p->node[tuple].items.count != count)
+    if ((!lc_pickle_is(p, tuple, LC_PK_TUPLE) && !lc_pickle_is(p, tuple, LC_PK_LIST)) ||
+        p->node[tuple].items.count != count)
         return lc_fail(LC_EPARSE, "a place of other than %d dims", count);
     for (int32_t i = p->node[tuple].items.first; i >= 0; i = p->item[i].next) {
         const lc_pickle_node *n = &p->node[p->item[i].value];
@@ -156,7 +162,8 @@ static lc_status fill_piece(parts *s, const block *b, const lc_torch *t, const p
     piece->stride = piece->size + n;
     memcpy(piece->size, v.dim, (size_t)v.ndim * sizeof *v.dim);
     memcpy(piece->stride, v.stride, (size_t)v.ndim * sizeof *v.stride);
-    if (b->offsets >= 0 && !lc_pickle_is(p, b->offsets, LC_PK_NONE)) LC_TRY(numbers(p, b->offsets, e->ndim, piece->start));
+    if (b->offsets >= 0 && !lc_pickle_is(p, b->offsets, LC_PK_NONE))
+        LC_TRY(numbers(p, b->offsets, e->ndim, piece->start));
     for (int d = 0; d < e->ndim; d++)
         if (piece->start[d] > e->dim[d] || piece->size[d] > e->dim[d] - piece->start[d])
             return lc_fail(LC_EPARSE, "a block of %.0f from %.0f in dim %d, which has %.0f", (double)piece->size[d],
@@ -182,17 +189,19 @@ static lc_status check_cover(const lc_file_entry *e) {
         for (int k = 0; n && k < i; k++)
             if (overlap(e, &e->piece[i], &e->piece[k])) return lc_fail(LC_EPARSE, "two of its blocks overlap");
     }
-    return have == want ? LC_OK : lc_fail(LC_EPARSE, "its blocks have %.0f of its %.0f elements", (double)have, (double)want);
+    return have == want ? LC_OK
+                        : lc_fail(LC_EPARSE, "its blocks have %.0f of its %.0f elements", (double)have, (double)want);
 }
 
 static lc_status fill_tensor(parts *s, int32_t record, const lc_pickle_node *name, lc_file_entry *e) {
-    enum { MOST = 8192 };
+    enum { MOST = 4096 };
     const lc_pickle *p = &s->meta;
     int32_t size = lc_pickle_get(p, record, "size"), properties = lc_pickle_get(p, record, "properties");
     int32_t state = lc_pickle_is(p, properties, LC_PK_OBJECT) ? p->node[properties].state : -1;
-    int32_t dtype = lc_pickle_is(p, state, LC_PK_TUPLE) ? lc_pickle_item_at(p, state, 0) : lc_pickle_get(p, properties, "dtype");
-    if (!lc_pickle_is(p, size, LC_PK_TUPLE) || p->node[size].items.count > LC_TORCH_DIMS || !lc_pickle_is(p, dtype, LC_PK_GLOBAL) ||
-        p->node[dtype].global.role != LC_PR_DTYPE)
+    int32_t dtype =
+        lc_pickle_is(p, state, LC_PK_TUPLE) ? lc_pickle_item_at(p, state, 0) : lc_pickle_get(p, properties, "dtype");
+    if (!lc_pickle_is(p, size, LC_PK_TUPLE) || p->node[size].items.count > LC_TORCH_DIMS ||
+        !lc_pickle_is(p, dtype, LC_PK_GLOBAL) || p->node[dtype].global.role != LC_PR_DTYPE)
         return lc_fail(LC_EPARSE, "its record has no size or dtype");
     const lc_torch_dtype *type = p->node[dtype].global.dtype;
     e->ndim = p->node[size].items.count;
@@ -208,7 +217,7 @@ static lc_status fill_tensor(parts *s, int32_t record, const lc_pickle_node *nam
     if (!(e->piece = lc_alloc((size_t)(last - first) + 1, sizeof *e->piece))) return LC_ENOMEM;
     for (int i = first; i < last; i++) {
         lc_torch t;
-        const part *from = NULL;
+        part *from = NULL;
         LC_TRY(open_block(s, &s->block[i], &t, &from));
         lc_status status = fill_piece(s, &s->block[i], &t, from, e);
         lc_torch_close(&t);
@@ -223,7 +232,7 @@ static lc_status fill_tensor(parts *s, int32_t record, const lc_pickle_node *nam
 static lc_status plain_value(parts *s, const lc_pickle_node *name) {
     int at = first_block(s, name);
     lc_torch t;
-    const part *from = NULL;
+    part *from = NULL;
     if (at == s->blocks || compare_text(s->block[at].name, name) != 0) return LC_OK;
     LC_TRY(open_block(s, &s->block[at], &t, &from));
     lc_status status = lc_doc_build_key(&s->doc, (const char *)name->bytes.data, name->bytes.size);
@@ -251,8 +260,10 @@ static size_t wrapper_bytes(const lc_pickle *p, int32_t list) {
         int32_t name = p->item[i].value;
         i = p->item[i].next;
         int32_t path = p->item[i].value, head = lc_pickle_item_at(p, path, 0);
-        bool nested = lc_pickle_is(p, path, LC_PK_TUPLE) && p->node[path].items.count >= 2 && lc_pickle_is(p, head, LC_PK_STRING);
-        if (nested && (first < 0 || compare_text(&p->node[first], &p->node[head]) == 0) && (first >= 0 || names_tensor(p, list, name)))
+        bool nested =
+            lc_pickle_is(p, path, LC_PK_TUPLE) && p->node[path].items.count >= 2 && lc_pickle_is(p, head, LC_PK_STRING);
+        if (nested && (first < 0 || compare_text(&p->node[first], &p->node[head]) == 0) &&
+            (first >= 0 || names_tensor(p, list, name)))
             first = head;
         else if (look-- == 0 || names_tensor(p, list, name))
             return 0;

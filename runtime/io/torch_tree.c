@@ -1,5 +1,6 @@
-/* torch_tree.c: a checkpoint's tree of dicts and lists as a flat file of tensors: names are the keys on the way, joined by
- * dots, without a wrapper such as "model_state_dict" that holds all of them; what is no tensor becomes a document. */
+/* torch_tree.c: a checkpoint's tree of dicts and lists as a flat file of tensors: names are the keys on the way, joined
+ * by dots, without a wrapper such as "model_state_dict" that holds all of them; what is no tensor becomes a document.
+ */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,7 +29,8 @@ static lc_status spend(int64_t *steps) {
     return --*steps >= 0 ? LC_OK : lc_fail(LC_EPARSE, "a tree of more than 8388608 values (does it hold itself?)");
 }
 
-/* Is there a tensor (or, with `tensor` false, a plain value) at or below the node? Stops at the first, and at too much. */
+/* Is there a tensor (or, with `tensor` false, a plain value) at or below the node? Stops at the first, and at too much.
+ */
 static bool holds(const lc_pickle *p, int32_t node, bool tensor, int depth, int64_t *steps) {
     if (--*steps < 0 || depth > MAX_DEPTH) return true;
     if (!is_container(p, node)) return (p->node[node].kind == LC_PK_TENSOR) == tensor;
@@ -89,7 +91,8 @@ static lc_status key_text(const lc_pickle *p, int32_t node, char spare[324], con
     case LC_PK_STRING:
         *text = (const char *)n->bytes.data;
         *bytes = n->bytes.size;
-        if (lc_utf8_invalid(*text, *bytes) >= 0 || memchr(*text, 0, *bytes)) return lc_fail(LC_EPARSE, "a key that is not plain UTF-8");
+        if (lc_utf8_invalid(*text, *bytes) >= 0 || memchr(*text, 0, *bytes))
+            return lc_fail(LC_EPARSE, "a key that is not plain UTF-8");
         return LC_OK;
     case LC_PK_INT:
     case LC_PK_BIG: integer_text(n, spare); break;
@@ -140,10 +143,12 @@ static lc_status put_leaf(const lc_pickle *p, int32_t node, lc_doc_build *d) {
     case LC_PK_FLOAT: return put_number(d, LC_DOC_NUMBER, n->number);
     case LC_PK_STRING:
     case LC_PK_BYTES:
-        if (lc_utf8_invalid((const char *)n->bytes.data, n->bytes.size) < 0) return put_string(d, (const char *)n->bytes.data, n->bytes.size);
+        if (lc_utf8_invalid((const char *)n->bytes.data, n->bytes.size) < 0)
+            return put_string(d, (const char *)n->bytes.data, n->bytes.size);
         return put_string(d, text, (size_t)snprintf(text, sizeof text, "<%u bytes>", (unsigned)n->bytes.size));
     case LC_PK_GLOBAL:
-        return put_string(d, text, (size_t)snprintf(text, sizeof text, "%.24s.%.32s", n->global.module, n->global.name));
+        return put_string(d, text,
+                          (size_t)snprintf(text, sizeof text, "%.24s.%.32s", n->global.module, n->global.name));
     default: return put_number(d, LC_DOC_NULL, 0);
     }
 }
@@ -156,12 +161,12 @@ static lc_status put_entries(const lc_pickle *p, int32_t node, lc_doc_build *d, 
         const char *key;
         size_t bytes = 0;
         char spare[324];
-        int64_t look = 100000;
         int32_t value = dict ? p->item[p->item[i].next].value : p->item[i].value;
         if (dict) {
             int32_t name = p->item[i].value;
             i = p->item[i].next;
-            if (holds(p, value, true, 0, &look) && !holds(p, value, false, 0, &look)) continue; /* nothing but tensors */
+            if (holds(p, value, true, 0, steps) && !holds(p, value, false, 0, steps))
+                continue; /* nothing but tensors */
             LC_TRY(key_text(p, name, spare, &key, &bytes));
             LC_TRY(lc_doc_build_key(d, key, bytes));
         }
@@ -187,7 +192,9 @@ static lc_status put_value(const lc_pickle *p, int32_t node, lc_doc_build *d, in
     return close_container(d);
 }
 
-lc_status lc_torch_plain(const lc_pickle *p, int32_t node, lc_doc_build *d, int64_t *steps) { return put_value(p, node, d, 0, steps); }
+lc_status lc_torch_plain(const lc_pickle *p, int32_t node, lc_doc_build *d, int64_t *steps) {
+    return put_value(p, node, d, 0, steps);
+}
 
 static lc_status make_extra(tree *w) {
     const lc_pickle *p = &w->torch->pickle;
@@ -303,9 +310,9 @@ static int32_t find_wrapper(const lc_pickle *p) {
     static const char *const known[] = {"model_state_dict", "state_dict", "model", "module"};
     int32_t found = -1;
     bool named = false;
+    int64_t look = MAX_STEPS;
     if (!lc_pickle_is(p, p->root, LC_PK_DICT)) return -1;
     for (int32_t i = p->node[p->root].items.first; i >= 0; i = p->item[i].next) {
-        int64_t look = MAX_STEPS;
         int32_t key = p->item[i].value;
         i = p->item[i].next;
         if (!holds(p, p->item[i].value, true, 1, &look)) continue;
@@ -316,7 +323,8 @@ static int32_t find_wrapper(const lc_pickle *p) {
     return named && lc_pickle_is(p, found, LC_PK_DICT) ? found : -1;
 }
 
-/* Metadata of a safetensors file that was converted: strings in an attribute of the state dict, which torch keeps and ignores. */
+/* Metadata of a safetensors file that was converted: strings in an attribute of the state dict, which torch keeps and
+ * ignores. */
 static lc_status read_attribute(struct lc_file *f, const lc_pickle *p, int32_t dict) {
     int32_t meta = lc_pickle_is(p, dict, LC_PK_DICT) ? lc_pickle_get(p, p->node[dict].state, "__metadata__") : -1;
     if (!lc_pickle_is(p, meta, LC_PK_DICT)) return LC_OK;
@@ -333,7 +341,9 @@ static lc_status read_attribute(struct lc_file *f, const lc_pickle *p, int32_t d
         if (value->kind != LC_PK_STRING || value->bytes.size > INT32_MAX) continue;
         if (!(copy = lc_alloc(bytes + 1, 1))) return LC_ENOMEM;
         memcpy(copy, key, bytes);
-        f->meta[f->metas++] = (lc_file_meta){.key = copy, .kind = LC_DOC_STRING, .string = (const char *)value->bytes.data,
+        f->meta[f->metas++] = (lc_file_meta){.key = copy,
+                                             .kind = LC_DOC_STRING,
+                                             .string = (const char *)value->bytes.data,
                                              .length = (int32_t)value->bytes.size};
     }
     return LC_OK;

@@ -1,11 +1,18 @@
-/* zip.c: reads the directory of a zip archive: the end record, its zip64 form, the central directory, and of each entry the
- * local header that says where its data begins. */
+/* zip.c: reads the directory of a zip archive: the end record, its zip64 form, the central directory, and of each entry
+ * the local header that says where its data begins. */
 #include "zip.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { END_BYTES = 22, END64_BYTES = 56, LOCATOR_BYTES = 20, CENTRAL_BYTES = 46, LOCAL_BYTES = 30, MAX_ENTRIES = 1 << 22 };
+enum {
+    END_BYTES = 22,
+    END64_BYTES = 56,
+    LOCATOR_BYTES = 20,
+    CENTRAL_BYTES = 46,
+    LOCAL_BYTES = 30,
+    MAX_ENTRIES = 1 << 22
+};
 
 static uint64_t little(const uint8_t *p, int n) {
     uint64_t value = 0;
@@ -25,14 +32,16 @@ static lc_status find_end(const lc_zip *z, size_t *out) {
             *out = at;
             return LC_OK;
         }
-    return lc_fail(LC_EPARSE, "a zip archive without its central directory; the file of %.0f bytes is cut", (double)z->size);
+    return lc_fail(LC_EPARSE, "a zip archive without its central directory; the file of %.0f bytes is cut",
+                   (double)z->size);
 }
 
 static lc_status read_end64(const lc_zip *z, size_t end, directory *d) {
     const uint8_t *locator = z->data + end - LOCATOR_BYTES;
     if (end < LOCATOR_BYTES || memcmp(locator, "PK\006\007", 4) != 0) return LC_OK;
     uint64_t at = little(locator + 8, 8);
-    if (at > end - LOCATOR_BYTES || end - LOCATOR_BYTES - at < END64_BYTES || memcmp(z->data + at, "PK\006\006", 4) != 0)
+    if (at > end - LOCATOR_BYTES || end - LOCATOR_BYTES - at < END64_BYTES ||
+        memcmp(z->data + at, "PK\006\006", 4) != 0)
         return lc_fail(LC_EPARSE, "the zip64 end record is not at byte %.0f, where its locator places it", (double)at);
     const uint8_t *p = z->data + at;
     if (little(p + 16, 4) || little(p + 20, 4)) return lc_fail(LC_EPARSE, "a zip archive of several disks");
@@ -47,12 +56,14 @@ static lc_status read_end(const lc_zip *z, directory *d) {
     *d = (directory){little(p + 16, 4), little(p + 12, 4), little(p + 10, 2), end};
     bool wide = d->offset == UINT32_MAX || d->bytes == UINT32_MAX || d->count == UINT16_MAX;
     if ((little(p + 4, 2) || little(p + 6, 2)) && !wide) return lc_fail(LC_EPARSE, "a zip archive of several disks");
-    if (wide || (end >= LOCATOR_BYTES && memcmp(p - LOCATOR_BYTES, "PK\006\007", 4) == 0)) LC_TRY(read_end64(z, end, d));
+    if (wide || (end >= LOCATOR_BYTES && memcmp(p - LOCATOR_BYTES, "PK\006\007", 4) == 0))
+        LC_TRY(read_end64(z, end, d));
     if (d->offset > d->end || d->bytes > d->end - d->offset)
-        return lc_fail(LC_EPARSE, "its central directory (%.0f bytes at %.0f) does not lie before byte %.0f", (double)d->bytes,
-                       (double)d->offset, (double)d->end);
+        return lc_fail(LC_EPARSE, "its central directory (%.0f bytes at %.0f) does not lie before byte %.0f",
+                       (double)d->bytes, (double)d->offset, (double)d->end);
     if (d->count > d->bytes / CENTRAL_BYTES || d->count > MAX_ENTRIES)
-        return lc_fail(LC_EPARSE, "%.0f zip entries cannot stand in a directory of %.0f bytes", (double)d->count, (double)d->bytes);
+        return lc_fail(LC_EPARSE, "%.0f zip entries cannot stand in a directory of %.0f bytes", (double)d->count,
+                       (double)d->bytes);
     return LC_OK;
 }
 
@@ -76,7 +87,8 @@ static lc_status widen(const uint8_t *extra, size_t bytes, uint64_t *value[3]) {
 }
 
 static bool leaves_folder(const char *name, size_t n) {
-    if (n == 0 || name[0] == '/' || memchr(name, '\\', n) || memchr(name, 0, n) || (n > 1 && name[1] == ':')) return true;
+    if (n == 0 || name[0] == '/' || memchr(name, '\\', n) || memchr(name, 0, n) || (n > 1 && name[1] == ':'))
+        return true;
     for (size_t at = 0; at < n;) {
         const char *slash = memchr(name + at, '/', n - at);
         size_t part = slash ? (size_t)(slash - name) - at : n - at;
@@ -94,8 +106,8 @@ static lc_status find_data(const lc_zip *z, const directory *d, uint64_t local, 
     e->offset = local + LOCAL_BYTES + little(p + 26, 2) + little(p + 28, 2);
     if (packed != e->bytes) return lc_fail(LC_EPARSE, "zip entry '%.*s': its two sizes differ", shown, e->name);
     if (e->offset > d->offset || e->bytes > d->offset - e->offset)
-        return lc_fail(LC_EPARSE, "zip entry '%.*s': %.0f bytes at %.0f do not lie before the directory at byte %.0f", shown,
-                       e->name, (double)e->bytes, (double)e->offset, (double)d->offset);
+        return lc_fail(LC_EPARSE, "zip entry '%.*s': %.0f bytes at %.0f do not lie before the directory at byte %.0f",
+                       shown, e->name, (double)e->bytes, (double)e->offset, (double)d->offset);
     return LC_OK;
 }
 
@@ -105,16 +117,21 @@ static lc_status read_entry(const lc_zip *z, const directory *d, uint64_t *at, l
     if (left < CENTRAL_BYTES || memcmp(p, "PK\001\002", 4) != 0)
         return lc_fail(LC_EPARSE, "no zip directory entry at byte %.0f", (double)*at);
     uint64_t name = little(p + 28, 2), extra = little(p + 30, 2), comment = little(p + 32, 2);
-    if (name + extra + comment > left - CENTRAL_BYTES) return lc_fail(LC_EPARSE, "a zip directory entry is cut at byte %.0f", (double)*at);
+    if (name + extra + comment > left - CENTRAL_BYTES)
+        return lc_fail(LC_EPARSE, "a zip directory entry is cut at byte %.0f", (double)*at);
     uint64_t packed = little(p + 20, 4), local = little(p + 42, 4);
-    *e = (lc_zip_entry){.name = (const char *)p + CENTRAL_BYTES, .name_bytes = (uint32_t)name, .crc = (uint32_t)little(p + 16, 4),
+    *e = (lc_zip_entry){.name = (const char *)p + CENTRAL_BYTES,
+                        .name_bytes = (uint32_t)name,
+                        .crc = (uint32_t)little(p + 16, 4),
                         .bytes = little(p + 24, 4)};
     int shown = name < 200 ? (int)name : 200;
     LC_TRY(widen(p + CENTRAL_BYTES + name, (size_t)extra, (uint64_t *[3]){&e->bytes, &packed, &local}));
-    if (leaves_folder(e->name, (size_t)name)) return lc_fail(LC_EPARSE, "the zip entry '%.*s' leaves the archive's folder", shown, e->name);
+    if (leaves_folder(e->name, (size_t)name))
+        return lc_fail(LC_EPARSE, "the zip entry '%.*s' leaves the archive's folder", shown, e->name);
     if (little(p + 8, 2) & 1) return lc_fail(LC_EPARSE, "zip entry '%.*s' is encrypted", shown, e->name);
     if (little(p + 10, 2) != 0)
-        return lc_fail(LC_EPARSE, "zip entry '%.*s' is compressed; torch.save stores entries as they are", shown, e->name);
+        return lc_fail(LC_EPARSE, "zip entry '%.*s' is compressed; torch.save stores entries as they are", shown,
+                       e->name);
     *at += CENTRAL_BYTES + name + extra + comment;
     return find_data(z, d, local, packed, e);
 }
@@ -142,8 +159,8 @@ static lc_status check_entries(lc_zip *z) {
     qsort(z->entry, n, sizeof *z->entry, compare_names);
     for (size_t i = 1; i < n; i++)
         if (compare_names(&z->entry[i - 1], &z->entry[i]) == 0)
-            return lc_fail(LC_EPARSE, "the zip entry '%.*s' occurs twice", z->entry[i].name_bytes < 200 ? (int)z->entry[i].name_bytes : 200,
-                           z->entry[i].name);
+            return lc_fail(LC_EPARSE, "the zip entry '%.*s' occurs twice",
+                           z->entry[i].name_bytes < 200 ? (int)z->entry[i].name_bytes : 200, z->entry[i].name);
     return LC_OK;
 }
 

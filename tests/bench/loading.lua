@@ -1,5 +1,6 @@
--- loading.lua: what it costs to load: the 135M GGUF ready to run, a large safetensors file mapped, converted to f32, and
--- converted to another file; seconds, rates and peak memory. Each in a process of its own, for its own peak.
+-- loading.lua: what it costs to load: the 135M GGUF ready to run, a large safetensors file mapped, converted to
+-- f32, and converted to another file; seconds, rates and peak memory. Each in a process of its own, for its own
+-- peak.
 --   lolcats tests/bench/loading.lua [GB]
 local lc = require "lolcats"
 local files = require "lolcats.files"
@@ -29,13 +30,15 @@ function steps.f32()
         bytes = bytes + all[#all]:nbytes()
     end
     local s = lc.now() - t0
-    print(("as f32: %s in %.2f s (%.2f GB/s), peak %s, before it %s"):format(gb(bytes), s, bytes / s / 1e9, gb(lc.peak_rss()), gb(before)))
+    print(("as f32: %s in %.2f s (%.2f GB/s), peak %s, before it %s"):format(gb(bytes), s, bytes / s / 1e9,
+        gb(lc.peak_rss()), gb(before)))
 end
 
 function steps.convert()
     local t0 = lc.now()
     require("lolcats.convert").convert(path, path .. ".pt", { dtype = "f16" })
-    print(("to .pt in f16: %.2f s, peak %s, of that not files %s"):format(lc.now() - t0, gb(lc.peak_rss()), gb(anonymous())))
+    print(("to .pt in f16: %.2f s, peak %s, of that not files %s"):format(lc.now() - t0, gb(lc.peak_rss()),
+        gb(anonymous())))
     files.remove(path .. ".pt")
 end
 
@@ -58,7 +61,8 @@ local t0 = lc.now()
 files.save_tensors(path, list)
 print(("written: %s of bf16 in %.2f s"):format(gb(#list * x:nbytes()), lc.now() - t0))
 for _, name in ipairs { "gguf", "gguf", "map", "f32", "convert" } do
-    os.execute(("%s %s %s %s"):format(program == "/proc/self/exe" and files.read("/proc/self/cmdline"):match "^[^%z]+" or program,
+    os.execute(("%s %s %s %s"):format(program == "/proc/self/exe" and
+        files.read("/proc/self/cmdline"):match "^[^%z]+" or program,
                                       debug.getinfo(1, "S").source:sub(2), name, path))
 end
 files.remove(path)

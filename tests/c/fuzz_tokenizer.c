@@ -1,7 +1,7 @@
 /* fuzz_tokenizer.c: a tokenizer may be any bytes, and so may the text and the ids it is given: an error or an answer,
  * no crash and no hang. The first byte says what the rest is: 'j' a tokenizer.json, a NUL and a text; 'g' a GGUF; 's'
- * and 'S' a SentencePiece model, run in the one way or the other; 't' tiktoken's lines; 'c' a text to NUL and a character
- * map; 'r' a regular expression, a NUL and a text; anything else a text for one of the tokenizers below. */
+ * and 'S' a SentencePiece model, run in the one way or the other; 't' tiktoken's lines; 'c' a text to NUL and a
+ * character map; 'r' a regular expression, a NUL and a text; anything else a text for one of the tokenizers below. */
 #define _GNU_SOURCE /* strnlen */
 #include <stdlib.h>
 #include <string.h>
@@ -58,7 +58,8 @@ static void use(lc_tokenizer *t, const char *text, size_t n) {
     if (lc_tokenizer_decode(t, odd, n_odd, 0, &back, &length) == LC_OK) lc_free(back);
 }
 
-static const char sample[] = "ab </s>\xC3\xA9\xFF 12 <0x41>  a\xE2\x96\x81 ab\xEF\xAC\x81" "e\xCC\x81<sep>";
+static const char sample[] = "ab </s>\xC3\xA9\xFF 12 <0x41>  a\xE2\x96\x81 ab\xEF\xAC\x81"
+                             "e\xCC\x81<sep>";
 
 static void fuzz_spm(const char *s, size_t n, bool own) {
     lc_tok_options how = {.own = own, .add_bos = -1, .add_eos = 1};

@@ -1,5 +1,5 @@
--- checkpoints.lua: PyTorch's, PEFT's and the reference's files: every tensor by its digest, the values beside them, files that
--- must be refused, and the logits of models with such files loaded.
+-- checkpoints.lua: PyTorch's, PEFT's and the reference's files: every tensor by its digest, the values beside them,
+-- files that must be refused, and the logits of models with such files loaded.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local ffi = require "ffi"
@@ -36,8 +36,10 @@ local function tensors_case(c, f, want)
         if c.check(name .. " is there", f:has(name)) then
             local info = f:info(name)
             local dtypes = { float32 = "F32", bfloat16 = "BF16", float16 = "F16", float64 = "F64" }
-            c.check(name .. " dtype", info.file_dtype == e.dtype or info.file_dtype == dtypes[e.dtype], info.file_dtype)
-            c.check(name .. " shape", table.concat(info.shape, ",") == table.concat(e.shape, ","), table.concat(info.shape, ","))
+            c.check(name .. " dtype", info.file_dtype == e.dtype or info.file_dtype == dtypes[e.dtype],
+                info.file_dtype)
+            c.check(name .. " shape", table.concat(info.shape, ",") == table.concat(e.shape, ","),
+                table.concat(info.shape, ","))
             c.check(name .. " values", lc.scope(digest, f, name) == e.sha256, "sha256 differs")
         end
     end
@@ -89,13 +91,14 @@ local function refuse_case(c, path, what)
     c.check("no large allocation", lc.peak_rss() - before < 64e6, ("%.0f MB"):format((lc.peak_rss() - before) / 1e6))
 end
 
--- ---- logits ---------------------------------------------------------------------------------------------------------
+-- ---- logits
+-- ---------------------------------------------------------------------------------------------------------
 local REL = { f64 = 1e-9, f32 = 1e-4 }
 
 -- The model that the files belong to, and its student as the index of models describes it.
 local function paths_of(dir, json)
     local base = dir .. "/../" .. (tostring(json.model):match "^golden/(model/%S+)" or "model/llama_tied_gqa")
-    local student = tostring(json.model):match "of (%w+)%.safetensors" or "hedgehog_terrace"
+    local student = tostring(json.model):match "of ([%w_]+)%.safetensors" or "hedgehog_terrace"
     local all = files.read_json(dir .. "/../model/students.json")
     return base, all[student] or all.hedgehog_terrace
 end
@@ -123,7 +126,8 @@ local function student_case(c, T, dir, json, dtype, loads, key)
     local base, s = paths_of(dir, json)
     local t = T.tensors(dir .. "/expected_logits.safetensors")
     local function value(v) if v ~= files.null then return v end end
-    local student = lc.linearize(lc.load(base, { dtype = dtype }), { map = s.map, kind = s.type, window = value(s.window),
+    local student = lc.linearize(lc.load(base, { dtype = dtype }), { map = s.map, kind = s.type,
+        window = value(s.window),
         full = s.fullspace, feature_dim = value(s.f), bias = s.bias })
     local checkpoint = require "lolcats.reference_checkpoint"
     for _, path in ipairs(loads) do
@@ -133,7 +137,8 @@ local function student_case(c, T, dir, json, dtype, loads, key)
         end
         if rank and not student.lora then
             local alpha = 2 * rank
-            for _, e in pairs(json.files) do alpha = tonumber(e.what:match("r " .. rank .. ", alpha (%d+)")) or alpha end
+            for _, e in pairs(json.files) do alpha = tonumber(e.what:match("r " .. rank .. ", alpha (%d+)")) or
+                alpha end
             student:add_lora { rank = rank, alpha = alpha }
         end
         checkpoint.load(student, dir .. "/" .. path)
@@ -142,7 +147,8 @@ local function student_case(c, T, dir, json, dtype, loads, key)
     c.close("logits", logits_of(student, t.ids:totable()), t["logits." .. key], REL[dtype])
 end
 
--- Which files together make which of the expected logits: those with the same tensors do, whatever their form and names.
+-- Which files together make which of the expected logits: those with the same tensors do, whatever their form and
+-- names.
 local function logits_cases(dir, T, json)
     if not files.exists(dir .. "/expected_logits.safetensors") then return end
     local first, second, both, blocks = {}, {}, {}, {}
@@ -154,19 +160,22 @@ local function logits_cases(dir, T, json)
         if name:match "^blocks/.*_distill%.pt$" then blocks[#blocks + 1] = name
         elseif maps and loras then both[#both + 1] = name
         elseif loras then second[#second + 1] = name
-        elseif maps and json.files[name].tensors["model.layers.0.self_attn.window_factors"].dtype == "bfloat16" then first[#first + 1] = name end
+        elseif maps and json.files[name].tensors["model.layers.0.self_attn.window_factors"].dtype == "bfloat16" then
+            first[#first + 1] = name end
     end
     if #blocks > 0 then first[#first + 1] = blocks end
     for _, dtype in ipairs(T.DTYPES) do
         local function case(loads, key)
-            T.case(("checkpoints/logits %s %s"):format(table.concat(loads, " + "), dtype), function(c) student_case(c, T, dir, json, dtype, loads, key) end)
+            T.case(("checkpoints/logits %s %s"):format(table.concat(loads, " + "), dtype), function(c)
+                student_case(c, T, dir, json, dtype, loads, key) end)
         end
         for _, name in ipairs(first) do case(type(name) == "table" and name or { name }, "distill_bf16") end
         for _, name in ipairs(second) do case({ first[1], name }, "distill_bf16+ft_lora_bf16") end
         for _, name in ipairs(both) do case({ name }, "distill_bf16+ft_lora_bf16") end
         for _, name in ipairs { "model_bf16.safetensors", "model_f16.safetensors", "pytorch_model_bf16.bin" } do
             if json.files[name] then
-                T.case(("checkpoints/logits %s %s"):format(name, dtype), function(c) whole_case(c, T, dir, (paths_of(dir, json)), name, dtype) end)
+                T.case(("checkpoints/logits %s %s"):format(name, dtype), function(c)
+                    whole_case(c, T, dir, (paths_of(dir, json)), name, dtype) end)
             end
         end
     end

@@ -7,10 +7,10 @@ local data = require "lolcats.data"
 -- The tokenizer of a case, a tokenizer.json or a tokenizer.model as Hugging Face's tools run it, and what to put before a prompt.
 local opened = {}
 local function tokenizer_of(T, case)
-    local path = case.tokenizer_file and (case.tokenizer_file:match "^%S+tokenizer%.json" or case.tokenizer_file:match "^%S+tokenizer%.model")
+    local path = case.tokenizer_file and case.tokenizer_file:match "^[^%s,]+"
     path = path and T.data(path)
     if not path then return nil end
-    opened[path] = opened[path] or lc.tokenizer(path, path:match "%.model$" and { style = "hf" } or nil)
+    opened[path] = opened[path] or lc.tokenizer(path, path:match "%.model" and { style = "hf" } or nil)
     local bos = case.bos
     return opened[path], type(bos) == "number" and bos or nil
 end

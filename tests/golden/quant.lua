@@ -34,7 +34,8 @@ local function gguf_case(c, path, want, values)
         if c.check(e.name .. " is there", f:has(e.name)) then
             local info, ne = f:info(e.name), {}
             for i = #e.ne, 1, -1 do ne[#ne + 1] = e.ne[i] end
-            c.check(e.name .. " shape", table.concat(info.shape, ",") == table.concat(ne, ","), table.concat(info.shape, ","))
+            c.check(e.name .. " shape", table.concat(info.shape, ",") == table.concat(ne, ","),
+                table.concat(info.shape, ","))
             c.check(e.name .. " bytes", info.bytes == e.bytes, tostring(info.bytes))
         end
     end
@@ -70,7 +71,8 @@ local function refuse_case(c, path)
     local before = lc.peak_rss()
     local ok, err = pcall(function()
         local f = files.open_tensors(path)
-        for _, name in ipairs(f:names()) do lc.scope(function() f:tensor(name, f:info(name).dtype and { dtype = "f32" } or nil) end) end
+        for _, name in ipairs(f:names()) do lc.scope(function()
+            f:tensor(name, f:info(name).dtype and { dtype = "f32" } or nil) end) end
         f:close()
     end)
     c.check("refused", not ok, "it was read without an error")
@@ -115,7 +117,8 @@ local function special_case(c, T, dir)
         local want = f:tensor("special_" .. dtype .. "_bits", { dtype = "i32" }):totable()
         for i, w in ipairs(want) do
             local v = special:totable()[i]
-            c.check(("special[%d] as %s"):format(i - 1, dtype), v ~= v and bit.band(got[i - 1], 0x7fff) > 0x7c00 or got[i - 1] == w,
+            c.check(("special[%d] as %s"):format(i - 1, dtype), v ~= v and bit.band(got[i - 1],
+                0x7fff) > 0x7c00 or got[i - 1] == w,
                     ("%04x, expected %04x"):format(got[i - 1], w))
         end
     end
@@ -127,7 +130,8 @@ local function special_case(c, T, dir)
     for i = 0, 65535 do bits[i + 1] = string.char(i % 256, math.floor(i / 256)) end
     local head = '{"x":{"dtype":"F16","shape":[65536],"data_offsets":[0,131072]}}'
     head = head .. (" "):rep(-#head % 8)
-    files.write(path, string.char(#head % 256, math.floor(#head / 256)) .. ("\0"):rep(6) .. head .. table.concat(bits))
+    files.write(path, string.char(#head % 256, math.floor(#head / 256)) .. ("\0"):rep(6) .. head ..
+        table.concat(bits))
     g = files.open_tensors(path)
     local x = g:tensor("x", { dtype = "f32" })
     local a, b = ffi.cast("const uint32_t *", x:data()), ffi.cast("const uint32_t *", all:contiguous():data())

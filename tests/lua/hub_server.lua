@@ -1,6 +1,7 @@
 -- hub_server.lua: a server that behaves like a Hub, and misbehaves like a network, for test_hub.lua: lolcats
 -- tests/lua/hub_server.lua FOLDER. Listens on 127.0.0.1, writes its port to FOLDER/port and one line a request to FOLDER/log,
--- and ends at GET /quit or after two minutes without a request. Large files come from "another host": localhost.
+-- and ends at GET /quit or after two minutes without a request. What FOLDER/repo holds is the repository org/folder. Large files
+-- come from "another host": localhost.
 local ffi = require "ffi"
 local lc = require "lolcats"
 ffi.cdef [[
@@ -62,6 +63,7 @@ repo("org/long", model(large(BIG, { size = #BIG - 10 })))
 repo("org/badhash", model(large(BIG, { etag = lc.files.sha256 "other" })))
 repo("org/badonce", model(large(BIG, { wrong = 1 })))
 repo("org/slow", model(large(BIG, { slow = 20000 })))
+repo("org/expired", model(large(BIG, { drop = { 100000 }, signed = 0 })))
 repo("org/evil", { ["config.json"] = CONFIG, ["../../../evil.txt"] = small "x" })
 repo("org/eviletag", { ["config.json"] = { text = "{}", etag = "../../../evil" } })
 repo("org/loop", model(large(BIG, { loop = true })))
@@ -70,6 +72,17 @@ repo("org/data", { ["README.md"] = small "---\nconfigs:\n- config_name: main\n  
                    ["data/test.jsonl"] = small '{"text": "held"}\n' }, { kind = "dataset" })
 repo("org/plain", { ["README.md"] = small "no list", ["train.jsonl"] = small '{"text": "t"}\n', ["validation.jsonl"] = small '{"text": "v"}\n',
                     ["en/train.jsonl"] = small '{"text": "e"}\n' }, { kind = "dataset" })
+
+-- A folder that the test has filled: FOLDER/repo is org/folder, large files those of weights.
+local function from_folder(dir)
+    local held = {}
+    for _, name in ipairs(lc.files.list(dir)) do
+        local text = lc.files.read(dir .. "/" .. name)
+        held[name] = name:match "%.safetensors$" and large(text) or small(text)
+    end
+    repo("org/folder", held)
+end
+if lc.files.is_folder(folder .. "/repo") then from_folder(folder .. "/repo") end
 
 -- ---- sockets ------------------------------------------------------------------------------------------------------
 C.signal(17, ffi.cast("void (*)(int)", 1)) -- children are not waited for
@@ -152,8 +165,14 @@ end
 local function route(request)
     local path = request.path
     if path == "/quit" then os.exit(0) end
-    local id, name = path:match "^/cdn/([^/]+/[^/]+)/(.+)%?sig=1$"
-    if id then return content(repos[id].files[unquote(name)], request) end
+    local id, name, signature = path:match "^/cdn/([^/]+/[^/]+)/(.+)%?sig=(%d+)$"
+    if id then
+        local file = repos[id].files[unquote(name)]
+        if file.signed and tonumber(signature) ~= file.signed then return refusal(403, nil, "Request has expired") end
+        local a = content(file, request)
+        if file.signed and a.o.cut then file.signed = -1 end -- what was signed before the break is too old after it
+        return a
+    end
     local kind
     kind, id, name = path:match "^/api/(%a+)s/([^/]+/[^/]+)/revision/(.+)$"
     if id == "org/old" then return answer(307, { "Location: " .. path:gsub("org/old", "org/good") }) end
@@ -178,8 +197,9 @@ local function route(request)
     local file = r.files[unquote(name)]
     if not file then return refusal(404, "EntryNotFound", "Entry not found", { "X-Repo-Commit: " .. COMMIT }) end
     if not file.large then return answer(200, { "X-Repo-Commit: " .. COMMIT, 'ETag: "' .. file.etag .. '"' }, file.text) end
+    if file.signed then file.signed = math.max(1, file.signed + (file.signed < 0 and 3 or 1)) end
     return answer(302, { "X-Repo-Commit: " .. COMMIT, 'X-Linked-Etag: "' .. file.etag .. '"', "X-Linked-Size: " .. (file.size or #file.text),
-                         ("Location: http://localhost:%d/cdn/%s/%s?sig=1"):format(port, id, name) })
+                         ("Location: http://localhost:%d/cdn/%s/%s?sig=%d"):format(port, id, name, file.signed or 1) })
 end
 
 local log = io.open(folder .. "/log", "w")

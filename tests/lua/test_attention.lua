@@ -252,4 +252,46 @@ t.test("every attention of the reference by its name", function()
     t.errors(function() lc.linearize(teacher(), { attention = "lolcats_llama_window_tk", kind = "sliding" }) end, "means kind = terrace")
 end)
 
+t.test("rows with padding before them, in a carried state, decode as each row alone", function()
+    for _, how in ipairs { { window = 4 }, { kind = "sliding", window = 5, map = "taylor" }, { kind = "linear", map = "cosformer" },
+                           { window = 4, sinks = 2 }, { kind = "scale", window = 4 }, { window = 4, softmax_layers = { 1 } },
+                           { attention = "softmax" }, { window = 3, window_only = true } } do
+        local only = how.window_only
+        how.window_only = nil
+        local s = lc.linearize(teacher(), how)
+        local pads, n = { 0, 7, 3, 12 }, 29
+        local function run()
+            local rows, whole = {}, {}
+            for i, pad in ipairs(pads) do
+                local row = ids(n - pad, 10 + i)
+                whole[i] = lc.no_grad(s.logits, s, row)
+                rows[i] = {}
+                for j = 1, n do rows[i][j] = j <= pad and 0 or row[j - pad] end
+            end
+            for _, sizes in ipairs { { 20, 1, 1, 7 }, { 5, 10, 1, 13 } } do -- the second: padding reaches over chunks
+                for _, slice in ipairs { 100000, 30 } do
+                    local state, at, parts = s:new_state(#pads), 0, {}
+                    for _, m in ipairs(sizes) do
+                        local part = {}
+                        for i = 1, #pads do part[i] = { unpack(rows[i], at + 1, at + m) } end
+                        parts[#parts + 1] = s:lm_head(s:forward(part, { state = state, start = at == 0 and pads or nil, tokens_at_once = slice }))
+                        at = at + m
+                    end
+                    local got = lc.cat(parts, 2)
+                    for i, pad in ipairs(pads) do
+                        t.close(got:narrow(1, i, 1):narrow(2, pad + 1, n - pad), whole[i], 1e-9,
+                                ("%s %s, row %d"):format(how.kind or how.attention or "terrace", how.map or "", i))
+                    end
+                    s:drop_state(state)
+                end
+            end
+        end
+        if only then s:window_only(run) else run() end
+    end
+    local s = lc.linearize(teacher(), { window = 4 })
+    local state = s:new_state(2)
+    s:forward({ { 1, 2 }, { 3, 4 } }, { state = state })
+    t.errors(function() s:forward({ { 1 }, { 3 } }, { state = state, start = { 0, 1 } }) end, "first tokens of a state")
+end)
+
 t.finish()

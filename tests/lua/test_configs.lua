@@ -1,5 +1,5 @@
--- The reference's configurations: every file under recipes/configs parses to the values in reference_configs.lua and to nothing
--- more; names, suggestions, flags laid over values, and what the keys mean here.
+-- The reference's configurations: every file under recipes/configs parses to the values in reference_configs.lua and to
+-- nothing more; names, suggestions, flags laid over values, and what the keys mean here.
 local here = (arg and arg[0] or ""):match "^(.*/)"
 local t = dofile(here .. "harness.lua")
 local lc = require "lolcats"
@@ -47,14 +47,17 @@ local function model(row)
     local name, path, cache, map, low, attn, theta, rope, kind = unpack(w, 1, 9)
     local out = {
         model = {
-            pretrained_model_name_or_path = path, cache_dir = value(cache), return_dict = true, load_in_8bit = false, load_in_4bit = false,
-            device_map = value(map), low_cpu_mem_usage = value(low), torch_dtype = "bfloat16", attn_implementation = attn,
+            pretrained_model_name_or_path = path, cache_dir = value(cache), return_dict = true, load_in_8bit = false,
+            load_in_4bit = false,
+            device_map = value(map), low_cpu_mem_usage = value(low), torch_dtype = "bfloat16",
+            attn_implementation = attn,
             rope_theta = tonumber(theta),
         },
         attention = { attention_type = kind },
     }
     if rope ~= "-" then
-        out.model.rope_scaling = { factor = 8, low_freq_factor = 1, high_freq_factor = 4, original_max_position_embeddings = 8192,
+        out.model.rope_scaling = { factor = 8, low_freq_factor = 1, high_freq_factor = 4,
+                                   original_max_position_embeddings = 8192,
                                    [rope] = "llama3" }
     end
     if kind == "softmax" then return name, out end
@@ -62,7 +65,8 @@ local function model(row)
     local a = out.attention
     a.feature_map, a.feature_map_kwargs, a.layer_idx = w[12], { eps = 1e-12, fullspace = true }, files.null
     a.learned_kernel, a.tie_qk_kernels, a.train_qk = "untied_head_einsum", false, false
-    a.learned_kernel_kwargs = { feature_dim = tonumber(w[13]), skip_connection = false, bias = value(w[14]), zero_init = false }
+    a.learned_kernel_kwargs = { feature_dim = tonumber(w[13]), skip_connection = false, bias = value(w[14]),
+                                zero_init = false }
     if w[10] ~= "-" then a.state_chunk_len = tonumber(w[10]) end
     if w[11] ~= "-" then
         a.window_size, a.affine_attention_factors, a.init_window_factor = tonumber(w[11]), false, -2.1972245773362196
@@ -91,7 +95,8 @@ local function experiment(row)
         if config[k] then config[k] = { config[k] } end
     end
     local out = {
-        dataset = { name = kind, dataset_config = config, pretrained_model_config = pairs_of(TOKENIZERS[m]), preprocess_config = files.null },
+        dataset = { name = kind, dataset_config = config, pretrained_model_config = pairs_of(TOKENIZERS[m]),
+                    preprocess_config = files.null },
         dataloader = { batch_size = 1, num_workers = tonumber(workers), drop_last = false, pin_memory = true },
         optimizer = pairs_of(part[3]),
         lr_scheduler = schedule == "none" and { lr_scheduler_type = "none" }
@@ -102,20 +107,24 @@ local function experiment(row)
     else
         local name = part[4]:match "name=(%S+)"
         out.trainer = pairs_of(part[4], {
-            bf16 = true, train_split = "train", val_split = "validation", num_train_epochs = 2, gradient_accumulation_steps = 8, seed = 42,
-            batch_size = 1, load_best_model_at_end = true, greater_is_better = false, logging_steps = 100, evaluation_strategy = "steps",
+            bf16 = true, train_split = "train", val_split = "validation", num_train_epochs = 2,
+            gradient_accumulation_steps = 8, seed = 42,
+            batch_size = 1, load_best_model_at_end = true, greater_is_better = false, logging_steps = 100,
+            evaluation_strategy = "steps",
             max_steps = -1, eval_steps = 100, max_eval_batches = files.null,
             metric_for_best_model = name == "default_lm" and "eval/loss" or "distill/eval/loss",
         })
     end
     if part[5] then
         local f = pairs_of(part[5])
-        out.finetune = { method = f.method, kwargs = { r = f.r, lora_alpha = f.lora_alpha, lora_dropout = f.lora_dropout,
+        out.finetune = { method = f.method,
+                         kwargs = { r = f.r, lora_alpha = f.lora_alpha, lora_dropout = f.lora_dropout,
                                                        target_modules = list(f.target_modules) } }
         if f.trainable_weights then out.finetune.trainable_weights = list(f.trainable_weights) end
     end
     if fsdp == "fsdp" then
-        out.fsdp = { save_model = true, run_validation = true, use_fp16 = false, save_optimizer = false, gradient_clipping = true,
+        out.fsdp = { save_model = true, run_validation = true, use_fp16 = false, save_optimizer = false,
+                     gradient_clipping = true,
                      gradient_clipping_threshold = 1 }
     end
     return "experiment/" .. part[1], out
@@ -154,13 +163,15 @@ t.test("there are no other files, and every one can be read by name", function()
 end)
 
 t.test("names: suggestions, folders of one's own, files", function()
-    t.errors(configs.find, "did you mean distill_mistral_7b_lk_smd_wtk64_fd64_w01", "model", "distill_mistral_7b_lk_smd_wtk64_fd64_w1")
+    t.errors(configs.find, "did you mean distill_mistral_7b_lk_smd_wtk64_fd64_w01", "model",
+             "distill_mistral_7b_lk_smd_wtk64_fd64_w1")
     t.errors(configs.find, "did you mean llama3_1_8b/finetune_qkvo_rp_clean", "experiment", "finetune_qkvo_rp_clean")
     t.errors(configs.find, "no experiment configuration", "experiment", "../../secret")
     local dir = os.tmpname()
     os.remove(dir)
     files.make_dirs(dir .. "/experiment/mine")
-    files.write(dir .. "/experiment/mine/a.yaml", "dataset: {name: alpaca_clean}\ntrainer: {name: default_lm, max_steps: null}\n")
+    files.write(dir .. "/experiment/mine/a.yaml",
+                "dataset: {name: alpaca_clean}\ntrainer: {name: default_lm, max_steps: null}\n")
     local tree = configs.load("experiment", "mine/a", dir)
     t.eq(tree.trainer, { name = "default_lm" })
     t.eq(configs.load("experiment", dir .. "/experiment/mine/a.yaml").dataset.name, "alpaca_clean")
@@ -174,31 +185,41 @@ end)
 
 t.test("flags over values", function()
     local e = configs.override_experiment(configs.load("experiment", "distill_alpaca_clean_xent0_mse1000_lr1e-2"),
-        { lr = 1e-3, weight_decay = 0.1, optim = "sgd", scheduler = "linear", max_steps = 7, seed = 3, dataset_chunk_size = 256 })
-    t.eq({ e.optimizer.lr, e.optimizer.weight_decay, e.optimizer.optim, e.lr_scheduler.lr_scheduler_type, e.trainer.max_steps, e.trainer.seed,
+        { lr = 1e-3, weight_decay = 0.1, optim = "sgd", scheduler = "linear", max_steps = 7, seed = 3,
+          dataset_chunk_size = 256 })
+    t.eq({ e.optimizer.lr, e.optimizer.weight_decay, e.optimizer.optim, e.lr_scheduler.lr_scheduler_type,
+           e.trainer.max_steps, e.trainer.seed,
            e.dataset.dataset_config.chunk_size }, { 1e-3, 0.1, "sgd", "linear", 7, 3, 256 })
-    e = configs.override_experiment(configs.load("experiment", "finetune_lora_qkvo_alpaca_clean"), { lr = 1e-3, optim = "sgd" }, true)
+    e = configs.override_experiment(configs.load("experiment", "finetune_lora_qkvo_alpaca_clean"),
+                                    { lr = 1e-3, optim = "sgd" }, true)
     t.eq({ e.optimizer.lr, e.optimizer.optim }, { 1e-4, "sgd" })
     local m = configs.override_model(configs.load("model", "distill_mistral_7b_lk_smd_wtk64_fd64_w01"),
-        { lk_zero_init = true, window_size = 16, attention_type = "lolcats_llama_window_sw", pretrained_model_name_or_path = "x/y" })
+        { lk_zero_init = true, window_size = 16, attention_type = "lolcats_llama_window_sw",
+          pretrained_model_name_or_path = "x/y" })
     t.eq(configs.linearize_options(m), {
-        attention = "lolcats_llama_window_sw", map = "softmax_dim", kind = "sliding", window = 16, feature_dim = 64, full = true, bias = false, skip = false, init = "identity",
+        attention = "lolcats_llama_window_sw", map = "softmax_dim", kind = "sliding", window = 16, feature_dim = 64,
+        full = true, bias = false, skip = false, init = "identity",
         window_factor = -2.1972245773362196, affine = false, train_window_factor = true })
     t.eq(m.model.pretrained_model_name_or_path, "x/y")
 end)
 
 t.test("what the keys mean", function()
     t.eq(configs.linearize_options(configs.load("model", "distill_llama3_8b_lk_t2r")), {
-        attention = "lolcats_llama", map = "relu", kind = "linear", window = 0, feature_dim = 128, full = true, bias = true, skip = false, init = "kaiming",
+        attention = "lolcats_llama", map = "relu", kind = "linear", window = 0, feature_dim = 128, full = true,
+        bias = true, skip = false, init = "kaiming",
         window_factor = 0, affine = false, train_window_factor = true })
     t.eq(configs.linearize_options(configs.load("model", "base_llama3_8b")), nil)
-    t.eq(configs.linearize_options(configs.load("model", "llama3_1_8b/distill_llama_3_8b_lk_smd_wtk64_fd64_w01_attn4layers")).softmax_layers,
+    t.eq(configs.linearize_options(configs.load("model",
+                                                "llama3_1_8b/distill_llama_3_8b_lk_smd_wtk64_fd64_w01_attn4layers")).softmax_layers,
          { 8, 16, 24, 32 })
-    local o = configs.linearize_options { attention = { attention_type = "lolcats_llama_window_tk_gen", feature_map = "exp_dim",
+    local o = configs.linearize_options { attention = { attention_type = "lolcats_llama_window_tk_gen",
+                                                        feature_map = "exp_dim",
         learned_kernel = "untied_head_adapter", learned_kernel_kwargs = { hidden_dim = 32 }, tie_qk_kernels = true } }
     t.eq({ o.kind, o.window, o.kernel, o.hidden_dim, o.tie_qk }, { "terrace", 64, "adapter", 32, true })
-    t.eq(configs.linearize_options({ attention = { attention_type = "lolcats_llama", learned_kernel = files.null } }).kernel, "none")
-    t.errors(configs.linearize_options, "did you mean '?lolcats_llama_window_tk'?%?", { attention = { attention_type = "lolcats_llama_window_tkk" } })
+    t.eq(configs.linearize_options({ attention = { attention_type = "lolcats_llama",
+                                                   learned_kernel = files.null } }).kernel, "none")
+    t.errors(configs.linearize_options, "did you mean '?lolcats_llama_window_tk'?%?",
+             { attention = { attention_type = "lolcats_llama_window_tkk" } })
     local lora, train = configs.lora_options(configs.load("experiment", "finetune_lora_fqkvo_alpaca_clean"))
     t.eq(lora, { rank = 8, alpha = 16, targets = { "q_proj", "k_proj", "v_proj", "o_proj" } })
     t.eq(train, { "feature%_map%_q%.mlp%.layer", "feature%_map%_k%.mlp%.layer", "window%_factors" })

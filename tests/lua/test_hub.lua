@@ -27,6 +27,9 @@ if not ok then
     os.exit(77)
 end
 
+local model = lc.model { model_type = "llama", vocab_size = 50, hidden_size = 16, intermediate_size = 24, num_hidden_layers = 2,
+                         num_attention_heads = 2, num_key_value_heads = 1, rms_norm_eps = 1e-5, max_position_embeddings = 64 }
+model:save_weights(root .. "/repo")
 os.execute(("%s %shub_server.lua %s >%s/server.txt 2>&1 &"):format(program, here, root, root))
 local limit = lc.now() + 20
 while not files.is_file(root .. "/port") and lc.now() < limit do os.execute "sleep 0.05" end
@@ -89,6 +92,12 @@ t.test("a second load asks for the commit alone", function()
     t.eq({ requests("", mark), requests("/api/models/org/good", mark) }, { 1, 1 })
 end)
 
+t.test("lc.load by name", function()
+    local loaded = lc.load("org/folder", { quiet = true })
+    t.close(loaded:logits { 3, 1, 4, 1, 5 }, model:logits { 3, 1, 4, 1, 5 }, 0)
+    t.eq(loaded.source, "org/folder")
+end)
+
 t.test("single files, folders in them, other revisions", function()
     local path = hub.file("org/good", "sub/dir/note.txt", { revision = "refs/pr/1" })
     t.eq(files.read(path), "a note")
@@ -96,6 +105,16 @@ t.test("single files, folders in them, other revisions", function()
     t.eq(files.read(hub.resolve("org/good/sub/dir/note.txt")), "a note")
     t.eq(files.read(hub.resolve("org/good@" .. COMMIT .. "") .. "/config.json"), '{"model_type": "llama"}')
     t.eq(files.read(hub.file("org/good", "empty.txt")), "")
+end)
+
+t.test("a file system without links: the file itself", function()
+    setenv("HF_HUB_DISABLE_SYMLINKS", "1")
+    setenv("HF_HUB_CACHE", root .. "/nolinks")
+    local dir = fetched "org/good"
+    t.eq(io.popen("readlink " .. dir .. "/model.safetensors"):read "*l", nil)
+    t.ok(files.read(dir .. "/model.safetensors") == big)
+    setenv("HF_HUB_CACHE")
+    setenv("HF_HUB_DISABLE_SYMLINKS")
 end)
 
 t.test("shards as the index names them", function()
@@ -154,6 +173,13 @@ t.test("a server that knows no ranges begins anew", function()
     t.eq(files.sha256(files.read(fetched "org/deaf" .. "/model.safetensors")), files.sha256(big))
 end)
 
+t.test("a signed address that is too old is asked for anew", function()
+    t.eq(files.sha256(files.read(fetched "org/expired" .. "/model.safetensors")), files.sha256(big))
+    local log = seen()
+    t.ok(log:find "/cdn/org/expired/model.safetensors%?sig=1 host=localhost token=%- range=100000", log)
+    t.ok(log:find "/cdn/org/expired/model.safetensors%?sig=2 host=localhost token=%- range=100000", log)
+end)
+
 t.test("wrong lengths and hashes are refused and leave nothing", function()
     for id, pattern in pairs { ["org/short"] = "300000 bytes came where 300010", ["org/long"] = "300000 bytes came where 299990",
                                ["org/badhash"] = "its sha256 is %x+, expected %x+" } do
@@ -172,16 +198,6 @@ end)
 
 t.test("redirects without end are refused", function() refused("org/loop", "more than ten times") end)
 
-t.test("a dataset's files by kind", function()
-    local paths = hub.files("org/data", function(names)
-        local out = {}
-        for _, name in ipairs(names) do if name:match "%.jsonl$" then out[#out + 1] = name end end
-        return out
-    end, { type = "dataset", quiet = true })
-    t.eq(#paths, 3)
-    t.ok(paths[1]:find("/hub/datasets--org--data/snapshots/" .. COMMIT .. "/data/test.jsonl", 1, true), paths[1])
-end)
-
 t.test("lc.data reads data sets by name, config and split", function()
     local bytes = { size = 256, encode = function(_, s) return { s:byte(1, -1) } end, id = function(_, s) return s:byte() end }
     local function texts(name, o)
@@ -193,6 +209,9 @@ t.test("lc.data reads data sets by name, config and split", function()
         end
         return table.concat(out)
     end
+    t.eq(require("lolcats.data").records("org/data", { limit = 1, quiet = true }), { { text = "first" } })
+    local dir = root .. "/hf/hub/datasets--org--data/snapshots/" .. COMMIT .. "/data/"
+    t.ok(files.exists(dir .. "train-00000.jsonl") and not files.exists(dir .. "train-00001.jsonl"), "it fetched more than it needs")
     t.eq(texts "org/data", "first~second") -- the last token needs one after it
     t.eq(texts "org/data:main:test", "held")
     t.eq(texts("org/data", { config = "main", split = "test" }), "held")
@@ -201,6 +220,16 @@ t.test("lc.data reads data sets by name, config and split", function()
     t.errors(function() texts("org/plain", { split = "test" }) end, "no split 'test'; it has train, validation")
     t.errors(function() texts "org/nothing" end, "does not exist")
     t.eq(texts("org/data", { offline = true }), "first~second")
+end)
+
+t.test("a dataset's files by kind", function()
+    local paths = hub.files("org/data", function(names)
+        local out = {}
+        for _, name in ipairs(names) do if name:match "%.jsonl$" then out[#out + 1] = name end end
+        return out
+    end, { type = "dataset", quiet = true })
+    t.eq(#paths, 3)
+    t.ok(paths[1]:find("/hub/datasets--org--data/snapshots/" .. COMMIT .. "/data/test.jsonl", 1, true), paths[1])
 end)
 
 -- ---- other processes ----------------------------------------------------------------------------------------------

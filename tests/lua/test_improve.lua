@@ -148,6 +148,10 @@ t.test("layers are ranked by what they cost", function()
     end
     t.close({ list[1].loss }, { loss(lc.linearize(teacher(), { window = 4, softmax_layers = kept })) }, 1e-10)
     t.ok(list[1].cost >= list[2].cost and list[2].cost >= list[3].cost)
+    local again = lc.linearize(teacher(), { window = 4, softmax_layers = { -1 } })
+    again:keep_softmax { 1 }
+    t.eq(again.settings.softmax_layers, { 1, 3 })
+    t.close({ loss(again) }, { loss(lc.linearize(teacher(), { window = 4, softmax_layers = { 1, 3 } })) }, 1e-12)
     local other, all = lc.no_grad(s.rank_layers, s, rows, { mode = "kept" })
     t.close({ all }, { loss(s) }, 1e-12)
     t.close({ other[1].loss }, { loss(lc.linearize(teacher(), { window = 4, softmax_layers = { other[1].layer } })) }, 1e-10)

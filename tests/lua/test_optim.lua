@@ -1,5 +1,5 @@
--- Optimizers and schedules by the names of a configuration: Adafactor against transformers' (its numbers stand below), timm's cosine
--- against timm 0.4.12, PyTorch's defaults, a state that goes on where it stopped.
+-- Optimizers and schedules by the names of a configuration: Adafactor against transformers' (its numbers stand below),
+-- timm's cosine against timm 0.4.12, PyTorch's defaults, a state that goes on where it stopped.
 local t = dofile((arg and arg[0] or ""):match "^(.*/)" .. "harness.lua")
 local lc = require "lolcats"
 local optim = require "lolcats.optim"
@@ -103,7 +103,8 @@ t.test("Adafactor in a run, stopped and resumed, is the run", function()
     local function go(out, stop)
         lc.manual_seed(3)
         local w = lc.param(lc.randn(4, 6))
-        local run = lc.run { out = out, params = { { name = "w", tensor = w } }, optim = lc.adafactor { lr = 0.05, beta1 = 0.9 }, max_steps = 8,
+        local run = lc.run { out = out, params = { { name = "w", tensor = w } },
+                             optim = lc.adafactor { lr = 0.05, beta1 = 0.9 }, max_steps = 8,
                              quiet = true, fresh = false }
         for batch in run:steps() do
             if batch.step == stop then break end
@@ -121,16 +122,20 @@ end)
 t.test("timm's cosine", function()
     local at = { 0, 1, 2, 3, 5, 7, 10, 13, 20, 29, 30, 31, 50, 70 }
     for _, case in ipairs {
-        { { t_initial = 10 }, { 0.1, 0.0975528258148, 0.0904508497187, 0.0793892626146, 0.05, 0.0206107373854, 0.1, 0.0793892626146, 0.1,
+        { { t_initial = 10 },
+          { 0.1, 0.0975528258148, 0.0904508497187, 0.0793892626146, 0.05, 0.0206107373854, 0.1, 0.0793892626146, 0.1,
                                 0.00244717418524, 0.1, 0.0975528258148, 0.1, 0.1 } },
         { { t_initial = 10, lr_min = 0.01, warmup_t = 3, warmup_lr_init = 0.001 },
-          { 0.001, 0.034, 0.067, 0.0814503363532, 0.055, 0.0285496636468, 0.1, 0.0814503363532, 0.1, 0.0122024567667, 0.1, 0.0977975432333,
+          { 0.001, 0.034, 0.067, 0.0814503363532, 0.055, 0.0285496636468, 0.1, 0.0814503363532, 0.1, 0.0122024567667,
+            0.1, 0.0977975432333,
             0.1, 0.1 } },
         { { t_initial = 10, t_mul = 2, decay_rate = 0.5, lr_min = 0.01 },
-          { 0.1, 0.0977975432333, 0.0914057647469, 0.0814503363532, 0.055, 0.0285496636468, 0.05, 0.0475476467942, 0.0275,
+          { 0.1, 0.0977975432333, 0.0914057647469, 0.0814503363532, 0.055, 0.0285496636468, 0.05, 0.0475476467942,
+            0.0275,
             0.00527701233661, 0.025, 0.0249653200045, 0.01375, 0.0125 } },
         { { t_initial = 10, cycle_limit = 2, lr_min = 0.02, warmup_t = 2, warmup_prefix = true, decay_rate = 0.7 },
-          { 0, 0.05, 0.1, 0.0980422606518, 0.0835114100917, 0.06, 0.027639320225, 0.0686295824563, 0.0193475241575, 0.02, 0.02, 0.02, 0.02,
+          { 0, 0.05, 0.1, 0.0980422606518, 0.0835114100917, 0.06, 0.027639320225, 0.0686295824563, 0.0193475241575,
+            0.02, 0.02, 0.02, 0.02,
             0.02 } },
     } do
         local s = optim.named_schedule("timm_cosine", case[1]):start(0.1, 100)
@@ -147,7 +152,8 @@ t.test("names of configurations", function()
         t.eq(optim.named(name, { lr = 1 }).opts.weight_decay, 0.01)
         t.eq(optim.named(name, { lr = 1, weight_decay = 0 }).opts.weight_decay, 0)
     end
-    t.eq({ optim.named("sgd", {}).kind, optim.named("adam", {}).kind, optim.named("adafactor", {}).kind }, { "sgd", "adam", "adafactor" })
+    t.eq({ optim.named("sgd", {}).kind, optim.named("adam", {}).kind, optim.named("adafactor", {}).kind },
+         { "sgd", "adam", "adafactor" })
     t.eq(optim.named("adam", {}).opts.weight_decay, 0)
     t.errors(optim.named, "no optimizer 'lion'", "lion")
     local plateau = { mode = "min", factor = 0.5, patience = 3, min_lr = 1e-5 }

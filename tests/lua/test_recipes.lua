@@ -1,5 +1,5 @@
--- The recipes on small random models: those of the paper's models, block by block, fine-tuning, and sweeps with their table, plot, seeds
--- and the runs that are done already; and that every recipe prints its help.
+-- The recipes on small random models: those of the paper's models, block by block, fine-tuning, and sweeps with their
+-- table, plot, seeds and the runs that are done already; and that every recipe prints its help.
 local t = dofile((arg and arg[0] or ""):match "^(.*/)" .. "harness.lua")
 local lc = require "lolcats"
 local files, sweep = lc.files, require "lolcats.sweep"
@@ -12,7 +12,8 @@ files.make_dirs(root)
 
 local function run(words)
     local out = root .. "/said"
-    local status = os.execute(("cd '%s' && '%s' %s > '%s.out' 2> '%s.err' < /dev/null"):format(root, me, words, out, out))
+    local status = os.execute(("cd '%s' && '%s' %s > '%s.out' 2> '%s.err' < /dev/null"):format(root, me, words, out,
+            out))
     if status > 255 then status = math.floor(status / 256) end
     local said, err = files.read(out .. ".out"), files.read(out .. ".err")
     return status, said, err
@@ -59,7 +60,9 @@ end)
 t.test("a table of the paper: every cell, a table, a plot, values; done runs stay", function()
     local words = "ablate --table 13 --steps 1 --tiny --out runs/t13"
     local said = ok(words)
-    for _, cell in ipairs { "sliding 4 ", "sliding 16 ", "sliding 64 ", "sliding 256 ", "terrace 64 " } do t.ok(said:find(cell, 1, true), said) end
+    for _, cell in ipairs { "sliding 4 ", "sliding 16 ", "sliding 64 ", "sliding 256 ", "terrace 64 " } do
+        t.ok(said:find(cell, 1, true), said)
+    end
     t.ok(files.read(root .. "/runs/t13/ablate.svg"):find "<svg")
     t.ok(files.read(root .. "/runs/t13/results.csv"):find('"terrace 64",lora_ppl,', 1, true))
     local summary = root .. "/runs/t13/01-sliding-4/seed0/summary.json"
@@ -94,7 +97,8 @@ t.test("axes and cells", function()
     t.eq(axes, { { name = "window", values = { "4", "16" } }, { name = "rank", values = { "8" } } })
     local cells = sweep.product(axes)
     t.eq(#cells, 2)
-    t.eq({ cells[2].label, cells[2].args, cells[2].x, cells[2].series }, { "window 16, rank 8", { window = "16", rank = "8" }, 8, "window 16" })
+    t.eq({ cells[2].label, cells[2].args, cells[2].x, cells[2].series },
+         { "window 16, rank 8", { window = "16", rank = "8" }, 8, "window 16" })
     t.errors(sweep.axes, "takes NAME=VALUE", { "4" })
     cells[1].values, cells[2].values = { a = { 1, 3 } }, { a = { 20 } }
     t.eq(sweep.show(cells[1], "a"), "2.000 ± 1.414")

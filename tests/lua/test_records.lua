@@ -133,6 +133,16 @@ t.test("a folder as a data set: splits by name", function()
     t.errors(function() data.records(root .. "/empty") end, "no file of records")
 end)
 
+t.test("names that are no data", function()
+    t.errors(function() data.records(root .. "/missing.jsonl") end, "there is no such file")
+    t.errors(function() data.records "some/where.parquet" end, "there is no such file")
+    t.errors(function() data.records("owner/name", { offline = true }) end, "Hugging Face cache.*datasets%-%-owner%-%-name")
+    t.errors(function() data.records "nothing" end, "neither a data set of a Hub")
+    write("odd/README.md", "---\na: [b\n---\n")
+    write("odd/rows.jsonl", '{"text": "a"}\n')
+    t.eq(data.records(root .. "/odd"), { { text = "a" } })
+end)
+
 t.test("a folder as a data set: configs by its card", function()
     local card = [[
 ---
@@ -207,6 +217,14 @@ t.test("rows kept in a file are those made in memory", function()
     same(pairs_file, { pack = false, hold_out = 20 })
     same(pairs_file, { pack = false, seq = 6 })
     same(text_file, { hold_out = 0.2 })
+end)
+
+t.test("more records than one block of their ends", function()
+    local many = {}
+    for i = 1, 9000 do many[i] = ('{"text": "%s"}'):format(("b"):rep(i % 7 + 1)) end
+    local path = write("many.jsonl", table.concat(many, "\n"))
+    same(path, { hold_out = 4100 })
+    same(path, { pack = false, hold_out = 4500 })
 end)
 
 t.test("a cache is found again, and not for other bytes, formats or tokenizers", function()

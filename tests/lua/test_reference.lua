@@ -1,5 +1,5 @@
--- The reference's command line on a small random model: names, paths, results file and checkpoints as it has them, every flag, what a
--- wrong one says, its ways with compat, loading and going on; the trainers by name.
+-- The reference's command line on a small random model: names, paths, results file and checkpoints as it has them,
+-- every flag, what a wrong one says, its ways with compat, loading and going on; the trainers by name.
 local t = dofile((arg and arg[0] or ""):match "^(.*/)" .. "harness.lua")
 local lc = require "lolcats"
 local files = lc.files
@@ -14,13 +14,15 @@ lc.manual_seed(1)
 tiny.write_model(root .. "/lama", "llama3_1", { num_hidden_layers = 2, initializer_range = 0.3 })
 tiny.write_records(root .. "/records.json", 120)
 
-local M, D, F = "distill_llama3_1_8b_lk_smd_wtk64_fd64_w01", "distill_alpaca_clean_xent0_mse1000_lr1e-2", "finetune_lora_qkvo_alpaca_clean"
+local M, D, F = "distill_llama3_1_8b_lk_smd_wtk64_fd64_w01", "distill_alpaca_clean_xent0_mse1000_lr1e-2",
+    "finetune_lora_qkvo_alpaca_clean"
 
 -- Runs the recipe in the folder root/where; returns status, stdout, stderr.
 local function distill(where, flags)
     files.make_dirs(root .. "/" .. where)
     local out = root .. "/said"
-    local status = os.execute(("cd '%s/%s' && '%s' distill %s > '%s.out' 2> '%s.err' < /dev/null"):format(root, where, me, flags, out, out))
+    local status = os.execute(("cd '%s/%s' && '%s' distill %s > '%s.out' 2> '%s.err' < /dev/null"):format(root, where,
+            me, flags, out, out))
     if status > 255 then status = math.floor(status / 256) end
     return status, files.read(out .. ".out"), files.read(out .. ".err")
 end
@@ -49,20 +51,24 @@ t.test("both stages: files under the reference's names, its results file, its ch
     f:close()
     f = files.open_tensors(dir .. fits(SECOND .. "_ft.pt"))
     t.eq(#f:names(), 16)
-    t.ok(table.concat(f:names(), " "):find("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight", 1, true))
+    t.ok(table.concat(f:names(), " "):find("base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight", 1,
+                                           true))
     f:close()
     t.ok(out:find("--attn_mlp_checkpoint_path ./checkpoints/" .. M, 1, true), out)
     t.ok(out:find("> fine-tuned:", 1, true), out)
 end)
 
 t.test("the first stage is loaded instead of trained; the second goes on from its own file", function()
-    local status, _, err = distill("a", BOTH .. " --max_steps 4 --eval_steps 2 --no_init_eval --load_distill_checkpoint default")
+    local status, _, err = distill("a",
+                                   BOTH .. " --max_steps 4 --eval_steps 2 --no_init_eval --load_distill_checkpoint default")
     t.eq(status, 0, err)
     t.ok(err:find("6 tensors loaded", 1, true), err)
     -- what stage 1 left in the names is gone
     t.ok(files.exists(root .. "/a/checkpoints/" .. M .. "/" .. fits(FIRST .. "-dcs=160-gas=2-ms=4-se=0-re=0_ft.pt")))
-    status, _, err = distill("a", BOTH .. " --max_steps 2 --no_init_eval --load_distill_checkpoint 'checkpoints/" .. M .. "/" ..
-        fits(FIRST .. "_distill.pt") .. "' --load_finetune_checkpoint 'checkpoints/" .. M .. "/" .. fits(SECOND .. "_ft.pt") ..
+    status, _, err = distill("a", BOTH .. " --max_steps 2 --no_init_eval --load_distill_checkpoint 'checkpoints/" ..
+                             M .. "/" ..
+        fits(FIRST .. "_distill.pt") .. "' --load_finetune_checkpoint 'checkpoints/" .. M .. "/" ..
+            fits(SECOND .. "_ft.pt") ..
         "' --resume_finetune")
     t.eq(status, 0, err)
     t.ok(err:find("16 tensors loaded", 1, true), err)
@@ -70,13 +76,46 @@ t.test("the first stage is loaded instead of trained; the second goes on from it
     t.ok(status ~= 0 and err:find("there is no checkpoint nowhere.pt", 1, true), err)
 end)
 
+t.test("a checkpoint loads by its name: both stages, every flag in it", function()
+    local dir = root .. "/a/checkpoints/" .. M .. "/"
+    local ids = { { 1, 40, 33, 270, 300, 12, 90, 91, 17, 5, 60, 61, 62, 280, 20, 21, 22, 23, 24, 25 } }
+    local both = lc.load(dir .. fits(SECOND .. "_ft.pt"), { base = root .. "/lama" })
+    local first = lc.load(dir .. fits(FIRST .. "_distill.pt"), { base = root .. "/lama" })
+    t.eq({ both.settings.window, both.settings.init, both.lora.rank, first.lora }, { 8, "identity", 8 })
+    local hand = lc.linearize(lc.load(root .. "/lama"), { map = "softmax_dim", feature_dim = 64, window = 8 })
+    local checkpoint = require "lolcats.reference_checkpoint"
+    checkpoint.load(hand, dir .. fits(FIRST .. "_distill.pt"))
+    hand:use_linear()
+    t.close(first:logits(ids), hand:logits(ids), 1e-6)
+    hand:add_lora { rank = 8, alpha = 16 }
+    checkpoint.load(hand, dir .. fits(SECOND .. "_ft.pt"))
+    t.close(both:logits(ids), hand:logits(ids), 1e-6)
+    local condensed = dir .. "dl-d=x-m=" .. M .. "-f=xyz-s=0-ws=8-lzi=1_ft.pt"
+    files.write(condensed, files.read(dir .. fits(SECOND .. "_ft.pt")))
+    files.write((condensed:gsub("_ft%.pt", "_distill.pt")), files.read(dir .. fits(FIRST .. "_distill.pt")))
+    t.close(lc.load(condensed, { base = root .. "/lama" }):logits(ids), hand:logits(ids), 1e-6)
+    t.errors(function() checkpoint.open(root .. "/lama/model.pt") end, "does not say how it was made")
+end)
+
 t.test("compat takes the reference's ways and says so", function()
-    local status, _, err = distill("c", BOTH .. " --max_steps 2 --eval_steps 2 --no_init_eval --compat reference --format folder")
+    local status, _, err = distill("c",
+                                   BOTH .. " --max_steps 2 --eval_steps 2 --no_init_eval --compat reference --format folder")
     t.eq(status, 0, err)
-    for _, what in ipairs { "trainer settings stand over the second's", "one batch more than max_eval_batches", "means over chunks",
+    for _, what in ipairs { "trainer settings stand over the second's", "one batch more than max_eval_batches",
+                            "means over chunks",
                             "terrace blocks counted from the end", "rounded to bfloat16" } do
         t.ok(err:find(what, 1, true), what .. "\n" .. err)
     end
+end)
+
+t.test("the first stage in blocks", function()
+    local status, _, err = distill("b", BOTH .. " --max_steps 2 --eval_steps 2 --no_init_eval --layers_per_model 1")
+    t.eq(status, 0, err)
+    t.ok(err:find("6 tensors loaded", 1, true), err)
+    local first = FIRST:gsub("ms=4", "ms=2")
+    local f = files.open_tensors(root .. "/b/checkpoints/" .. M .. "/" .. fits(first .. "_distill.pt"))
+    t.eq(#f:names(), 6)
+    f:close()
 end)
 
 t.test("other trainers, optimizers and schedules by their names", function()
@@ -96,12 +135,15 @@ lr_scheduler: {lr_scheduler_type: timm_cosine, t_initial: 2}
 trainer: {name: mini_finetune_xent_mse, xent_factor: 0, max_steps: 2, eval_steps: 2, max_eval_batches: 2, max_step: 3}
 finetune: {method: lora, kwargs: {r: 2, lora_alpha: 4, target_modules: [q_proj, self_attn.v_proj]}, trainable_weights: [window_factors]}
 ]])
-    local status, _, err = distill(".", ("--model_config %s --distill_config first --finetune_config second "):format(M) ..
-        COMMON:gsub("%-%-dataset_chunk_size 160 ", ""):gsub("%-%-gradient_accumulation_steps 2 ", "") .. " --no_init_eval --device cpu")
+    local status, _, err = distill(".",
+                                   ("--model_config %s --distill_config first --finetune_config second "):format(M) ..
+        COMMON:gsub("%-%-dataset_chunk_size 160 ", ""):gsub("%-%-gradient_accumulation_steps 2 ", "") ..
+            " --no_init_eval --device cpu")
     t.eq(status, 0, err)
     t.ok(err:find("the key trainer.max_step (did you mean max_steps?) has no meaning", 1, true), err)
     local base = ("%s/checkpoints/%s/dl-d=first-m=%s-f=second-s=0-se=0-re=0-ws=8-lzi=1-pmnop=lama"):format(root, M, M)
-    t.ok(files.exists(base .. "_distill_2.pt") and files.exists(base .. "_distill_4.pt") and files.exists(base .. "_distill.pt"))
+    t.ok(files.exists(base .. "_distill_2.pt") and files.exists(base .. "_distill_4.pt") and
+         files.exists(base .. "_distill.pt"))
     local f = files.open_tensors(base .. "-ms=4-se=0-re=0_ft.pt")
     t.eq(#f:names(), 10) -- q and v of two layers, and window factors
     f:close()
@@ -134,11 +176,13 @@ t.test("every flag of the reference is taken", function()
     for _, r in ipairs(rows) do
         if type(r) == "table" then t.ok(values[r[1]] ~= nil, r[1]) end
     end
-    for flag in ([[project_name model_config distill_config finetune_config eval_config pretrained_model_name_or_path load_distill_checkpoint
-        resume_distill load_finetune_checkpoint resume_finetune attention_type learned_kernel lk_skip_connection lk_zero_init lk_normal_init
-        tie_qk_kernels train_qk state_chunk_len window_size lr weight_decay optim scheduler gradient_accumulation_steps num_train_epochs max_steps
-        max_finetune_steps no_peft_grad_ckpt batch_size num_workers no_init_eval eval_steps max_eval_batches huggingface_token checkpoint_dir
-        results_dir replicate seed verbose no_wandb wandb_entity debug no_attention_mask no_cuda]]):gmatch "%S+" do
+    for flag in ([[
+        project_name model_config distill_config finetune_config eval_config pretrained_model_name_or_path
+        load_distill_checkpoint resume_distill load_finetune_checkpoint resume_finetune attention_type learned_kernel
+        lk_skip_connection lk_zero_init lk_normal_init tie_qk_kernels train_qk state_chunk_len window_size lr
+        weight_decay optim scheduler gradient_accumulation_steps num_train_epochs max_steps max_finetune_steps
+        no_peft_grad_ckpt batch_size num_workers no_init_eval eval_steps max_eval_batches huggingface_token
+        checkpoint_dir results_dir replicate seed verbose no_wandb wandb_entity debug no_attention_mask no_cuda]]):gmatch "%S+" do
         t.ok(values[flag] ~= nil, flag)
     end
 end)
@@ -187,8 +231,10 @@ end)
 t.test("evaluation: tokens count alike, or chunks as in the reference", function()
     local s = student()
     s:use_linear()
-    local rows = { { ids = lc.tensor({ { 1, 40, 33, 270 } }, { dtype = "i32" }), labels = lc.tensor({ { -100, 40, 33, 270 } }, { dtype = "i32" }) },
-                   { ids = lc.tensor({ { 1, 90, 91, 17 } }, { dtype = "i32" }), labels = lc.tensor({ { -100, -100, -100, 17 } }, { dtype = "i32" }) } }
+    local rows = { { ids = lc.tensor({ { 1, 40, 33, 270 } }, { dtype = "i32" }),
+                     labels = lc.tensor({ { -100, 40, 33, 270 } }, { dtype = "i32" }) },
+                   { ids = lc.tensor({ { 1, 90, 91, 17 } }, { dtype = "i32" }),
+                     labels = lc.tensor({ { -100, -100, -100, 17 } }, { dtype = "i32" }) } }
     local a, n = s:nll(rows[1].ids, rows[1].labels)
     local b = s:nll(rows[2].ids, rows[2].labels)
     t.eq(n, 3)
@@ -205,7 +251,8 @@ t.test("in chunks: the same losses", function()
     local s = student { window = 4, map = "softmax_dim", feature_dim = 8, attention = "lolcats_long_llama_window_tk" }
     local row = { ids = lc.tensor(ids, { dtype = "i32" }), labels = lc.tensor(ids, { dtype = "i32" }) }
     local a = trainers.find("distill_attention_xent_mse").evaluate(s, { row }, { mse_factor = 7 }).loss
-    local b = trainers.find("distill_attention_xent_mse_chunked").evaluate(s, { row }, { mse_factor = 7, chunk = 4 }).loss
+    local b = trainers.find("distill_attention_xent_mse_chunked").evaluate(s, { row },
+            { mse_factor = 7, chunk = 4 }).loss
     t.close({ b }, { a }, 1e-9)
     s:use_linear():add_lora { rank = 2 }
     local got
@@ -216,7 +263,9 @@ end)
 
 t.test("answers are scored by ROUGE", function()
     local fake = { generate = function(_, prompt) return prompt == "p1" and "the cat sat" or "" end }
-    local s, texts = trainers.score_answers(fake, { { prompt = "p1", answer = "the cat sat" }, { prompt = "p2", answer = "x" } })
+    local s, texts = trainers.score_answers(fake,
+                                            { { prompt = "p1", answer = "the cat sat" },
+                                              { prompt = "p2", answer = "x" } })
     t.eq({ s["rouge/rouge1"], s.num_predicted, texts[1] }, { 50, 2, "the cat sat" })
 end)
 

@@ -1,9 +1,10 @@
--- The data sets of the reference's configurations: Alpaca packed and not, SAMSum's form, a chat template, samples of RedPajama with their
--- limits, and rankings by effective sequence length with their files.
+-- The data sets of the reference's configurations: Alpaca packed and not, SAMSum's form, a chat template, samples of
+-- RedPajama with their limits, and rankings by effective sequence length with their files.
 local t = dofile((arg and arg[0] or ""):match "^(.*/)" .. "harness.lua")
 local lc = require "lolcats"
 local files, data = lc.files, require "lolcats.data"
-local reference, esl, tiny = require "lolcats.data.reference", require "lolcats.data.effective_length", require "lolcats.tiny"
+local reference, esl, tiny = require "lolcats.data.reference", require "lolcats.data.effective_length",
+    require "lolcats.tiny"
 local attention = require "lolcats.attention"
 
 local root = os.tmpname()
@@ -30,8 +31,10 @@ t.test("Alpaca: the first records are held out, the rest packed; prompts for the
     t.eq(d.test[3].answer, records[3].output)
     local first = tok:encode(data.alpaca_prompt(records[131]), { special = true, parse = true })
     t.eq({ unpack(ids_of(d.train:row(1)), 1, 50) }, { unpack(first, 1, 50) })
-    t.eq({ unpack(ids_of(d.validation:row(1)), 1, 20) }, { unpack(tok:encode(data.alpaca_prompt(records[1]), { special = true, parse = true }), 1, 20) })
-    t.eq(load({ name = "alpaca_clean", dataset_config = { path = "x", chunk_size = 700 } }, { hold_out = 20 }).test[21], nil)
+    t.eq({ unpack(ids_of(d.validation:row(1)), 1, 20) },
+         { unpack(tok:encode(data.alpaca_prompt(records[1]), { special = true, parse = true }), 1, 20) })
+    t.eq(load({ name = "alpaca_clean", dataset_config = { path = "x", chunk_size = 700 } }, { hold_out = 20 }).test[21],
+         nil)
 end)
 
 t.test("Alpaca, not packed: a record a row, batches filled up on the right", function()
@@ -56,7 +59,8 @@ t.test("Alpaca, not packed: a record a row, batches filled up on the right", fun
 end)
 
 t.test("dialogues become instructions", function()
-    local d = reference.load({ name = "alpaca_clean", dataset_config = { name = "samsum", chunk_size = 64 } }, { model = model, source = {
+    local d = reference.load({ name = "alpaca_clean", dataset_config = { name = "samsum", chunk_size = 64 } },
+                             { model = model, source = {
         { dialogue = "A: Hi.\nB: Hello.", summary = "They greet." }, { dialogue = "A: Bye.", summary = "They part." },
         { dialogue = "A: So?", summary = "Nothing." } } })
     t.eq(d.test[1].prompt, data.alpaca_prompt { instruction = "Summarize this dialogue.", input = "A: Hi.\nB: Hello." })
@@ -64,7 +68,8 @@ end)
 
 t.test("through a chat template: the first and last hundred held out, the end token learned", function()
     local seen = {}
-    local d = load({ name = "alpaca_clean_instruct", dataset_config = { path = "x", chunk_size = 100 } }, { render = function(messages)
+    local d = load({ name = "alpaca_clean_instruct", dataset_config = { path = "x", chunk_size = 100 } },
+                   { render = function(messages)
         seen[#seen + 1] = messages
         local out = {}
         for i, m in ipairs(messages) do out[i] = "[" .. m.role .. "]" .. m.content end
@@ -79,12 +84,14 @@ end)
 -- ---- RedPajama ----------------------------------------------------------------------------------------------------
 local lines = {}
 for i = 1, 30 do
-    lines[i] = files.to_json { text = ("word%d "):format(i):rep(i * 3), meta = i % 2 == 0 and "{'source': 'c4'}" or "{'source': 'book'}" }
+    lines[i] = files.to_json { text = ("word%d "):format(i):rep(i * 3), meta = i % 2 == 0 and "{'source': 'c4'}" or
+                               "{'source': 'book'}" }
 end
 files.make_dirs(root .. "/redpajama")
 files.write(root .. "/redpajama/train.json", table.concat(lines, "\n") .. "\n")
 local function rp(name, more)
-    local c = { train_data = { "redpajama/train.json[50]" }, eval_data = { "redpajama/train.json" }, max_eval_num = 20, max_length = 300,
+    local c = { train_data = { "redpajama/train.json[50]" }, eval_data = { "redpajama/train.json" }, max_eval_num = 20,
+                max_length = 300,
                 min_length = 100, chunk_size = 64, seed = 42, cache_dir = "nowhere" }
     for k, v in pairs(more or {}) do c[k] = v end
     return reference.load({ name = name, dataset_config = c }, { model = model, data_dir = root })
@@ -114,7 +121,8 @@ t.test("documents within the limits, packed across; a row more than its length m
     t.eq(d.train:row(1).labels:totable()[1], row) -- everything is learned
     t.eq(rp("redpajama_sample", { use_c4 = true }).train.rows, math.floor((total(kept(100, 300, 2, 30, 2)) - 1) / 64))
     t.errors(rp, "no row of 64 tokens from 0 documents", "redpajama_sample", { min_length = 1e6 })
-    t.errors(rp, "train.json is not there; looked for", "redpajama_sample", { train_data = { "redpajama/other/train.json" } })
+    t.errors(rp, "train.json is not there; looked for", "redpajama_sample",
+             { train_data = { "redpajama/other/train.json" } })
 end)
 
 t.test("a cap takes some documents by the seed", function()
@@ -138,7 +146,8 @@ t.test("within documents: no row crosses an end", function()
 end)
 
 t.test("rows chosen by a ranking, which is computed once and kept", function()
-    local more = { filter_by_esl = true, num_train_samples = 4, max_train_samples = 10, chunk_size = 32, min_length = 60 }
+    local more = { filter_by_esl = true, num_train_samples = 4, max_train_samples = 10, chunk_size = 32,
+                   min_length = 60 }
     local all = rp("redpajama_sample_contig", { chunk_size = 32, min_length = 60 })
     local d = rp("redpajama_sample_contig", more)
     local name = "d=redpajama_train_50-mts=10-dcs=32-max=300-min=60-s=42.npy"
@@ -174,7 +183,9 @@ t.test("the effective length of a row is that of its weights", function()
                     for j = 1, i do sum = sum + (i - j) * list[head][i][j] / (heads * 10 * #model.layers) end
                 end
             end
-            h = model:finish(layer, h, attention.softmax(q, k, v, { pos = ctx.pos, layer = layer.index, hidden = n, seen = 0 }), ctx)
+            h = model:finish(layer, h,
+                             attention.softmax(q, k, v, { pos = ctx.pos, layer = layer.index, hidden = n, seen = 0 }),
+                             ctx)
         end
     end)
     t.close({ esl.score(model, ids) }, { sum }, 1e-5)
@@ -187,7 +198,8 @@ t.test(".npy files: written as numpy does; others refused", function()
     local s = files.read(path)
     t.eq(#s % 64, 5 * 8 % 64)
     t.eq(esl.read_npy(path), { 0, 255, 256, 70000, 2147483647 })
-    for _, bad in ipairs { "", "\147NUMPY\1\0", s:sub(1, -2), (s:gsub("<i8", "<f8")), s:sub(1, -9) .. ("\255"):rep(8), ("x"):rep(200) } do
+    for _, bad in ipairs { "", "\147NUMPY\1\0", s:sub(1, -2), (s:gsub("<i8", "<f8")), s:sub(1, -9) .. ("\255"):rep(8),
+                           ("x"):rep(200) } do
         files.write(path, bad)
         t.errors(esl.read_npy, "a%.npy", path)
     end

@@ -3,7 +3,8 @@ local t = dofile((arg and arg[0] or ""):match "^(.*/)" .. "harness.lua")
 local rouge = require "lolcats.rouge"
 
 t.test("tokens are runs of ASCII letters and digits", function()
-    t.eq(rouge.tokens "It's the U.S. -- e-mail_42 \195\188ber na\195\175ve \226\132\170", { "it", "s", "the", "u", "s", "e", "mail", "42", "ber",
+    t.eq(rouge.tokens "It's the U.S. -- e-mail_42 \195\188ber na\195\175ve \226\132\170",
+         { "it", "s", "the", "u", "s", "e", "mail", "42", "ber",
          "na", "ve", "k" })
     t.eq(rouge.tokens " \n\t.", {})
 end)
@@ -49,7 +50,8 @@ t.test("scores of the package", function()
 end)
 
 t.test("sentences", function()
-    t.eq(rouge.sentences " A cat. It sat!  Did it? \"Yes.\" said no one. 3 more.", "A cat.\nIt sat!\nDid it?\n\"Yes.\" said no one.\n3 more.")
+    t.eq(rouge.sentences " A cat. It sat!  Did it? \"Yes.\" said no one. 3 more.",
+         "A cat.\nIt sat!\nDid it?\n\"Yes.\" said no one.\n3 more.")
     t.eq(rouge.sentences "Mr. Fox met J. Hare vs. Tortoise.", "Mr. Fox met J. Hare vs. Tortoise.")
     t.eq(rouge.sentences "", "")
 end)

@@ -1,4 +1,5 @@
--- Names of runs and paths of checkpoints by the reference's rules: its own examples, then every flag, then the odd corners.
+-- Names of runs and paths of checkpoints by the reference's rules: its own examples, then every flag, then the odd
+-- corners.
 local t = dofile((arg and arg[0] or ""):match "^(.*/)" .. "harness.lua")
 local names = require "lolcats.run_name"
 local configs = require "lolcats.configs"
@@ -20,9 +21,12 @@ end
 
 t.test("abbreviations", function()
     for name, short in pairs {
-        lr = "lr", weight_decay = "wd", batch_size = "bs", gradient_accumulation_steps = "gas", num_train_epochs = "nte", max_steps = "ms",
-        max_finetune_steps = "mfs", seed = "se", replicate = "re", attention_type = "at", learned_kernel = "lk", tie_qk_kernels = "tqk",
-        train_qk = "tq", state_chunk_len = "scl", no_peft_grad_ckpt = "npgc", window_size = "ws", lk_skip_connection = "lsc",
+        lr = "lr", weight_decay = "wd", batch_size = "bs", gradient_accumulation_steps = "gas",
+        num_train_epochs = "nte", max_steps = "ms",
+        max_finetune_steps = "mfs", seed = "se", replicate = "re", attention_type = "at", learned_kernel = "lk",
+        tie_qk_kernels = "tqk",
+        train_qk = "tq", state_chunk_len = "scl", no_peft_grad_ckpt = "npgc", window_size = "ws",
+        lk_skip_connection = "lsc",
         lk_zero_init = "lzi", lk_normal_init = "lni", dataset_chunk_size = "dcs", ["a/b_c/d_e"] = "d_e",
     } do
         t.eq(names.abbreviate(name), short)
@@ -31,8 +35,10 @@ end)
 
 t.test("numbers as Python writes them", function()
     for text, v in pairs {
-        ["0.01"] = 1e-2, ["0.0001"] = 1e-4, ["1e-05"] = 1e-5, ["1.0"] = 1, ["0.1"] = 0.1, ["0.30000000000000004"] = 0.1 + 0.2, ["0.0"] = 0,
-        ["-2.5"] = -2.5, ["1e+16"] = 1e16, ["1000000000000000.0"] = 1e15, ["123456.789"] = 123456.789, ["2.5e-07"] = 2.5e-7,
+        ["0.01"] = 1e-2, ["0.0001"] = 1e-4, ["1e-05"] = 1e-5, ["1.0"] = 1, ["0.1"] = 0.1,
+            ["0.30000000000000004"] = 0.1 + 0.2, ["0.0"] = 0,
+        ["-2.5"] = -2.5, ["1e+16"] = 1e16, ["1000000000000000.0"] = 1e15, ["123456.789"] = 123456.789,
+        ["2.5e-07"] = 2.5e-7,
         ["0.003"] = 3e-3, ["5e-324"] = 5e-324, ["1.7976931348623157e+308"] = 1.7976931348623157e308, inf = math.huge,
     } do
         t.eq(names.python_float(v), text)
@@ -82,10 +88,14 @@ end)
 
 t.test("every flag, in order", function()
     local f = flags {
-        dataset = "x", lr = 1e-5, weight_decay = 0, optim = "sgd", scheduler = "cosine_warmup", dataset_chunk_size = 512, batch_size = 4,
-        gradient_accumulation_steps = 2, num_train_epochs = 3, max_steps = 10, max_finetune_steps = 20, eval_steps = 5, max_eval_batches = 7,
-        seed = 1, replicate = 2, attention_type = "lolcats_llama_window_sw", learned_kernel = "untied_head_einsum", tie_qk_kernels = true,
-        train_qk = true, state_chunk_len = 256, no_peft_grad_ckpt = true, window_size = 32, lk_skip_connection = true, lk_normal_init = true,
+        dataset = "x", lr = 1e-5, weight_decay = 0, optim = "sgd", scheduler = "cosine_warmup",
+        dataset_chunk_size = 512, batch_size = 4,
+        gradient_accumulation_steps = 2, num_train_epochs = 3, max_steps = 10, max_finetune_steps = 20, eval_steps = 5,
+        max_eval_batches = 7,
+        seed = 1, replicate = 2, attention_type = "lolcats_llama_window_sw", learned_kernel = "untied_head_einsum",
+        tie_qk_kernels = true,
+        train_qk = true, state_chunk_len = 256, no_peft_grad_ckpt = true, window_size = 32, lk_skip_connection = true,
+        lk_normal_init = true,
         pretrained_model_name_or_path = "org/Some-Model", debug = true, no_attention_mask = true,
     }
     local n = names.names(f, trainer(f))
@@ -98,8 +108,10 @@ end)
 t.test("the scripts for many GPUs", function()
     local f = {
         model_config = "llama3_1_70b/distill_llama3_1_70b_lk_smd_wtk64_fd64_w01",
-        distill_config = "llama3_1_70b/distill_rp_llama_70b_xent0_mse1000_lr1e-2", finetune_config = "llama3_1_70b/finetune_rp_llama_70b_qkvo",
-        lk_zero_init = true, eval_steps = 50, dataset_chunk_size = 1024, fsdp_activation_checkpointing = true, checkpoint_dir = "ck",
+        distill_config = "llama3_1_70b/distill_rp_llama_70b_xent0_mse1000_lr1e-2",
+        finetune_config = "llama3_1_70b/finetune_rp_llama_70b_qkvo",
+        lk_zero_init = true, eval_steps = 50, dataset_chunk_size = 1024, fsdp_activation_checkpointing = true,
+        checkpoint_dir = "ck",
     }
     local first = "dl-d=llama3_1_70b/distill_rp_llama_70b_xent0_mse1000_lr1e-2" ..
         "-m=llama3_1_70b/distill_llama3_1_70b_lk_smd_wtk64_fd64_w01-f=llama3_1_70b/finetune_rp_llama_70b_qkvo" ..

@@ -166,6 +166,24 @@ t.test("epochs, partial accumulation and tokens are counted", function()
     t.eq(run.tokens, seen * 12)
 end)
 
+t.test("drop_leftover forgets what an epoch's end leaves over", function()
+    local p, q, d = problem(), problem(), rows()
+    local n = d.rows
+    local accumulate = n - 1 -- the second update begins with the last row of the first epoch
+    local function go(r, drop)
+        local run = lc.run(options(r, d, { out = place(), accumulate = accumulate, epochs = 2, optim = lc.sgd { lr = 0.05 }, max_steps = 2,
+                                           drop_leftover = drop }))
+        local k = 0
+        for batch in run:steps() do
+            k = k + 1
+            if not (drop == nil and k == n) then run:backward(r.loss(batch)) end -- without the option: the row is left out by hand
+        end
+    end
+    go(p, true)
+    go(q)
+    t.eq(p.sums(), q.sums())
+end)
+
 t.test("clip limits what the optimizer sees; the log has the norm before", function()
     local p = problem()
     local run, o = train(p, rows(), { clip = 1e-3, optim = lc.sgd { lr = 1 }, max_steps = 1 })

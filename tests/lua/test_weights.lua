@@ -1,5 +1,6 @@
--- test_weights.lua: files of tensors in every format that is written and read: PyTorch's (zip, legacy, distributed), GGUF,
--- shards; conversion between them; what is refused and by which words; saves that are interrupted.
+-- test_weights.lua: files of tensors in every format that is written and read: PyTorch's (zip, legacy,
+-- distributed), GGUF, shards; conversion between them; what is refused and by which words; saves that are
+-- interrupted.
 local t = dofile(((arg and arg[0] or ""):match("^(.*/)") or "") .. "harness.lua")
 local lc = require "lolcats"
 local files = require "lolcats.files"
@@ -20,7 +21,8 @@ end
 
 local function sample()
   return {
-    ["a.weight"] = lc.randn(3, 4), ["a.bias"] = lc.randn(4):to "bf16", h = lc.randn(2, 2, 2):to "f16", d = lc.randn(3, {dtype = "f64"}),
+    ["a.weight"] = lc.randn(3, 4), ["a.bias"] = lc.randn(4):to "bf16", h = lc.randn(2, 2, 2):to "f16",
+        d = lc.randn(3, {dtype = "f64"}),
     i = lc.arange(5, {dtype = "i64"}), j = lc.arange(3, {dtype = "i32"}), u = lc.arange(4, {dtype = "i32"}):to "u8",
     scalar = lc.tensor(2.5), empty = lc.zeros(0, 3),
   }
@@ -41,7 +43,7 @@ local function same_tensors(f, want)
   end
 end
 
----- PyTorch ---------------------------------------------------------------------------------------------------------------
+---- PyTorch ---------------------------------------------------------------------------------------------------------
 t.test("a .pt is written and read", function()
   local want = sample()
   files.save_tensors(path "m.pt", want)
@@ -65,14 +67,17 @@ end)
 
 t.test("plain values stand beside the tensors, under a wrapper", function()
   files.save_tensors(path "w.pt", {x = lc.ones(2)}, nil,
-                     {wrap = "model_state_dict", values = {step = 7, big = 2 ^ 40, loss = 0.25, one = {real = 1}, name = "é", on = true, off = false, none = files.null}})
+                     {wrap = "model_state_dict", values = {step = 7, big = 2 ^ 40, loss = 0.25, one = {real = 1},
+                         name = "é", on = true, off = false, none = files.null}})
   local f = files.open_tensors(path "w.pt")
   t.eq(f:names(), {"x"})
   local m = f:meta()
-  t.eq({m.step, m.big, m.loss, m.one, m.name, m.on, m.off, m.none == files.null}, {7, 2 ^ 40, 0.25, 1, "é", true, false, true})
+  t.eq({m.step, m.big, m.loss, m.one, m.name, m.on, m.off, m.none == files.null}, {7, 2 ^ 40, 0.25, 1, "é", true,
+      false, true})
   t.eq(f:meta "step", 7)
   f:close()
-  t.errors(function() files.save_tensors(path "w.pt", {x = lc.ones(2)}, nil, {values = {a = {}}}) end, "the value 'a' is a table")
+  t.errors(function() files.save_tensors(path "w.pt", {x = lc.ones(2)}, nil, {values = {a = {}}}) end,
+      "the value 'a' is a table")
 end)
 
 t.test("safetensors to .pt and back is the same file", function()
@@ -126,7 +131,7 @@ t.test("a distributed checkpoint", function()
   t.errors(function() files.open_tensors(path "dcp") end, "does not lie in the folder")
 end)
 
----- what is refused ---------------------------------------------------------------------------------------------------------
+---- what is refused -------------------------------------------------------------------------------------------------
 local HEAD = "\128\2\138\10l\252\156\70\249 j\168P\25.\128\2M\233\3.\128\2}X\13\0\0\0little_endian\136s."
 local EMPTY_LIST = "\128\2]."
 
@@ -142,7 +147,8 @@ t.test("a pickle that asks for more is refused by what it asks for", function()
   refused("\128\2ctorch\nload\nX\1\0\0\0x\133R.", "torch%.load")
   refused("\128\2ctorch._utils\n_rebuild_qtensor\n)R.", "_rebuild_qtensor")
   refused("\128\2(iposix\nsystem\n.", "posix%.system")
-  refused("\128\2cpathlib\nPosixPath\nX\1\0\0\0/\133R.", "pathlib%.PosixPath") -- only where distributed checkpoints have it
+  -- only where distributed checkpoints have it
+  refused("\128\2cpathlib\nPosixPath\nX\1\0\0\0/\133R.", "pathlib%.PosixPath")
   refused("\128\2ctorch._utils\n_rebuild_tensor_v2\n)R.", "does not take")
   refused("\128\2ctorch.nn.parameter\nParameter\n)\129.", "does not take")
 end)
@@ -167,17 +173,20 @@ end)
 
 -- A tensor over a storage of n floats, in a legacy file.
 local function tensor_pickle(n, offset, size, stride)
-  local function num(v) return "J" .. string.char(v % 256, math.floor(v / 256) % 256, math.floor(v / 65536) % 256, math.floor(v / 2 ^ 24) % 256) end
+  local function num(v) return "J" .. string.char(v % 256, math.floor(v / 256) % 256, math.floor(v / 65536) % 256,
+      math.floor(v / 2 ^ 24) % 256) end
   local function tuple(list)
     local out = {}
     for i, v in ipairs(list) do out[i] = num(v) end
     return "(" .. table.concat(out) .. "t"
   end
-  return "\128\2}X\1\0\0\0xctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" .. "0X\3\0\0\0cpu" .. num(n) ..
+  return "\128\2}X\1\0\0\0xctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" ..
+      "0X\3\0\0\0cpu" .. num(n) ..
     "tQ" .. num(offset) .. tuple(size) .. tuple(stride) .. "\137ccollections\nOrderedDict\n)RtRs."
 end
 local function legacy_tensor(n, offset, size, stride, data)
-  files.write(path "t.pt", HEAD .. tensor_pickle(n, offset, size, stride) .. "\128\2]X\1\0\0\0" .. "0a." .. (data or (string.char(n) .. ("\0"):rep(7) .. ("\0\0\128\63"):rep(n))))
+  files.write(path "t.pt", HEAD .. tensor_pickle(n, offset, size, stride) .. "\128\2]X\1\0\0\0" .. "0a." .. (data or
+      (string.char(n) .. ("\0"):rep(7) .. ("\0\0\128\63"):rep(n))))
   return files.open_tensors(path "t.pt")
 end
 
@@ -188,16 +197,19 @@ t.test("tensors that reach beyond their storage", function()
   f = legacy_tensor(6, 1, {4}, {1})
   t.eq(#f:tensor("x"):totable(), 4)
   f:close()
-  t.errors(function() legacy_tensor(6, 0, {2, 4}, {4, 1}) end, "tensor 'x': it reaches to element 7 of a storage of 6")
+  t.errors(function() legacy_tensor(6, 0, {2, 4}, {4, 1}) end,
+      "tensor 'x': it reaches to element 7 of a storage of 6")
   t.errors(function() legacy_tensor(6, 3, {4}, {1}) end, "reaches to element 6")
   t.errors(function() legacy_tensor(6, 0, {2147483647, 2147483647}, {2147483647, 2147483647}) end, "too large")
   t.errors(function() legacy_tensor(6, 0, {65536, 65536}, {0, 0}) end, "repeats a storage of 24 bytes")
   t.errors(function() legacy_tensor(6, 0, {2, 3}, {1}) end, "2 dims but 1 strides")
   t.errors(function() legacy_tensor(6, 0, {2, -3}, {3, 1}) end, "no whole number")
   t.errors(function() legacy_tensor(6, -1, {2}, {1}) end, "offset")
-  t.errors(function() legacy_tensor(6, 0, {2}, {1}, "\6" .. ("\0"):rep(7) .. "abc") end, "needs 32 bytes; the file ends after 11")
+  t.errors(function() legacy_tensor(6, 0, {2}, {1}, "\6" .. ("\0"):rep(7) .. "abc") end,
+      "needs 32 bytes; the file ends after 11")
   t.errors(function() legacy_tensor(6, 0, {2}, {1}, "\7" .. ("\0"):rep(7) .. ("\0"):rep(24)) end, "has 7 elements")
-  t.errors(function() legacy_tensor(6, 0, {2}, {1}, "\6" .. ("\0"):rep(7) .. ("\0"):rep(25)) end, "1 bytes follow the last storage")
+  t.errors(function() legacy_tensor(6, 0, {2}, {1}, "\6" .. ("\0"):rep(7) .. ("\0"):rep(25)) end,
+      "1 bytes follow the last storage")
 end)
 
 t.test("archives that are cut, compressed, or leave their folder", function()
@@ -222,11 +234,13 @@ t.test("archives that are cut, compressed, or leave their folder", function()
   broken(good:sub(1, pickle + 4) .. "q" .. good:sub(pickle + 6), "checksum")
 end)
 
----- GGUF ----------------------------------------------------------------------------------------------------------------------
+---- GGUF ------------------------------------------------------------------------------------------------------------
 t.test("GGUF is written and read, with metadata", function()
   local want = {w = lc.randn(4, 64), n = lc.randn(5), h = lc.randn(2, 3):to "f16", i = lc.arange(3, {dtype = "i32"})}
-  files.save_tensors(path "g.gguf", want, nil, {values = {["general.architecture"] = "llama", ["x.count"] = 7, ["x.neg"] = -3, ["x.eps"] = 1e-5,
-    ["x.on"] = true, ["x.big"] = {"u64", 2 ^ 40}, ["x.words"] = {array = {"a", "bc"}}, ["x.ids"] = {array = {1, 2, 3}, type = "i32"}}})
+  files.save_tensors(path "g.gguf", want, nil, {values = {["general.architecture"] = "llama", ["x.count"] = 7,
+      ["x.neg"] = -3, ["x.eps"] = 1e-5,
+    ["x.on"] = true, ["x.big"] = {"u64", 2 ^ 40}, ["x.words"] = {array = {"a", "bc"}}, ["x.ids"] = {array = {1, 2,
+        3}, type = "i32"}}})
   local f = files.open_tensors(path "g.gguf")
   t.eq(f.format, "gguf")
   same_tensors(f, want)
@@ -278,8 +292,10 @@ t.test("GGUF of version 1 counts in 32 bits", function()
     return table.concat(out)
   end
   local function s(text) return n(#text, 4) .. text end
-  local head = "GGUF" .. n(1, 4) .. n(1, 4) .. n(3, 4) .. s "general.architecture" .. n(8, 4) .. s "llama" .. s "k" .. n(4, 4) .. n(9, 4) ..
-    s "words" .. n(9, 4) .. n(8, 4) .. n(2, 4) .. s "x" .. s "yz" .. s "t" .. n(2, 4) .. n(2, 4) .. n(3, 4) .. n(0, 4) .. n(0, 8)
+  local head = "GGUF" .. n(1, 4) .. n(1, 4) .. n(3, 4) .. s "general.architecture" .. n(8,
+      4) .. s "llama" .. s "k" .. n(4, 4) .. n(9, 4) ..
+    s "words" .. n(9, 4) .. n(8, 4) .. n(2, 4) .. s "x" .. s "yz" .. s "t" .. n(2, 4) .. n(2, 4) .. n(3, 4) .. n(0,
+        4) .. n(0, 8)
   head = head .. ("\0"):rep(-#head % 32)
   files.write(path "v1.gguf", head .. ("\0\0\128\63"):rep(6))
   local f = files.open_tensors(path "v1.gguf")
@@ -290,15 +306,17 @@ t.test("GGUF of version 1 counts in 32 bits", function()
   f = files.open_tensors(path "v3.gguf")
   t.eq({f:meta "k", f:meta "words"}, {9, {"x", "yz"}})
   f:close()
-  t.errors(function() files.write(path "v4.gguf", "GGUF" .. n(4, 4) .. ("\0"):rep(64)) files.open_tensors(path "v4.gguf") end, "version 4")
+  t.errors(function() files.write(path "v4.gguf", "GGUF" .. n(4,
+      4) .. ("\0"):rep(64)) files.open_tensors(path "v4.gguf") end, "version 4")
 end)
 
----- shards ----------------------------------------------------------------------------------------------------------------------
+---- shards ----------------------------------------------------------------------------------------------------------
 t.test("a large model is written in shards, and old ones go", function()
   local want = {}
   for i = 1, 6 do want["w" .. i] = lc.randn(10, 10) end
   t.eq(files.save_sharded(path "sh", want, {max_shard = 1000}), 3)
-  t.eq(files.list(path "sh"), {"model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors", "model-00003-of-00003.safetensors",
+  t.eq(files.list(path "sh"), {"model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors",
+      "model-00003-of-00003.safetensors",
                                "model.safetensors.index.json"})
   local f = files.open_tensors(path "sh")
   same_tensors(f, want)
@@ -341,10 +359,44 @@ t.test("inspect", function()
   t.ok(files.parse_json(files.to_json(convert.inspect(path "g.gguf"))).count == 4)
 end)
 
+t.test("a broken-off save of shards leaves the old model", function()
+  local old, new = {}, {}
+  for i = 1, 4 do old["w" .. i], new["w" .. i] = lc.ones(100), lc.zeros(100) end
+  files.save_sharded(path "br", old, {max_shard = 500})
+  new.w4 = nil
+  local list = {{name = "w1", tensor = new.w1}, {name = "w2", tensor = new.w2}, {name = "w3", tensor = new.w3},
+      {name = "", tensor = new.w1}}
+  t.errors(function() files.save_sharded(path "br", list, {max_shard = 500}) end, "name")
+  local f = files.open_tensors(path "br")
+  for i = 1, 4 do t.eq(f:tensor("w" .. i):sum():item(), 100) end
+  f:close()
+  files.save_sharded(path "br", old, {max_shard = 500}) -- what was left behind is no hindrance
+  t.eq(#files.list(path "br"), 5)
+end)
+
+local program = os.getenv "LOLCATS_PROGRAM"
+if program then
+  t.test("the recipes from the command line", function()
+    local function run(command)
+      local pipe = io.popen(program .. " " .. command .. " 2>&1")
+      local out = pipe:read "*a"
+      pipe:close()
+      return out
+    end
+    files.save_tensors(path "r.safetensors", {x = lc.ones(2, 3)})
+    t.ok(run("convert " .. path "r.safetensors" .. " " .. path "r.pt"):find "1 tensors")
+    t.ok(run("inspect " .. path "r.pt"):find "float32%s+%[2, 3%]%s+24 bytes")
+    t.eq(files.parse_json(run("inspect --json " .. path "r.pt")).tensors[1].shape, {2, 3})
+    files.write(path "bad.pt", HEAD .. "\128\2cos\nsystem\nX\4\0\0\0echo\133R." .. EMPTY_LIST)
+    t.ok(run("inspect " .. path "bad.pt"):find "os%.system")
+  end)
+end
+
 t.test("what cannot be saved leaves the old file", function()
   files.save_tensors(path "keep.pt", {x = lc.ones(2)})
   local before = files.read(path "keep.pt")
-  t.errors(function() files.save_tensors(path "keep.pt", {{name = "a", tensor = lc.ones(2)}, {name = "a", tensor = lc.ones(3)}}) end, "two tensors")
+  t.errors(function() files.save_tensors(path "keep.pt", {{name = "a", tensor = lc.ones(2)}, {name = "a",
+      tensor = lc.ones(3)}}) end, "two tensors")
   t.errors(function() files.save_tensors(path "keep.pt", {a = 3}) end, "'a' is a number")
   t.ok(files.read(path "keep.pt") == before)
   t.ok(not files.exists(path "keep.pt.tmp"))

@@ -5,9 +5,10 @@ import os
 import shutil
 import sys
 
-import gguf
-import numpy as np
-from safetensors.numpy import load_file
+sys.path.pop(0)  # a file beside this one has a package's name
+import gguf  # noqa: E402
+import numpy as np  # noqa: E402
+from safetensors.numpy import load_file  # noqa: E402
 
 TOP = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
 PART = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",

@@ -65,7 +65,7 @@ for _, name in ipairs(files.list(folder)) do
             local gguf = name:match "_gguf$" ~= nil -- whose base, factors and epsilon are float32
             for _, dtype in ipairs { "f64", "f32" } do
                 -- transformers makes the base of dynamic scaling in float32
-                local limit = dtype == "f64" and ((gguf or name:match "dynamic$") and 1e-6 or 1e-10) or 2e-5
+                local limit = dtype == "f64" and (gguf and 2e-5 or name:match "dynamic$" and 1e-6 or 1e-10) or 2e-5
                 local model = lc.load(dir .. (gguf and "/model.gguf" or "/model.safetensors"), { dtype = dtype })
                 compare(name .. " " .. dtype, lc.no_grad(function() return model:logits(ids) end), want, limit)
                 compare(name .. " stepped " .. dtype, stepped(model, ids, 13), steps, limit)

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 
+sys.path.pop(0)  # a file beside this one has a package's name
 MODULES = ["transformers.modeling_rope_utils"] + [
     "transformers.models.%s.modeling_%s" % (m, m) for m in ("llama", "mistral", "qwen2", "qwen3")]
 loader = importlib.machinery.SourceFileLoader

@@ -1,5 +1,5 @@
--- Writing files of tensors over FFI: safetensors, torch.save's format and GGUF, from tensors in memory or straight from other files,
--- converted on the way. lolcats.files is the public face.
+-- Writing files of tensors over FFI: safetensors, torch.save's format and GGUF, from tensors in memory or straight
+-- from other files, converted on the way. lolcats.files is the public face.
 local bridge = require "lolcats.core.ffi"
 local tensor = require "lolcats.core.tensor"
 local io_core = require "lolcats.core.io"
@@ -7,7 +7,8 @@ local ffi, C, check = bridge.ffi, bridge.C, bridge.check
 local M = {}
 
 local NULL, BOOL, NUMBER, REAL = 0, 1, 2, -1
-local GGUF_TYPES = {u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, f32 = 6, bool = 7, string = 8, u64 = 10, i64 = 11, f64 = 12}
+local GGUF_TYPES = {u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, f32 = 6, bool = 7, string = 8, u64 = 10,
+    i64 = 11, f64 = 12}
 
 local function describe(w, texts)
   local keys = {}
@@ -34,7 +35,10 @@ local function add_values(w, values)
     elseif type(v) == "boolean" then kind, number = BOOL, v and 1 or 0
     elseif type(v) == "number" then kind, number = NUMBER, v
     elseif type(v) == "table" and type(v.real) == "number" then kind, number = REAL, v.real
-    else bridge.fail("save_tensors: the value '%s' is a %s; only strings, numbers and booleans can stand beside tensors", key, type(v)) end
+    else
+      bridge.fail("save_tensors: the value '%s' is a %s; only strings, numbers and booleans can stand beside tensors",
+                  key, type(v))
+    end
     check(C.lc_writer_value(w, key, kind, number, text, text and #text or 0), "save_tensors")
   end
 end
@@ -44,14 +48,18 @@ local function gguf_kind(key, v)
   if type(v) == "boolean" then return GGUF_TYPES.bool, v and 1 or 0 end
   if type(v) == "number" then
     local whole = v % 1 == 0 and math.abs(v) < 2 ^ 53
-    return whole and (v >= 0 and v < 2 ^ 32 and GGUF_TYPES.u32 or math.abs(v) < 2 ^ 31 and GGUF_TYPES.i32 or GGUF_TYPES.i64)
+    return whole and (v >= 0 and v < 2 ^ 32 and GGUF_TYPES.u32 or math.abs(v) < 2 ^ 31 and GGUF_TYPES.i32 or
+        GGUF_TYPES.i64)
       or GGUF_TYPES.f32, v
   end
-  if type(v) == "table" and GGUF_TYPES[v[1]] and #v == 2 and type(v[2]) == "number" then return GGUF_TYPES[v[1]], v[2] end
+  if type(v) == "table" and GGUF_TYPES[v[1]] and #v == 2 and type(v[2]) == "number" then
+    return GGUF_TYPES[v[1]], v[2]
+  end
   bridge.fail("save_tensors: the GGUF value '%s' is a %s", key, type(v))
 end
 
--- Metadata of a GGUF: strings, booleans, numbers (u32 where they fit, f32 where they are not whole), {"i64", n}, {array = {..}}.
+-- Metadata of a GGUF: strings, booleans, numbers (u32 where they fit, f32 where they are not whole), {"i64", n},
+-- {array = {..}}.
 local function add_gguf_values(w, values)
   local keys = {}
   for key in pairs(values or {}) do keys[#keys + 1] = key end
@@ -83,14 +91,16 @@ local function add_entry(w, e)
   end
 end
 
---- Writes a file of tensors. format: "safetensors", "torch" or "gguf". list: {name =, tensor =} or {name =, file = an open file,
---- from = its name there, dtype = what it becomes}. options: metadata (strings; safetensors and torch), values (plain values
---- beside the tensors: torch, or GGUF's metadata), wrap (torch: the key that holds the tensors), like (an open GGUF whose metadata
---- is taken over).
+--- Writes a file of tensors. format: "safetensors", "torch" or "gguf". list: {name =, tensor =} or {name =, file =
+--- an open file, from = its name there, dtype = what it becomes}. options: metadata (strings; safetensors and
+--- torch), values (plain values beside the tensors: torch, or GGUF's metadata), wrap (torch: the key that holds the
+--- tensors), like (an open GGUF whose metadata is taken over).
 function M.write(path, format, list, options)
   local o = options or {}
   local out = ffi.new("lc_writer *[1]")
-  if type(path) ~= "string" or path:find("\0", 1, true) then bridge.fail("save_tensors: the path must be a string") end
+  if type(path) ~= "string" or path:find("\0", 1, true) then
+    bridge.fail("save_tensors: the path must be a string")
+  end
   check(C.lc_writer_open(out, path, format), "save_tensors")
   local w = ffi.gc(out[0], C.lc_writer_free)
   if format ~= "gguf" then describe(w, o.metadata) end
@@ -101,7 +111,9 @@ function M.write(path, format, list, options)
     for i = 0, C.lc_file_meta_count(f) - 1 do check(C.lc_writer_copy_value(w, f, i), "save_tensors") end
   end
   for _, e in ipairs(list) do
-    if type(e.name) ~= "string" or e.name:find("\0", 1, true) then bridge.fail("save_tensors: a tensor's name must be a string") end
+    if type(e.name) ~= "string" or e.name:find("\0", 1, true) then
+      bridge.fail("save_tensors: a tensor's name must be a string")
+    end
     add_entry(w, e)
   end
   check(C.lc_writer_finish(w), "save_tensors")

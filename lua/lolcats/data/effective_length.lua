@@ -1,6 +1,6 @@
--- effective_length.lua: the effective sequence length of training rows (how far back a softmax model really looks), rankings by it,
--- and the .npy files in which rankings are kept. For a query i with weights a_ij it is the sum over j of (i - j) a_ij; a row's score is
--- the mean over layers, heads and queries.
+-- effective_length.lua: the effective sequence length of training rows (how far back a softmax model really looks),
+-- rankings by it, and the .npy files in which rankings are kept. For a query i with weights a_ij it is the sum over j
+-- of (i - j) a_ij; a row's score is the mean over layers, heads and queries.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local attention = require "lolcats.attention"
@@ -8,8 +8,8 @@ local bit = require "bit"
 
 local M = {}
 
---- The score of ids (one row) under a model's softmax attention. queries: only the last so many. The positions j stand as values, so
---- the op itself sums j a_ij: memory is linear in the length.
+--- The score of ids (one row) under a model's softmax attention. queries: only the last so many. The positions j stand
+--- as values, so the op itself sums j a_ij: memory is linear in the length.
 function M.score(model, ids, queries)
     return lc.no_grad(lc.scope, function()
         ids = model:check_ids(ids)
@@ -23,9 +23,11 @@ function M.score(model, ids, queries)
             x = lc.scope(function()
                 local normed = model:norm_in(layer, x)
                 local q, k, v = model:qkv(layer, normed, ctx)
-                local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = ctx.window, seen = 0 }
+                local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed,
+                               window = ctx.window, seen = 0 }
                 local fine = model.fine
-                local at = lc.arange(0, t, 1, { dtype = fine, device = model.device }) -- seen from the row's middle, to lose fewer digits
+                -- seen from the row's middle, to lose fewer digits
+                local at = lc.arange(0, t, 1, { dtype = fine, device = model.device })
                 at = at - (t - 1) / 2
                 local places = at:reshape(1, 1, t, 1):expand(1, k:size(2), t, v:size(-1)):clone()
                 local y = attention.softmax(q:to(fine), k:to(fine), places, call)
@@ -57,8 +59,11 @@ end
 --- The file name of a ranking, as the reference writes it. config: a dataset_config.
 function M.file_name(config, window)
     local data = {}
-    for i, s in ipairs(config.train_data) do data[i] = (s:gsub("/", "_"):gsub("%.json", ""):gsub("%[", "_"):gsub("%]", "")) end
-    return ("d=%s-mts=%d-dcs=%d-max=%d-min=%d-s=%d%s.npy"):format(table.concat(data, "-d="), config.max_train_samples, config.chunk_size,
+    for i, s in ipairs(config.train_data) do
+        data[i] = (s:gsub("/", "_"):gsub("%.json", ""):gsub("%[", "_"):gsub("%]", ""))
+    end
+    return ("d=%s-mts=%d-dcs=%d-max=%d-min=%d-s=%d%s.npy"):format(table.concat(data, "-d="), config.max_train_samples,
+            config.chunk_size,
         config.max_length, config.min_length, config.seed, window and window > 0 and ("_l%03d"):format(window) or "")
 end
 
@@ -79,12 +84,16 @@ function M.read_npy(path)
     local head = s:sub(1, begin)
     local bytes, n = tonumber(head:match "'descr':%s*'<i([48])'"), tonumber(head:match "'shape':%s*%((%d+),%s*%)")
     if not bytes or not n then lc.fail("%s: a one-dimensional array of int32 or int64 was expected", path) end
-    if #s ~= begin + bytes * n then lc.fail("%s: %d numbers were expected; the file has %d bytes for them", path, n, #s - begin) end
+    if #s ~= begin + bytes * n then
+        lc.fail("%s: %d numbers were expected; the file has %d bytes for them", path, n, #s - begin)
+    end
     local out = {}
     for i = 1, n do
         local at = begin + (i - 1) * bytes + 1
         local v = little(s, at, 4)
-        if v >= 2 ^ 31 or (bytes == 8 and little(s, at + 4, 4) ~= 0) then lc.fail("%s: entry %d is not an index", path, i - 1) end
+        if v >= 2 ^ 31 or (bytes == 8 and little(s, at + 4, 4) ~= 0) then
+            lc.fail("%s: entry %d is not an index", path, i - 1)
+        end
         out[i] = v
     end
     return out

@@ -1,6 +1,6 @@
--- reference.lua: the data sets of the reference's configurations (their `dataset` blocks) as training rows: Alpaca packed or not,
--- SAMSum in its form, Alpaca through a chat template, and samples of RedPajama with limits on length, packed across documents or
--- within them and chosen by effective sequence length.
+-- reference.lua: the data sets of the reference's configurations (their `dataset` blocks) as training rows: Alpaca
+-- packed or not, SAMSum in its form, Alpaca through a chat template, and samples of RedPajama with limits on length,
+-- packed across documents or within them and chosen by effective sequence length.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local data = require "lolcats.data"
@@ -46,9 +46,11 @@ local function rows_of(records, how, add, seq, name, packed)
         add(stream, how, record, ("%s: record %d"):format(name, i))
         stream:mark()
     end
-    local rows = packed and data.pack(stream, seq, { targets = true }) or streams.unpacked(stream, math.huge, 1, #records, how.pad)
+    local rows = packed and data.pack(stream, seq, { targets = true }) or
+        streams.unpacked(stream, math.huge, 1, #records, how.pad)
     if rows.rows == 0 then
-        lc.fail("%s: %d records have %d tokens, too few for one row of %d with something to learn", name, #records, stream.n, seq)
+        lc.fail("%s: %d records have %d tokens, too few for one row of %d with something to learn", name, #records,
+                stream.n, seq)
     end
     rows.name = name
     return rows
@@ -64,7 +66,8 @@ end
 local function samsum(records)
     local out = {}
     for i, r in ipairs(records) do
-        out[i] = { instruction = "Summarize this dialogue.", input = r.dialogue or r.input, output = r.summary or r.output }
+        out[i] = { instruction = "Summarize this dialogue.", input = r.dialogue or r.input,
+                   output = r.summary or r.output }
     end
     return out
 end
@@ -85,7 +88,8 @@ function LOADERS.alpaca_clean(c, opts)
     if c.name == "samsum" or (records[1] and records[1].dialogue) then records = samsum(records) end
     local held = math.min(opts.hold_out or 200, math.floor(#records / 2))
     local function make(first, last, what)
-        return rows_of(part(records, first, last), how, data.adders.alpaca, c.chunk_size or 1024, name .. what, c.concat_data ~= false)
+        return rows_of(part(records, first, last), how, data.adders.alpaca, c.chunk_size or 1024, name .. what,
+                       c.concat_data ~= false)
     end
     return { train = make(held + 1, #records, ""), validation = make(1, held, " (held out)"),
              test = prompts(part(records, 1, held), data.alpaca_prompt) }
@@ -115,8 +119,11 @@ function LOADERS.alpaca_clean_instruct(c, opts)
     local n = math.min(100, math.floor(#records / 4))
     local held = part(records, 1, n)
     for _, r in ipairs(part(records, #records - n + 1, #records)) do held[#held + 1] = r end
-    local function make(list, what) return rows_of(list, how, add, c.chunk_size or 1024, name .. what, c.concat_data ~= false) end
-    return { train = make(part(records, n + 1, #records - n), ""), validation = make(held, " (held out)"), test = prompts(held, prompt) }
+    local function make(list, what)
+        return rows_of(list, how, add, c.chunk_size or 1024, name .. what, c.concat_data ~= false)
+    end
+    return { train = make(part(records, n + 1, #records - n), ""), validation = make(held, " (held out)"),
+             test = prompts(held, prompt) }
 end
 
 -- ---- RedPajama ------------------------------------------------------------------------------------------------------
@@ -125,11 +132,13 @@ local function file_spec(spec, opts, c)
     local path, cap = spec:match "^(.-)%[(%d+)%]$"
     path = path or spec
     local looked = {}
-    for _, dir in ipairs { "", "data/long-llm/", (c.cache_dir or ".") .. "/", opts.data_dir and opts.data_dir .. "/" or "" } do
+    for _, dir in ipairs { "", "data/long-llm/", (c.cache_dir or ".") .. "/", opts.data_dir and opts.data_dir .. "/" or
+                           "" } do
         if files.is_file(dir .. path) then return dir .. path, tonumber(cap) end
         looked[#looked + 1] = dir .. path
     end
-    lc.fail("the data file %s is not there; looked for %s (--data_dir DIR or --data FILE says where it is)", path, table.concat(looked, ", "))
+    lc.fail("the data file %s is not there; looked for %s (--data_dir DIR or --data FILE says where it is)", path,
+            table.concat(looked, ", "))
 end
 
 -- Documents within the limits, as token ids in one stream: list of {first, n}.
@@ -181,7 +190,8 @@ local function pack_documents(stream, docs, c, within, name)
     if within then close(out) end
     local rows = data.pack(out, size)
     if rows.rows == 0 then
-        lc.fail("%s: no row of %d tokens from %d documents of %d to %d tokens", name, size, #docs, c.min_length, c.max_length)
+        lc.fail("%s: no row of %d tokens from %d documents of %d to %d tokens", name, size, #docs, c.min_length,
+                c.max_length)
     end
     rows.name = name
     return rows
@@ -191,7 +201,10 @@ local function choose(rows, order, n, name)
     local starts = {}
     for i = 1, math.min(n, #order) do
         local at = rows.starts[order[i] + 1]
-        if not at then lc.fail("%s: the ranking names row %d; there are %d rows (it belongs to other data)", name, order[i], rows.rows) end
+        if not at then
+            lc.fail("%s: the ranking names row %d; there are %d rows (it belongs to other data)", name, order[i],
+                    rows.rows)
+        end
         starts[i] = at
     end
     rows.starts, rows.rows, rows.tokens, rows.hash = starts, #starts, #starts * rows.seq, nil
@@ -205,8 +218,11 @@ local function ranking(rows, c, opts)
         local path = (dir:gsub("/+$", "")) .. "/" .. name
         if files.is_file(path) then return esl.read_npy(path), path end
     end
-    if not opts.model or not opts.model.layers then lc.fail("filter_by_esl: there is no file %s, and no model to compute it with", name) end
-    log.say("ranking %d rows by effective sequence length (softmax attention)", math.min(rows.rows, c.max_train_samples))
+    if not opts.model or not opts.model.layers then
+        lc.fail("filter_by_esl: there is no file %s, and no model to compute it with", name)
+    end
+    log.say("ranking %d rows by effective sequence length (softmax attention)",
+            math.min(rows.rows, c.max_train_samples))
     local order = esl.rank(opts.model, rows, { limit = c.max_train_samples, queries = c.filter_window })
     local path = (opts.data_dir or ".") .. "/" .. name
     esl.write_npy(path, order)
@@ -248,9 +264,9 @@ end
 function LOADERS.redpajama_sample(c, opts) return redpajama(c, opts, false) end
 function LOADERS.redpajama_sample_contig(c, opts) return redpajama(c, opts, true) end
 
---- Rows of a configuration's `dataset` block: {train =, validation =, test = {{prompt =, answer =}} where there is one}. opts: model (its
---- tokenizer, template and end token; ranks rows where that is asked for), source (a file or records instead of what the block names),
---- data_dir, hold_out.
+--- Rows of a configuration's `dataset` block: {train =, validation =, test = {{prompt =, answer =}} where there is
+--- one}. opts: model (its tokenizer, template and end token; ranks rows where that is asked for), source (a file or
+--- records instead of what the block names), data_dir, hold_out.
 function M.load(dataset, opts)
     local load = LOADERS[dataset.name]
     if not load then

@@ -53,7 +53,8 @@ end
 local function card_of(path)
     if not path or not files.is_file(path) then return nil end
     local text = files.read(path):gsub("\r\n", "\n"):match "^%-%-%-\n(.-)\n%-%-%-"
-    local card = text and files.parse_yaml(text, path)
+    local fine, card = pcall(files.parse_yaml, text or "", path) -- what people write there is not always YAML
+    card = fine and card
     local configs = type(card) == "table" and card.configs
     return type(configs) == "table" and configs[1] and configs or nil
 end
@@ -161,6 +162,18 @@ function M.choose(names, card, opts, where)
     return chosen
 end
 
+-- How many records a file has, counted up to `most`.
+local function count_of(path, most)
+    local reader = records.open(path)
+    local n = reader:count()
+    if not n then
+        n = 0
+        while n < most and reader:next() ~= nil do n = n + 1 end
+    end
+    reader:close()
+    return n
+end
+
 -- ---- finding ------------------------------------------------------------------------------------------------------
 local function from_hub(id, opts)
     local hub = require "lolcats.hub"
@@ -171,7 +184,23 @@ local function from_hub(id, opts)
         for _, name in ipairs(names) do if name == "README.md" then return { name } end end
         return {}
     end, how)[1]
-    return (hub.files(id, function() return M.choose(all, card, opts, id) end, how))
+    local chosen
+    local function first(n)
+        return hub.files(id, function()
+            chosen = chosen or M.choose(all, card, opts, id)
+            local part = {}
+            for i = 1, math.min(n, #chosen) do part[i] = chosen[i] end
+            return part
+        end, how)
+    end
+    if not opts.limit then return first(math.huge) end
+    local paths = first(1) -- of many files only those that hold the first `limit` records
+    local left = opts.limit - count_of(paths[1], opts.limit)
+    while left > 0 and #paths < #chosen do
+        paths = first(#paths + 1)
+        left = left - count_of(paths[#paths], left)
+    end
+    return paths
 end
 
 local function from_folder(dir, opts)
@@ -190,6 +219,8 @@ function M.find(source, opts)
         paths = from_folder(source, opts)
     elseif files.exists(source) then
         paths = { source }
+    elseif M.format_of(source) then
+        lc.fail("no data '%s': there is no such file", source)
     else
         local name, config, split = source:match "^([^:]+):?([^:]*):?([^:]*)$"
         local id, revision = (name or ""):match "^([%w][%w%-%._]*/[%w][%w%-%._]*)@?(.*)$"

@@ -193,7 +193,15 @@ end
 function Store:records() return self.marks end
 function Store:record_start(i)
     if i == 1 then return 0 end
-    return lc.scope(function() return numbers.map(self.path .. ".ends", (i - 2) * 8, "f64", 1):item() end)
+    local block = math.floor((i - 2) / 4096)
+    if self.block ~= block then -- records are asked for one after another
+        local first = block * 4096
+        self.starts = lc.scope(function()
+            return numbers.map(self.path .. ".ends", first * 8, "f64", math.min(4096, self.marks - first)):totable()
+        end)
+        self.block = block
+    end
+    return self.starts[i - 1 - block * 4096]
 end
 
 -- f(p, n, at) over the stored numbers of a part.
@@ -241,6 +249,9 @@ M.Rows = Rows
 
 -- Of a part of a store: where rows with labels begin, and how many labels; one pass over the file.
 local function scan_store(store, from, before, size, first)
+    if store.answers == store.n then -- all is learned: no row is left out, and no list of them is needed
+        return setmetatable({}, { __index = function(_, i) return from + (i - 1) * size end }), before * (size - first), before
+    end
     local starts, targets, count, row = {}, 0, 0, 0
     each_window(store, from, before * size, function(p, now, at)
         local place = (at - from) % size
@@ -253,7 +264,7 @@ local function scan_store(store, from, before, size, first)
             end
         end
     end)
-    return starts, targets
+    return starts, targets, #starts
 end
 
 local function scan_memory(stream, from, before, size, first)
@@ -263,7 +274,7 @@ local function scan_memory(stream, from, before, size, first)
         if count > 0 then starts[#starts + 1] = from + r * size end
         targets = targets + count
     end
-    return starts, targets
+    return starts, targets, #starts
 end
 
 --- Rows of `size` tokens of a stream: a row leaves while strictly more than its length is there, the rest is dropped, and so are
@@ -273,10 +284,10 @@ function M.pack(stream, size, opts)
     local from, upto = opts and opts.from or 0, opts and opts.upto or stream.n
     local before = math.max(0, math.floor((upto - from - 1) / size))
     local first = opts and opts.targets and 1 or 0
-    local starts, targets = (stream.path and scan_store or scan_memory)(stream, from, before, size, first)
+    local starts, targets, n = (stream.path and scan_store or scan_memory)(stream, from, before, size, first)
     return setmetatable({
-        stream = stream, seq = size, starts = starts, rows = #starts, before = before, left = upto - from - before * size,
-        tokens = #starts * size, targets = targets, from = from, upto = upto,
+        stream = stream, seq = size, starts = starts, rows = n, before = before, left = upto - from - before * size,
+        tokens = n * size, targets = targets, from = from, upto = upto,
     }, Rows)
 end
 

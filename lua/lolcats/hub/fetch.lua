@@ -83,9 +83,12 @@ function Repo:list(w, tries)
 end
 
 -- ---- one file -----------------------------------------------------------------------------------------------------
+-- The snapshot's name for a blob. Where the file system knows no links the blob itself goes there, as Python's tools do it.
 local function link(self, etag, pointer, name)
     local _, depth = name:gsub("/", "")
-    http.make_link(("../"):rep(depth + 2) .. "blobs/" .. etag, pointer)
+    local ok, why = false, nil
+    if not web.is_on "HF_HUB_DISABLE_SYMLINKS" then ok, why = pcall(http.make_link, ("../"):rep(depth + 2) .. "blobs/" .. etag, pointer) end
+    if not ok and not pcall(files.rename, self.root .. "/blobs/" .. etag, pointer) then error(why, 0) end
 end
 
 local function meta_of(w, self, commit, name)
@@ -126,8 +129,21 @@ local function fault(meta, bytes, sha256)
     end
 end
 
+-- One request for what is missing of a file; returns its answer. A signed address of another host lives for an hour or so: when it
+-- is refused, the Hub is asked for a new one.
+local function get(w, self, commit, meta, path, state)
+    for renewed = 0, 5 do
+        local r = w:ask("GET", meta.url, { path = path, on_start = function(id) state.id = id end })
+        local refused = r.status == 401 or r.status == 403 or r.status == 404 or r.status == 410
+        if not refused or r.problem or renewed == 5 or web.origin(meta.url) == web.origin(w.endpoint) then return r end
+        local again = meta_of(w, self, commit, meta.name)
+        if again.etag ~= meta.etag then lc.fail("%s/%s changed while it was fetched; try again", self.id, meta.name) end
+        meta.url = again.url
+    end
+end
+
 -- The bytes to blobs/ETAG.incomplete. A file that turns out wrong is thrown away and fetched once more from its beginning.
-local function download(w, self, meta, blob, state)
+local function download(w, self, commit, meta, blob, state)
     local path = blob .. ".incomplete"
     for attempt = 1, 2 do
         local have = size_of(path)
@@ -140,7 +156,7 @@ local function download(w, self, meta, blob, state)
         if have > 0 and have == meta.size then
             bytes, sha256 = have, http.sha256_file(path)
         else
-            local r = w:ask("GET", meta.url, { path = path, on_start = function(id) state.id = id end })
+            local r = get(w, self, commit, meta, path, state)
             if r.problem then
                 lc.fail("%s/%s broke off after %s (%s); the same command goes on from there", self.id, meta.name, amount(r.bytes), r.problem)
             end
@@ -172,7 +188,7 @@ local function fetch_file(w, self, commit, name, progress)
     local state = { done = 0, size = meta.size or 0 }
     progress[#progress + 1] = state
     local lock = w:lock(("%s/%s.lock"):format(locks, meta.etag), self.id .. "/" .. name)
-    if not files.exists(blob) then download(w, self, meta, blob, state) end
+    if not files.exists(blob) then download(w, self, commit, meta, blob, state) end
     state.done, state.id = state.size, nil
     if not files.exists(pointer) then link(self, meta.etag, pointer, name) end
     w:unlock(lock)

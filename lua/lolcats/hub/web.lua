@@ -61,6 +61,10 @@ local function origin(url)
 end
 M.origin = origin
 
+-- The same for people.
+local function host(url) return ((origin(url) or url):gsub("^(https://.*):443$", "%1"):gsub("^(http://.*):80$", "%1")) end
+M.host = host
+
 --- A path or revision as part of a URL.
 function M.quote(text, keep_slash)
     return (text:gsub(keep_slash and "[^%w%-%._~/]" or "[^%w%-%._~]", function(c) return ("%%%02X"):format(c:byte()) end))
@@ -220,7 +224,7 @@ function Web:ask(method, url, opts)
             local wait = asked_wait(r) or M.patience[tries]
             if tries > math.min(#M.patience, opts.tries or #M.patience) then return r end
             if wait >= 5 and not self.quiet then
-                log.say("%s: %s; asking again in %d s", origin(url), r.problem or ("answer " .. r.status), wait)
+                log.say("%s: %s; asking again in %d s", host(url), r.problem or ("answer " .. r.status), wait)
             end
             self:sleep(wait)
             if hops > 0 and r.problem == nil then url, hops = start, 0 end -- a signed address may have expired
@@ -243,7 +247,9 @@ function Web:explain(r, repo, revision, file)
     local page = ("%s/%s%s"):format(self.endpoint, repo.type == "dataset" and "datasets/" or "", repo.id)
     if r.problem or r.status == 0 then
         lc.fail("cannot reach %s: %s. Is there a network? (HF_HUB_OFFLINE=1 uses the Hugging Face cache alone, HF_ENDPOINT names a mirror)",
-                origin(r.url), r.problem or "no answer")
+                host(r.url), r.problem or "no answer")
+    elseif origin(r.url) ~= origin(self.endpoint) then
+        lc.fail("%s answered %d when %s/%s was to be fetched; try again later", host(r.url), r.status, repo.id, file or "")
     elseif code == "GatedRepo" or (r.status == 403 and self.token) then
         lc.fail("%s is gated: accept its licence at %s with your account, then set HF_TOKEN to a token of that account. %s", repo.id, page,
                 about_token(self))
@@ -252,7 +258,8 @@ function Web:explain(r, repo, revision, file)
     elseif code == "EntryNotFound" then
         lc.fail("%s has no file %s (revision '%s')", repo.id, file or "?", revision)
     elseif r.status == 401 or r.status == 403 or code == "RepoNotFound" then
-        lc.fail("%s does not exist at %s, or is private: check the name. %s", repo.id, self.endpoint, about_token(self))
+        lc.fail("%s does not exist at %s, or is private, and there is no such folder here: check the name. %s", repo.id, self.endpoint,
+                about_token(self))
     elseif r.status == 404 then
         lc.fail("%s was not found at %s%s", file and repo.id .. "/" .. file or repo.id, self.endpoint,
                 said and (" (" .. said .. ")") or "")
@@ -260,7 +267,7 @@ function Web:explain(r, repo, revision, file)
         lc.fail("%s asks for fewer requests (429): try again later%s", self.endpoint,
                 self.token and "" or "; with a token (HF_TOKEN) more are allowed")
     end
-    lc.fail("%s answered %d%s to %s; try again later", origin(r.url), r.status, said and (" (" .. said .. ")") or "", r.url)
+    lc.fail("%s answered %d%s to %s; try again later", host(r.url), r.status, said and (" (" .. said .. ")") or "", r.url)
 end
 
 return M

@@ -73,7 +73,7 @@ end
 local NEUTRAL = { num_local_experts = 0, num_experts = 0, n_routed_experts = 0, rope_interleaved = false,
                   attn_logit_softcapping = false, final_logit_softcapping = false, query_pre_attn_scalar = false,
                   logits_scaling = 1, logit_scale = 1, residual_multiplier = 1, embedding_multiplier = 1,
-                  attention_multiplier = false, no_rope_layers = false, use_qk_norm = false,
+                  attention_multiplier = false, no_rope_layers = false, use_qk_norm = false, use_mrope = false,
                   is_encoder_decoder = false }
 
 local function refuse_what_is_unknown(c, where)

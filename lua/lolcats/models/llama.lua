@@ -97,8 +97,10 @@ function Model:share()
     return M.new(self.config, self.weights, self)
 end
 
--- The layers' records of weights, after some got copied; adapters and the student's attention stay.
-local function refresh(model)
+--- Looks up anew all records of weights, after self.weights got another table; adapters and the student's attention
+--- stay.
+function Model:refresh()
+    local model = self
     for i, fresh in ipairs(make_layers(model)) do
         local layer = model.layers[i]
         for p, record in pairs(fresh.proj) do
@@ -132,7 +134,7 @@ function Model:own_weights()
     end)
     for _, name in ipairs(self.trained_weights or {}) do own[name] = self.weights[name] end
     self.weights, self.owns_weights = own, true
-    refresh(self)
+    self:refresh()
     return self
 end
 
@@ -143,7 +145,7 @@ function Model:own_weight(name)
     local copy = lc.keep(lc.no_grad(lc.scope, function() return old:detach():to(dtype):clone() end))
     self.weights = shallow(self.weights)
     self.weights[name] = copy:set_name(name)
-    refresh(self)
+    self:refresh()
     return copy
 end
 
@@ -213,7 +215,9 @@ function Model:context(ids, opts)
     opts = opts or {}
     local b, t = ids:size(1), ids:size(2)
     local seen = opts.state and opts.state.seen or 0
-    local pos = opts.fixed and opts.state.pos:narrow(1, 1, 1)
+    if opts.start and opts.state then self:note_padding(opts.state, opts.start) end
+    local padding = opts.state and opts.state.start
+    local pos = opts.fixed and (padding and opts.state.pos:reshape(b, 1) or opts.state.pos:narrow(1, 1, 1))
         or lc.arange(seen, seen + t, 1, { dtype = "i32", device = self.device })
     local ctx = { b = b, t = t, seen = seen, state = opts.state, teacher = opts.teacher }
     if opts.cu_seqlens then
@@ -221,7 +225,12 @@ function Model:context(ids, opts)
         ctx.sequences = sequences_of(opts.cu_seqlens, t)
         pos = lc.tensor(positions_in(ctx.sequences), { dtype = "i32", device = self.device })
     end
-    if opts.start then
+    if padding then
+        ctx.key_start = padding
+        if not opts.fixed then pos = (pos:to("f32"):reshape(1, t):expand(b, t) - padding:to("f32"):reshape(b, 1)):clamp({ min = 0 }):to("i32") end
+        -- what of it lies in this chunk
+        if seen < opts.state.padding then ctx.start = (padding:to "f32" - seen):clamp({ min = 0, max = t }):to "i32" end
+    elseif opts.start then
         ctx.start = opts.start
         if not lc.is_tensor(ctx.start) then ctx.start = lc.tensor(ctx.start, { dtype = "i32", device = self.device }) end
         local shift = ctx.start:to("f32"):reshape(b, 1)
@@ -230,6 +239,19 @@ function Model:context(ids, opts)
     ctx.pos = pos
     ctx.cos, ctx.sin = self:rotary(pos, seen + t)
     return ctx
+end
+
+--- Keeps what padding stands before each row of a state; it is named with the row's first tokens.
+function Model:note_padding(state, start)
+    if state.start then return end
+    if state.seen > 0 then lc.fail("start (left padding) comes with the first tokens of a state, not after %d", state.seen) end
+    if not lc.is_tensor(start) then start = lc.tensor(start, { dtype = "i32", device = self.device }) end
+    if start:numel() ~= state.batch then
+        lc.fail("start has %d values; the state has %d rows", start:numel(), state.batch)
+    end
+    state.padding = 0
+    for _, n in ipairs(start:totable()) do state.padding = math.max(state.padding, n) end
+    if state.padding > 0 then state.start = lc.keep(start:clone()) end
 end
 
 local function heads_view(x, b, t, n, d)
@@ -290,7 +312,7 @@ function Model:norm_in(layer, x) return lc.rms_norm(x, layer.input_norm, self.co
 --- The layer's attention: [b, h, t, d].
 function Model:attend(layer, q, k, v, n, ctx)
     local state = ctx.state and ctx.state.layers[layer.index]
-    local call = { start = ctx.start, sequences = ctx.sequences, state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = n,
+    local call = { start = ctx.start, key_start = ctx.key_start, sequences = ctx.sequences, state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = n,
                    pos_tensor = ctx.state and ctx.state.pos, window = layer.window }
     if layer.student and not ctx.teacher then return attention.hybrid(layer.student, q, k, v, call) end
     return attention.softmax(q, k, v, call)
@@ -361,14 +383,12 @@ function Model:forward_slices(ids, opts, rows)
     local c, state, b, t = self.config, opts.state, ids:size(1), ids:size(2)
     local like = { shape = { b, c.num_key_value_heads, t, c.head_dim }, dtype = self.dtype, device = self.device }
     local out = lc.empty({ b, t, c.hidden_size }, { dtype = self.dtype, device = self.device })
-    local start = opts.start
-    if start and not lc.is_tensor(start) then start = lc.tensor(start, { dtype = "i32", device = self.device }) end
+    if opts.start then self:note_padding(state, opts.start) end
     for first = 1, b, rows do
         local n = math.min(rows, b - first + 1)
         lc.scope(function()
             local part = attention.rows_of(state, first, n, like)
-            local x = self:forward(ids:narrow(1, first, n), { state = part, teacher = opts.teacher,
-                                                              start = start and start:narrow(1, first, n) })
+            local x = self:forward(ids:narrow(1, first, n), { state = part, teacher = opts.teacher })
             out:narrow(1, first, n):copy_(x)
         end)
     end
@@ -531,11 +551,18 @@ end
 function Model:advance(state, t)
     state.seen = state.seen + t
     state.pos:fill_(state.seen)
+    if state.start then lc.no_grad(lc.scope, function()
+        state.pos:copy_((state.pos:to "f32" - state.start:to "f32"):clamp({ min = 0 }):to "i32")
+    end) end
 end
 
 --- Frees a state's tensors at once.
 function Model:drop_state(state)
     state.pos:drop()
+    if state.start then
+        state.start:drop()
+        state.start = nil
+    end
     for _, s in ipairs(state.layers) do
         for key, v in pairs(s) do
             if lc.is_tensor(v) then v:drop(); s[key] = nil end

@@ -1,6 +1,6 @@
 -- adafactor.lua: the update of lc.adafactor, by the arithmetic of Hugging Face's Adafactor with a given learning rate
--- (relative_step off): second moments of a matrix kept as one row and one column, updates clipped by their root mean square, and
--- steps scaled by that of the parameter.
+-- (relative_step off): second moments of a matrix kept as one row and one column, updates clipped by their root mean
+-- square, and steps scaled by that of the parameter.
 local lc = require "lolcats"
 
 local M = {}
@@ -15,14 +15,16 @@ local function without(shape, from_end)
     return out
 end
 
---- State tensors of an attached optimizer, by name: for a parameter of two or more dims its row and column, else its full second
---- moment; the first moment when beta1 is set.
+--- State tensors of an attached optimizer, by name: for a parameter of two or more dims its row and column, else its
+--- full second moment; the first moment when beta1 is set.
 function M.attach(self)
     self.state = {}
     for i, p in ipairs(self.params) do
-        local shape, where = p.tensor.shape, { dtype = p.tensor.dtype == "f64" and "f64" or "f32", device = p.tensor.device }
+        local shape, where = p.tensor.shape,
+            { dtype = p.tensor.dtype == "f64" and "f64" or "f32", device = p.tensor.device }
         local function make(s) return lc.keep(lc.zeros(s, where)) end
-        local s = #shape >= 2 and { row = make(without(shape, 1)), col = make(without(shape, 2)) } or { full = make(shape) }
+        local s = #shape >= 2 and { row = make(without(shape, 1)), col = make(without(shape, 2)) } or
+            { full = make(shape) }
         if self.args.beta1 then s.first = make(shape) end
         self.state[i] = s
     end

@@ -1,6 +1,6 @@
--- stage.lua: one stage of training as an experiment configuration describes it: its trainer, optimizer, schedule, length, evaluation,
--- results file and checkpoints, on a student and its data. What the reference gets wrong is right here; with compat its way is taken
--- and said.
+-- stage.lua: one stage of training as an experiment configuration describes it: its trainer, optimizer, schedule,
+-- length, evaluation, results file and checkpoints, on a student and its data. What the reference gets wrong is right
+-- here; with compat its way is taken and said.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local configs = require "lolcats.configs"
@@ -13,7 +13,8 @@ local M = {}
 -- ---- the results file: a row an evaluation, as pandas writes it -----------------------------------------------------
 local HEAD = ",eval_step,eval/loss,eval/ppl,eval/seq_len\n"
 
---- Puts the row of an evaluation into a results file and drops rows of later updates, which a resumed run will measure again.
+--- Puts the row of an evaluation into a results file and drops rows of later updates, which a resumed run will measure
+--- again.
 function M.add_result(path, step, values)
     local rows = {}
     if files.is_file(path) then
@@ -48,13 +49,14 @@ local function eval_rows(rows, trainer, compat)
 end
 
 -- Flags that change nothing in training.
-local NEUTRAL = { "no_init_eval", "max_new_tokens", "top_k", "top_p", "num_generations", "verbose", "print_model", "benchmark", "no_wandb",
+local NEUTRAL = { "no_init_eval", "max_new_tokens", "top_k", "top_p", "num_generations", "verbose", "print_model",
+                  "benchmark", "no_wandb",
                   "wandb_entity", "project_name", "huggingface_token", "eval_config", "format", "results_dir" }
 
 -- ---- the stage ------------------------------------------------------------------------------------------------------
---- Trains. o: name ("distill" or "ft"), out (folder of lc.run's files), tree (the experiment), student, params, data ({train =,
---- validation =}), seed, batch, clip, compat, csv (path), fresh, chunk, save(step, values): called at every num_save_ckpt_steps updates
---- with an evaluation. Returns lc.run's summary.
+--- Trains. o: name ("distill" or "ft"), out (folder of lc.run's files), tree (the experiment), student, params, data
+--- ({train =, validation =}), seed, batch, clip, compat, csv (path), fresh, chunk, save(step, values): called at every
+--- num_save_ckpt_steps updates with an evaluation. Returns lc.run's summary.
 function M.train(o)
     local trainer, t = trainers.find(o.tree.trainer.name), o.tree.trainer
     local length = configs.length(o.tree)
@@ -67,13 +69,24 @@ function M.train(o)
     local fsdp = o.tree.fsdp
     local clip = o.clip or (fsdp and fsdp.gradient_clipping and (fsdp.gradient_clipping_threshold or 1)) or 0
     local every = t.num_save_ckpt_steps or 1000
+    local leftover = o.data.train.rows % length.accumulate ~= 0
+    if o.compat and leftover and not length.max_steps then
+        quirk "gradients of micro-batches that are left over at an epoch's end are dropped"
+    end
+    if t.evaluation_strategy == "epoch" then
+        length.eval_every = math.max(1, math.floor(o.data.train.rows / length.accumulate))
+    end
     local run
     run = lc.run {
-        name = o.name, out = o.out, data = o.data.train, params = o.params, model = o.student, optim = configs.optimizer(o.tree),
-        schedule = configs.schedule(o.tree), clip = clip > 0 and clip or nil, epochs = length.epochs, max_steps = length.max_steps,
-        accumulate = length.accumulate, batch = o.batch or o.tree.dataloader and o.tree.dataloader.batch_size or 1, seed = o.seed,
+        name = o.name, out = o.out, data = o.data.train, params = o.params, model = o.student,
+        optim = configs.optimizer(o.tree),
+        schedule = configs.schedule(o.tree), clip = clip > 0 and clip or nil, epochs = length.epochs,
+        max_steps = length.max_steps,
+        accumulate = length.accumulate, batch = o.batch or o.tree.dataloader and o.tree.dataloader.batch_size or 1,
+        seed = o.seed,
         eval_every = length.eval_every, metric = "loss", mode = t.greater_is_better and "max" or "min", fresh = o.fresh,
-        load_best = t.load_best_model_at_end ~= false, neutral = NEUTRAL, eval = function(self)
+        drop_leftover = o.compat and leftover or nil, load_best = t.load_best_model_at_end ~= false, neutral = NEUTRAL,
+            eval = function(self)
             local values = trainer.evaluate(o.student, rows, how)
             if o.csv then M.add_result(o.csv, self.step, values) end
             if o.save and self.step % every == 0 then o.save(self.step, values) end
@@ -82,6 +95,40 @@ function M.train(o)
     }
     for batch in run:steps() do trainer.step(o.student, batch, run, how) end
     return run:summary()
+end
+
+--- The first stage with the memory of one block of layers. o: tree, model (path), out, data ({train =, validation =}),
+--- layers (a block), student (options of lc.linearize), dtype, device, seed, clip, fresh. Returns {folder = of the
+--- student, loss =, step =}.
+function M.in_blocks(o)
+    local t, length, kind = o.tree.trainer, configs.length(o.tree),
+        o.tree.lr_scheduler and o.tree.lr_scheduler.lr_scheduler_type
+    local optimizer = configs.optimizer(o.tree)
+    if optimizer.kind ~= "adamw" then
+        lc.fail("blocks are trained by AdamW; the experiment names %s", optimizer.kind)
+    end
+    o.data.train.held = o.data.validation
+    local schedule = kind and
+        (kind:find "plateau" and "plateau" or kind:find "cosine" and "cosine" or kind:find "linear" and "linear")
+    local run = lc.blockwise {
+        model = o.model, out = o.out, data = o.data.train, layers = o.layers, student = o.student, lora = false,
+        accumulate = length.accumulate,
+        transfer = { steps = length.max_steps, epochs = length.epochs, lr = optimizer.lr,
+                     weight_decay = optimizer.opts.weight_decay,
+                     schedule = schedule, clip = o.clip, mse = t.mse_factor, xent = t.xent_factor,
+                     eval_every = length.eval_every },
+        eval_rows = t.max_eval_batches, dtype = o.dtype, device = o.device, seed = o.seed, fresh = o.fresh,
+    }
+    local folder = run:train()
+    local loss, steps = 0, 0
+    for b = 1, #run.blocks do
+        local summary = ("%s/b%02d-transfer/summary.json"):format(o.out, b)
+        if files.exists(summary) then
+            local s = files.read_json(summary)
+            loss, steps = loss + (type(s.best) == "table" and s.best.value or 0) / #run.blocks, s.updates
+        end
+    end
+    return { folder = folder, loss = loss, step = steps }
 end
 
 M.quirk = quirk

@@ -1,6 +1,6 @@
--- trainers.lua: the losses by the names that the reference's configurations give them (trainer.name). A trainer has a stage
--- ("transfer": maps learn to copy softmax attention; "language": next tokens; "evaluation": generation), step, which makes the
--- gradients of one micro-batch and logs its values, and evaluate, which measures held-out rows.
+-- trainers.lua: the losses by the names that the reference's configurations give them (trainer.name). A trainer has a
+-- stage ("transfer": maps learn to copy softmax attention; "language": next tokens; "evaluation": generation), step,
+-- which makes the gradients of one micro-batch and logs its values, and evaluate, which measures held-out rows.
 local lc = require "lolcats"
 local nn = require "lolcats.nn"
 local attention = require "lolcats.attention"
@@ -48,7 +48,8 @@ local function evaluate_language(student, rows, o)
         loss, ppl = loss + sum / math.max(n, 1) / #rows, ppl + math.exp(sum / math.max(n, 1)) / #rows
         length = length + (row.ids:size(1) * (row.ids:size(2) - 1) + 1) / #rows
     end
-    -- the reference takes the mean of chunks, whatever they hold, and of their perplexities; a token counts as a token here
+    -- the reference takes the mean of chunks, whatever they hold, and of their perplexities; a token counts as a token
+    -- here
     if not o.reference then loss, ppl = total / count, math.exp(total / count) end
     return { loss = loss, ppl = ppl, seq_len = length }
 end
@@ -59,7 +60,8 @@ local function language(name)
         step = function(student, batch, run, o)
             if not name then return run:backward((student:loss(batch.ids, batch.labels))) end
             if not student[name] then lc.fail("this program has no %s: the trainer cannot run", name) end
-            local loss = student[name](student, batch.ids, batch.labels, { scale = 1 / run.accumulate, chunk = o.chunk })
+            local loss = student[name](student, batch.ids, batch.labels,
+                                       { scale = 1 / run.accumulate, chunk = o.chunk })
             run:log { loss = loss * run.accumulate }
         end,
         evaluate = evaluate_language,
@@ -82,10 +84,12 @@ local function weights_xent(a, q, k, q2, k2, v, call)
     return (log_p * a_true):sum() * (-1 / (a_true:numel() / a_true:size(-1)))
 end
 
--- One layer's loss: its linear attention with adapters against its softmax attention without them. projected: after o_proj.
+-- One layer's loss: its linear attention with adapters against its softmax attention without them. projected: after
+-- o_proj.
 local function adapter_loss(student, layer, normed, ctx, y, q, k, o, factor)
     local c = student.config
-    local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window, seen = 0 }
+    local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window,
+                   seen = 0 }
     local q2, k2, v2 = student:qkv(layer, normed, ctx)
     local pred, target = attention.hybrid(layer.student, q2, k2, v2, call), y
     local function flat(x) return x:permute(1, 3, 2, 4):reshape(ctx.b, ctx.t, c.num_attention_heads * c.head_dim) end
@@ -100,8 +104,8 @@ local function adapter_loss(student, layer, normed, ctx, y, q, k, o, factor)
     return loss
 end
 
---- LoRA taught layer by layer: each layer gets the teacher's true hidden states and learns to give what its softmax attention gives.
---- o: mse, xent, projected (compare after the output projection), scale, backward. Returns the loss.
+--- LoRA taught layer by layer: each layer gets the teacher's true hidden states and learns to give what its softmax
+--- attention gives. o: mse, xent, projected (compare after the output projection), scale, backward. Returns the loss.
 function M.adapter_transfer(student, ids, o)
     ids = student:check_ids(ids)
     local n, total = 0, 0
@@ -116,7 +120,8 @@ function M.adapter_transfer(student, ids, o)
             x = lc.scope(function()
                 local normed = student:norm_in(layer, x)
                 local q, k, v = student:qkv(layer, normed, ctx)
-                local y = attention.softmax(q, k, v, { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed,
+                local y = attention.softmax(q, k, v,
+                                            { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed,
                                                        window = layer.window, seen = 0 })
                 if layer.student then
                     adapters(student, true)
@@ -149,19 +154,22 @@ local function adapter_trainer(projected)
             run:log { loss = loss * run.accumulate }
         end,
         evaluate = function(student, rows, o)
-            return mean(rows, function(row) return { loss = M.adapter_transfer(student, row.ids, options(o, { backward = false })) } end)
+            return mean(rows, function(row) return { loss = M.adapter_transfer(student, row.ids,
+                    options(o, { backward = false })) } end)
         end,
     }
 end
 
 -- ---- generation -----------------------------------------------------------------------------------------------------
---- Answers to the first prompts of a test set (11, as the reference takes) against theirs: {metrics, predictions}. o: limit, max_new (1024),
---- and those of generate; greedy without.
+--- Answers to the first prompts of a test set (11, as the reference takes) against theirs: {metrics, predictions}. o:
+--- limit, max_new (1024), and those of generate; greedy without.
 function M.score_answers(model, test, o)
     o = o or {}
     local predictions, references = {}, {}
     for i = 1, math.min(o.limit or 11, #test) do
-        predictions[i] = model:generate(test[i].prompt, { max_new = o.max_new or 1024, temperature = o.temperature or 0, top_p = o.top_p,
+        predictions[i] = model:generate(test[i].prompt,
+                                        { max_new = o.max_new or 1024, temperature = o.temperature or 0,
+                                          top_p = o.top_p,
                                                           seed = o.seed })
         references[i] = test[i].answer
     end
@@ -193,7 +201,8 @@ function M.find(name)
     local t = TRAINERS[name]
     if not t then
         local near = cli.suggest(tostring(name), M.names())
-        lc.fail("there is no trainer '%s'%s; there are %s", tostring(name), near and (" (did you mean %s?)"):format(near) or "",
+        lc.fail("there is no trainer '%s'%s; there are %s", tostring(name),
+                near and (" (did you mean %s?)"):format(near) or "",
                 table.concat(M.names(), ", "))
     end
     return t
