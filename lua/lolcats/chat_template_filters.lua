@@ -196,7 +196,7 @@ function filters.indent(v, args, named)
   local pad = type(width) == "number" and (" "):rep(width) or width
   local blank = truthy(argument(args, named, 3, "blank", false))
   local first = truthy(argument(args, named, 2, "first", false))
-  local lines = split(to_string(v), "\n")
+  local lines = internal.split_lines(to_string(v) .. "\n")
   for i, line in ipairs(lines) do
     if (i > 1 and (line ~= "" or blank)) or (i == 1 and first) then lines[i] = pad .. line end
   end
@@ -302,6 +302,10 @@ end
 function tests.filter(v) return type(v) == "string" and filters[v] ~= nil end
 function tests.test(v) return type(v) == "string" and tests[v] ~= nil end
 
-function filters.wordcount(v) return #split(to_string(v)) end
+-- Runs of word characters; outside ASCII, what is neither space nor punctuation of the common blocks counts as one.
+function filters.wordcount(v)
+  local s = values.strip_right(to_string(v)):gsub("\226[\128\129][\128-\191]", " "):gsub("\227\128[\128-\191]", " ")
+  return select(2, s:gsub("[%w_\128-\255]+", ""))
+end
 
 return filters

@@ -210,7 +210,8 @@ end
 
 local function split_lines(s)
   local out = {}
-  s = s:gsub("\r\n", "\n"):gsub("\r", "\n")
+  s = s:gsub("\r\n", "\n"):gsub("[\r\11\12\28-\30]", "\n")
+  s = s:gsub("\194\133", "\n"):gsub("\226\128[\168\169]", "\n")
   for line, stop in s:gmatch("([^\n]*)(\n?)") do
     if line ~= "" or stop ~= "" then out[#out + 1] = line end
   end
@@ -283,7 +284,7 @@ function M.to_string(v)
   v = incoming(v)
   if type(v) == "string" then return v end
   if type(v) == "number" then return number_text(v) end
-  if getmetatable(v) == Float then return number_text(v.value) .. ".0" end
+  if getmetatable(v) == Float then return (v.value == 0 and 1 / v.value < 0 and "-0" or number_text(v.value)) .. ".0" end
   if v == true then return "True" elseif v == false then return "False" elseif v == null then return "None" end
   if is_undefined(v) then return "" end
   if is_list(v) or is_dict(v) then return repr(v) end
@@ -662,7 +663,7 @@ M.internal = {
   is_list = is_list, is_dict = is_dict, type_name = type_name, strip = strip, split = split,
   replace_text = replace_text, upper = upper, lower = lower, title = title, capitalize = capitalize, number_text = number_text,
   length_of = length_of, keys_of = keys_of, repr = repr, characters = characters, string_methods = string_methods,
-  plain_find = plain_find, need_text = need_text, equal = equal,
+  plain_find = plain_find, split_lines = split_lines, need_text = need_text, equal = equal,
   pairs_of = pairs_of, argument = argument, format_text = format_text, json = json,
 }
 

@@ -253,4 +253,13 @@ function files.open_tensors(path)
   return io_core.open_tensor_file(folder_file(path))
 end
 
+--- All tensors of a file or folder of any format as {name = tensor}: views of the mapped file, or copies where they are
+--- converted ({dtype = "f32"}), moved ({device = "cuda:0"}) or lie scattered.
+function files.load_tensors(path, options)
+  local f, out = files.open_tensors(path), {}
+  for _, name in ipairs(f:names()) do out[name] = f:tensor(name, options) end
+  f:close()
+  return out
+end
+
 return files

@@ -29,7 +29,8 @@ static const lc_torch_dtype dtypes[] = {
     {"float8_e8m0fnu", NULL, LC_STORE_UNKNOWN, 1},
 };
 
-#define DCP "torch.distributed.checkpoint.metadata"
+#define DCP   "torch.distributed.checkpoint.metadata"
+#define SHARD "torch.distributed._shard.sharded_tensor.metadata" /* before PyTorch 2.3 */
 
 static const lc_pickle_global globals[] = {
     {"collections", "OrderedDict", LC_PR_ORDERED_DICT},
@@ -60,6 +61,8 @@ static const lc_pickle_global globals[] = {
     {DCP, "ChunkStorageMetadata", LC_PR_RECORD, true},
     {DCP, "TensorProperties", LC_PR_RECORD, true},
     {DCP, "StorageMeta", LC_PR_RECORD, true},
+    {SHARD, "TensorProperties", LC_PR_RECORD, true},
+    {SHARD, "MEM_FORMAT_ENCODING", LC_PR_IGNORED, true},
     {"torch.distributed.checkpoint.filesystem", "_StorageInfo", LC_PR_RECORD, true},
 };
 

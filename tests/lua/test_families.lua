@@ -245,6 +245,68 @@ t.test("a family is a small table", function()
     t.eq(whole(model):size(3), 91)
 end)
 
+local JUNK = { 0, 1, -1, 2.5, 3, 1e300, "x", "", true, false, files.null, files.array {}, { 1 }, { "x" }, { a = 1 },
+               { rope_type = "yarn" }, { rope_type = "longrope" }, { rope_type = "llama3" }, { rope_type = 3 } }
+
+-- A config or metadata with one value replaced is taken or refused with its place, and never breaks the program.
+local function each_junk(table_of, keys, run)
+    for _, key in ipairs(keys) do
+        for _, value in ipairs(JUNK) do
+            local raw = table_of()
+            raw[key] = value
+            local ok, err = pcall(run, raw)
+            if not ok then
+                local text = tostring(type(err) == "table" and err.message or err)
+                t.ok(text:find("the place", 1, true) and not text:find("attempt to", 1, true),
+                     ("%s = %s: %s"):format(key, files.to_json(value), text))
+            end
+        end
+    end
+end
+
+t.test("a config of any shape is read or refused", function()
+    local config = require "lolcats.models.config"
+    for _, family in ipairs { "llama", "mistral", "qwen2", "qwen3" } do
+        local function made()
+            local raw = files.parse_json(CASES[1].config, "config")
+            raw.model_type, raw.use_sliding_window, raw.sliding_window = family, true, 4
+            return raw
+        end
+        local keys = { "architectures", "quantization_config", "hidden_act", "rope_scaling", "rope_theta", "layer_types",
+                       "num_local_experts", "partial_rotary_factor", "original_max_position_embeddings", "bos_token_id" }
+        for key in pairs(made()) do keys[#keys + 1] = key end
+        each_junk(made, keys, function(raw)
+            local c = config.normalize(raw, "the place")
+            if c.head_dim <= 64 and c.num_hidden_layers < 100 then
+                local list = config.inv_freq(c, 100)
+                t.eq(#list, c.head_dim / 2)
+                files.to_json(config.to_json(c))
+            end
+        end)
+    end
+end)
+
+t.test("GGUF metadata of any shape is read or refused", function()
+    local config = require "lolcats.models.config"
+    for _, arch in ipairs { "llama", "qwen2", "qwen3" } do
+        local function made()
+            return { ["general.architecture"] = arch, [arch .. ".embedding_length"] = 24, [arch .. ".block_count"] = 2,
+                     [arch .. ".feed_forward_length"] = 40, [arch .. ".attention.head_count"] = 3, [arch .. ".vocab_size"] = 91,
+                     [arch .. ".attention.head_count_kv"] = 1, [arch .. ".attention.layer_norm_rms_epsilon"] = 1e-5,
+                     [arch .. ".rope.freq_base"] = 1e4, [arch .. ".context_length"] = 64,
+                     [arch .. ".rope.dimension_count"] = 8, [arch .. ".attention.key_length"] = 8,
+                     [arch .. ".attention.value_length"] = 8, [arch .. ".attention.sliding_window"] = 4 }
+        end
+        local keys = { arch .. ".expert_count", arch .. ".rope.scaling.type", arch .. ".rope.scaling.factor",
+                       arch .. ".rope.scale_linear", arch .. ".rope.scaling.original_context_length", arch .. ".logit_scale" }
+        for key in pairs(made()) do keys[#keys + 1] = key end
+        each_junk(made, keys, function(raw)
+            local function meta(key) if raw[key] ~= files.null then return raw[key] end end
+            config.from_gguf(meta, function() return false end, function() end, "the place")
+        end)
+    end
+end)
+
 -- The teacher's window: what is computed on an op must be the definition, gradient too.
 t.test("a sliding window is the last keys only, with its gradient and with padding", function()
     local attention = require "lolcats.attention"

@@ -352,6 +352,13 @@ t.test("conversion takes other dtypes", function()
   t.ok(not files.exists(path "d.pt"))
 end)
 
+t.test("all tensors of a file at once", function()
+  local all = files.load_tensors(path "c.safetensors", {dtype = "f32"})
+  t.eq({all.x.dtype, all.i:totable()}, {"f32", {0, 1, 2}})
+  all = files.load_tensors(path "c.pt")
+  t.eq({all.x.dtype, all.i.dtype}, {"bf16", "i64"})
+end)
+
 t.test("inspect", function()
   local about = convert.inspect(path "w.pt")
   t.eq({about.format, about.count, about.bytes, about.metadata.step}, {"torch", 1, 8, 7})

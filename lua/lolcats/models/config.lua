@@ -69,6 +69,33 @@ local function need(c, key, where)
     return v
 end
 
+-- What optional keys hold, where they hold anything; false stands for absent but where it is a choice.
+local KINDS = {
+    table = { "architectures", "layer_types", "quantization_config", "rope_scaling", "rope_parameters" },
+    string = { "hidden_act", "model_type" },
+    number = { "rms_norm_eps", "max_position_embeddings", "num_key_value_heads", "head_dim", "sliding_window",
+               "max_window_layers", "original_max_position_embeddings", "rope_theta", "partial_rotary_factor",
+               "bos_token_id", "initializer_range" },
+    boolean = { "attention_bias", "mlp_bias", "use_sliding_window", "tie_word_embeddings" },
+}
+
+local function check_kinds(c, where)
+    for kind, keys in pairs(KINDS) do
+        for _, key in ipairs(keys) do
+            if c[key] == false and kind ~= "boolean" then c[key] = nil end
+            if c[key] ~= nil and type(c[key]) ~= kind then
+                lc.fail("%s: '%s' must be a %s, it is a %s", where, key, kind == "table" and "list or object" or kind,
+                        type(c[key]))
+            end
+        end
+    end
+    local eos = c.eos_token_id
+    for _, id in ipairs(type(eos) == "table" and eos or { eos or nil }) do
+        if type(id) ~= "number" then lc.fail("%s: 'eos_token_id' must be an id or a list of ids", where) end
+    end
+    if eos == false then c.eos_token_id = nil end
+end
+
 -- Keys of other decoders that change what is computed: value under which they change nothing.
 local NEUTRAL = { num_local_experts = 0, num_experts = 0, n_routed_experts = 0, rope_interleaved = false,
                   attn_logit_softcapping = false, final_logit_softcapping = false, query_pre_attn_scalar = false,
@@ -145,6 +172,7 @@ local KEPT = { "attention_bias", "mlp_bias", "use_sliding_window", "max_window_l
 function M.normalize(raw, where)
     local c = clean(raw)
     if type(c) ~= "table" then lc.fail("%s: expected a JSON object", where) end
+    check_kinds(c, where)
     local family = family_of(c, where)
     with_defaults(raw, c, family)
     refuse_what_is_unknown(c, where)
@@ -203,7 +231,13 @@ end
 function M.from_gguf(meta, has, shape, where)
     local arch = meta "general.architecture"
     if not find_family(arch) then refuse_family(tostring(arch), where, "GGUF architecture") end
-    local function get(key) return meta(arch .. "." .. key) end
+    local function get(key)
+        local v = meta(arch .. "." .. key)
+        if v ~= nil and type(v) ~= (key == "rope.scaling.type" and "string" or "number") then
+            lc.fail("%s: the metadata '%s.%s' is a %s, which is not supported", where, arch, key, type(v))
+        end
+        return v
+    end
     if (get "expert_count" or 0) > 0 then lc.fail("%s: a mixture of experts is not supported", where) end
     local embd, heads = shape "token_embd.weight", get "attention.head_count"
     local raw = {

@@ -237,7 +237,12 @@ function Model:context(ids, opts)
         pos = (pos:to("f32"):reshape(1, t):expand(b, t) - shift):clamp({ min = 0 }):to("i32")
     end
     ctx.pos = pos
-    ctx.cos, ctx.sin = self:rotary(pos, seen + t)
+    local reach = seen + t
+    if ctx.sequences then
+        reach = 0
+        for _, s in ipairs(ctx.sequences) do reach = math.max(reach, s[2]) end
+    end
+    ctx.cos, ctx.sin = self:rotary(pos, reach)
     return ctx
 end
 
