@@ -165,7 +165,7 @@ local function distill(d)
             name = "ft", out = folder(paths.finetune), tree = second, student = student, params = student:trainable(),
             data = load_data(second, second_name, teacher),
             seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat,
-            csv = checkpoint.fits(paths.csv), fresh = args.fresh,
+            csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh,
             chunk = chunk, save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
         }
         report.finetune, report.finetune_steps = s.best and s.best.value, s.updates

@@ -95,7 +95,7 @@ end
 function M.save(student, path, values, format, what)
     path = M.fits(path)
     files.make_dirs(files.dirname(path))
-    if format ~= "pt" or not files.tensor_format then
+    if format ~= "pt" or not path:match "%.pt$" then -- the scripts for many GPUs name folders
         student:save((path:gsub("%.pt$", "")))
         return
     end

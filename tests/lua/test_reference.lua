@@ -118,6 +118,22 @@ t.test("the first stage in blocks", function()
     f:close()
 end)
 
+t.test("names of the scripts for many GPUs, with folders in them", function()
+    local m, d, f = "llama3_1_70b/distill_llama3_1_70b_lk_smd_wtk64_fd64_w01",
+        "llama3_1_70b/distill_alpaca_llama_70b_xent0_mse1000_lr1e-2", "llama3_1_70b/finetune_alpaca_llama_70b_qkvo"
+    local words = ("--model_config %s --distill_config %s --finetune_config %s "):format(m, d, f) .. COMMON ..
+        " --max_steps 2 --eval_steps 2 --no_init_eval --enable_fsdp --low_cpu_fsdp --fsdp_activation_checkpointing"
+    local status, _, err = distill("f", words)
+    t.eq(status, 0, err)
+    local run = ("dl-d=%s-m=%s-f=%s-fac=1-dcs=160-gas=2-ms=2-se=0-re=0-lzi=1-pmnop=lama"):format(d, m, f)
+    local dir = root .. "/f/checkpoints/" .. m .. "/"
+    t.ok(files.exists(dir .. "distill-" .. run .. "/student.safetensors"))
+    t.ok(files.exists(dir .. "finetune-" .. run .. "-dcs=160-gas=2-ms=2-se=0-re=0/student.safetensors"))
+    status, _, err = distill("f", words .. " --load_distill_checkpoint default")
+    t.eq(status, 0, err)
+    t.ok(err:find("6 tensors loaded", 1, true), err)
+end)
+
 t.test("other trainers, optimizers and schedules by their names", function()
     files.make_dirs(root .. "/configs/experiment")
     files.write(root .. "/configs/experiment/first.yaml", [[

@@ -50,8 +50,18 @@ end
 
 -- Flags that change nothing in training.
 local NEUTRAL = { "no_init_eval", "max_new_tokens", "top_k", "top_p", "num_generations", "verbose", "print_model",
-                  "benchmark", "no_wandb",
-                  "wandb_entity", "project_name", "huggingface_token", "eval_config", "format", "results_dir" }
+                  "benchmark", "no_wandb", "wandb_entity", "project_name", "huggingface_token", "eval_config", "format",
+                  "results_dir", "load_distill_checkpoint", "resume_distill" }
+
+-- What the maps hold when a second stage begins: wherever they came from, a resumed run must begin with the same.
+local function maps_digest(student)
+    local parts = {}
+    for _, p in ipairs(student.map_params and student:map_params() or {}) do
+        local x = p.tensor:detach():contiguous()
+        parts[#parts + 1] = files.sha256(x.device == "cpu" and x or x:to { device = "cpu" })
+    end
+    return files.sha256(table.concat(parts))
+end
 
 -- ---- the stage ------------------------------------------------------------------------------------------------------
 --- Trains. o: name ("distill" or "ft"), out (folder of lc.run's files), tree (the experiment), student, params, data
@@ -82,11 +92,12 @@ function M.train(o)
         optim = configs.optimizer(o.tree),
         schedule = configs.schedule(o.tree), clip = clip > 0 and clip or nil, epochs = length.epochs,
         max_steps = length.max_steps,
+        settings = trainer.stage == "language" and { maps = lc.no_grad(lc.scope, maps_digest, o.student) } or nil,
         accumulate = length.accumulate, batch = o.batch or o.tree.dataloader and o.tree.dataloader.batch_size or 1,
         seed = o.seed,
         eval_every = length.eval_every, metric = "loss", mode = t.greater_is_better and "max" or "min", fresh = o.fresh,
         drop_leftover = o.compat and leftover or nil, load_best = t.load_best_model_at_end ~= false, neutral = NEUTRAL,
-            eval = function(self)
+        eval = function(self)
             local values = trainer.evaluate(o.student, rows, how)
             if o.csv then M.add_result(o.csv, self.step, values) end
             if o.save and self.step % every == 0 then o.save(self.step, values) end
