@@ -6,9 +6,10 @@
 --     local s = t:render{messages = {{role = "user", content = "Hi"}}, add_generation_prompt = true, bos_token = "<s>"}
 --
 -- Values: Lua strings, numbers and booleans; a table is a list when it has [1] or is empty, else a mapping.
--- template.null is None (so are JSON libraries' null userdata); a missing variable is undefined, as in Jinja, but `tools`
--- and `documents` are None when not given, as in Hugging Face. template.object(t, keys) marks a mapping and may give the
--- order of its keys; template.list(t) marks an empty list; template.from_json(text) keeps the order that the text has.
+-- template.null is None (so are JSON libraries' null userdata); a missing variable is undefined, as in Jinja, but
+-- `tools` and `documents` are None when not given, as in Hugging Face. template.object(t, keys) marks a mapping and may
+-- give the order of its keys; template.list(t) marks an empty list; template.from_json(text) keeps the order that the
+-- text has.
 
 local core = require "lolcats.core.text"
 local cut = require "lolcats.chat_template_lexer"
@@ -295,8 +296,8 @@ function Parser:tuple()
 end
 
 -- Statements ----------------------------------------------------------------------------------------------------------
--- A reader is {parts, at}; block(ends) reads up to one of the tags named there and returns the body, that tag's name and
--- its parser.
+-- A reader is {parts, at}; block(ends) reads up to one of the tags named there and returns the body, that tag's name
+-- and its parser.
 
 local Reader = {}
 Reader.__index = Reader
@@ -525,8 +526,8 @@ end
 
 function evaluators.negate(node, scope) return values.arithmetic("-", 0, eval(node.value, scope), node.line) end
 
--- What `safe` and `escape` give is marked as markup in Jinja: added to it, any other text is escaped. Here the mark is read
--- off the expression; it does not outlive a variable.
+-- What `safe` and `escape` give is marked as markup in Jinja: added to it, any other text is escaped. Here the mark is
+-- read off the expression; it does not outlive a variable.
 local function is_markup(node)
   if node.kind == "filter" then return node.name == "safe" or node.name == "escape" or node.name == "e" end
   return node.kind == "binary" and node.op == "+" and (is_markup(node.left) or is_markup(node.right))

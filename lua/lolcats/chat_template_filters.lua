@@ -271,7 +271,8 @@ function filters.slice(v, args, named, line)
 end
 
 function filters.groupby(v, args, named, line)
-  local attribute, case_sensitive = argument(args, named, 1, "attribute"), argument(args, named, 3, "case_sensitive", false)
+  local attribute, case_sensitive = argument(args, named, 1, "attribute"), argument(args, named, 3, "case_sensitive",
+                                                                                    false)
   local otherwise = argument(args, named, 2, "default")
   local fold = key_function(nil, case_sensitive, line)
   local function key(item)

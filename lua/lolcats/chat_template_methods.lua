@@ -1,5 +1,6 @@
---- The less common methods of strings in chat templates, added to those of chat_template_values: padding, searching from
--- the right, partitions, and str.format. A method gets the string, the arguments, the named arguments and the line.
+--- The less common methods of strings in chat templates, added to those of chat_template_values: padding, searching
+-- from the right, partitions, and str.format. A method gets the string, the arguments, the named arguments and the
+-- line.
 
 local values = require "lolcats.chat_template_values"
 

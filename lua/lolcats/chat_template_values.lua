@@ -238,7 +238,8 @@ local function equal(a, b)
   if a == b then return true end
   if number_of(a) and number_of(b) then return number_of(a) == number_of(b) end
   if is_undefined(a) and is_undefined(b) then return true end
-  if is_list(a) ~= is_list(b) or is_tuple(a) ~= is_tuple(b) or is_dict(a) ~= is_dict(b) or not (is_list(a) or is_dict(a)) then return false end
+  if is_list(a) ~= is_list(b) or is_tuple(a) ~= is_tuple(b) or is_dict(a) ~= is_dict(b) then return false end
+  if not (is_list(a) or is_dict(a)) then return false end
   for k, v in pairs(a) do if not equal(v, b[k]) then return false end end
   for k in pairs(b) do if a[k] == nil then return false end end
   return true
@@ -284,7 +285,9 @@ function M.to_string(v)
   v = incoming(v)
   if type(v) == "string" then return v end
   if type(v) == "number" then return number_text(v) end
-  if getmetatable(v) == Float then return (v.value == 0 and 1 / v.value < 0 and "-0" or number_text(v.value)) .. ".0" end
+  if getmetatable(v) == Float then
+    return (v.value == 0 and 1 / v.value < 0 and "-0" or number_text(v.value)) .. ".0"
+  end
   if v == true then return "True" elseif v == false then return "False" elseif v == null then return "None" end
   if is_undefined(v) then return "" end
   if is_list(v) or is_dict(v) then return repr(v) end
@@ -661,7 +664,8 @@ M.tests = tests
 -- What the filters need besides.
 M.internal = {
   is_list = is_list, is_dict = is_dict, type_name = type_name, strip = strip, split = split,
-  replace_text = replace_text, upper = upper, lower = lower, title = title, capitalize = capitalize, number_text = number_text,
+  replace_text = replace_text, upper = upper, lower = lower, title = title, capitalize = capitalize,
+  number_text = number_text,
   length_of = length_of, keys_of = keys_of, repr = repr, characters = characters, string_methods = string_methods,
   plain_find = plain_find, split_lines = split_lines, need_text = need_text, equal = equal,
   pairs_of = pairs_of, argument = argument, format_text = format_text, json = json,

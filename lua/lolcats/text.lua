@@ -1,5 +1,5 @@
--- text: tokenizers and the sampler. lc.tokenizer opens a tokenizer.json, a tokenizer.model (of SentencePiece or tiktoken),
--- a folder that holds one, a GGUF file, or one that is open already.
+-- text: tokenizers and the sampler. lc.tokenizer opens a tokenizer.json, a tokenizer.model (of SentencePiece or
+-- tiktoken), a folder that holds one, a GGUF file, or one that is open already.
 local core = require "lolcats.core.text"
 local bridge = require "lolcats.core.ffi"
 local files = require "lolcats.files"
@@ -34,7 +34,8 @@ local function beside(folder)
   end
   for _, token in pairs(by_id) do list[#list + 1] = token end
   table.sort(list, function(a, b) return a.id < b.id end)
-  return {added_tokens = #list > 0 and list or nil, add_bos = on(config.add_bos_token), add_eos = on(config.add_eos_token)}
+  return {added_tokens = #list > 0 and list or nil, add_bos = on(config.add_bos_token),
+          add_eos = on(config.add_eos_token)}
 end
 
 local function open(path, options)

@@ -4,7 +4,8 @@
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local args = lc.args { "Time tokenizers.", { "python", "", "a Python that has the package tokenizers" },
-                       { "rounds", 3, "rounds; the best counts", min = 1 }, { "json", false, "one JSON object on stdout" } }
+                       { "rounds", 3, "rounds; the best counts", min = 1 },
+                       { "json", false, "one JSON object on stdout" } }
 local root = os.getenv "LOLCATS_TEST_DATA" or "../shared"
 local SIZE = 10 * 1000 * 1000
 
@@ -85,7 +86,8 @@ for _, case in ipairs(CASES) do
         results[#results + 1] = row
         if not args.json then
             print(("%-42s load %.3f s  %6.1f MB/s  %5.2f M tokens/s%s"):format(row.name, a.load, row.mb_per_second,
-                  row.tokens_per_second / 1e6, b and ("   tokenizers: load %.3f s  %.2f MB/s, %s tokens  ratio %.1f"):format(
+                  row.tokens_per_second / 1e6,
+                  b and ("   tokenizers: load %.3f s  %.2f MB/s, %s tokens  ratio %.1f"):format(
                   b.load, row.tokenizers_mb_per_second, row.same_count and "as many" or "OTHER", row.ratio) or ""))
         end
     end

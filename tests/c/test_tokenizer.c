@@ -435,7 +435,8 @@ static void refusals(void **state) {
     expect_refusal("{\"model\": {\"type\": \"BPE\", \"vocab\": {\"a\": 0}, \"merges\": [], \"dropout\": 0.1}}",
                    "dropout");
     expect_refusal("{\"normalizer\": {\"type\": \"Precompiled\"}, " OK_MODEL "}", "precompiled_charsmap");
-    expect_refusal("{\"normalizer\": {\"type\": \"Precompiled\", \"precompiled_charsmap\": \"/////w==\"}, " OK_MODEL "}",
+    expect_refusal("{\"normalizer\": {\"type\": \"Precompiled\", \"precompiled_charsmap\": \"/////w==\"}, " OK_MODEL
+                   "}",
                    "character map: a trie of 4294967295 bytes");
     expect_refusal("{\"normalizer\": {\"type\": \"BertNormalizer\"}, " OK_MODEL "}", "normalizer 'BertNormalizer'");
     expect_refusal("{\"pre_tokenizer\": {\"type\": \"UnicodeScripts\"}, " OK_MODEL "}",

@@ -1,5 +1,5 @@
--- tokenizer.lua: texts to ids and ids to texts, exactly. A case's `library` says how a tokenizer.model is run: as Hugging
--- Face's tools would, or as SentencePiece or tiktoken do, which take special-token text for plain text.
+-- tokenizer.lua: texts to ids and ids to texts, exactly. A case's `library` says how a tokenizer.model is run: as
+-- Hugging Face's tools would, or as SentencePiece or tiktoken do, which take special-token text for plain text.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 
@@ -25,8 +25,8 @@ local function encode_cases(c, tok, cases)
     end
 end
 
--- SentencePiece puts out no control tokens; ids_special are the same with BOS in front. tiktoken's are with special-token
--- text recognized, and its texts are those without BOS.
+-- SentencePiece puts out no control tokens; ids_special are the same with BOS in front. tiktoken's are with
+-- special-token text recognized, and its texts are those without BOS.
 local function plain_cases(c, tok, cases, tiktoken)
     for i, e in ipairs(cases) do
         local label = ("text %d (%q) "):format(i - 1, #e.text > 40 and e.text:sub(1, 40) .. "..." or e.text)

@@ -1,10 +1,12 @@
--- test_tokenizer.lua: tokenizers as Lua sees them: files of every kind opened by name, options and what stands in the files
--- beside them, equal ids by different files of one model, streams. Ids of real models are compared in tests/golden.
+-- test_tokenizer.lua: tokenizers as Lua sees them: files of every kind opened by name, options and what stands in the
+-- files beside them, equal ids by different files of one model, streams. Ids of real models are compared in
+-- tests/golden.
 local t = dofile((arg and arg[0] or ""):match("^(.*/)") .. "harness.lua")
 local lc = require "lolcats"
 local files = require "lolcats.files"
 
-local TEXTS = {"", " ", "Hello world", "  two  spaces ", "naïve café 東京 \240\159\152\128 e\204\129", "don't 1234567\r\n\n\tx",
+local TEXTS = {"", " ", "Hello world", "  two  spaces ", "naïve café 東京 \240\159\152\128 e\204\129",
+               "don't 1234567\r\n\n\tx",
                "def f(x):\n    return x + 1\n", "<s>[INST] a </s>", ("word "):rep(500)}
 
 local function joined(ids) return table.concat(ids, " ") end
@@ -48,7 +50,8 @@ if llama2 and mistral and mistral_json then
     local dir = folder "llama"
     copy(llama2, dir .. "/tokenizer.model")
     files.write_json(dir .. "/added_tokens.json", {["<|im_end|>"] = 32001, ["<|im_start|>"] = 32000})
-    files.write_json(dir .. "/tokenizer_config.json", {add_bos_token = false, add_eos_token = true, added_tokens_decoder = {
+    files.write_json(dir .. "/tokenizer_config.json", {add_bos_token = false, add_eos_token = true,
+                                                       added_tokens_decoder = {
       ["32001"] = {content = "<|im_end|>", special = true, rstrip = true, normalized = false}}})
     local tok = lc.tokenizer(dir)
     t.eq(tok.size, 32002)

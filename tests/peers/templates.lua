@@ -1,5 +1,5 @@
--- templates.lua: the chat templates that tests/peers/templates.py wrote, against what jinja2 made of them. Those that it
--- refuses, and those that are refused here by name, are counted only.
+-- templates.lua: the chat templates that tests/peers/templates.py wrote, against what jinja2 made of them. Those that
+-- it refuses, and those that are refused here by name, are counted only.
 --   lolcats tests/peers/templates.lua FILE
 local files = require "lolcats.files"
 local template = require "lolcats.chat_template"
@@ -17,7 +17,8 @@ for _, case in ipairs(cases) do
         passed = passed + 1
     else
         failed = failed + 1
-        if failed <= 20 then print(("FAIL  %q\n      got  %q\n      want %q"):format(case.template, tostring(text), case.text)) end
+        if failed <= 20 then print(("FAIL  %q\n      got  %q\n      want %q"):format(case.template, tostring(text),
+                                                                                     case.text)) end
     end
 end
 print(("%d passed, %d failed, %d not compared, %d not supported"):format(passed, failed, refused, unsupported))

@@ -1,5 +1,6 @@
-"""templates.py FILE [SEED] [COUNT]: random chat templates with what jinja2 renders them to, set up as transformers does, for
-templates.lua to compare with. FILE is a JSON list of {template, text}; text is null where jinja2 raises an error.
+"""templates.py FILE [SEED] [COUNT]: random chat templates with what jinja2 renders them to, set up as transformers
+does, for templates.lua to compare with. FILE is a JSON list of {template, text}; text is null where jinja2 raises an
+error.
 """
 import json
 import random
@@ -39,10 +40,12 @@ ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True
 ENVIRONMENT.filters["tojson"] = tojson
 ENVIRONMENT.globals["raise_exception"] = refuse
 
-# ---- a grammar: "X" draws a rule of that name, anything else is itself -------------------------------------------------
+# ---- a grammar: "X" draws a rule of that name, anything else is itself
+# -------------------------------------------------
 RULES = {
     "NAME": "s e n m z f t no none l ls el d ed lo multi u missing bos_token".split(),
-    "LITERAL": ["1", "0", "-1", "10", "'a'", "\"A b\"", "''", "'\\n'", "'it\\'s'", "true", "none", "False", "[]", "[1, 2]",
+    "LITERAL": ["1", "0", "-1", "10", "'a'", "\"A b\"", "''", "'\\n'", "'it\\'s'", "true", "none", "False", "[]",
+                "[1, 2]",
                 "{'a': 1}", "(1, 2)", "1.5", "2.0", "'ü'", "{'k': [1], 'j': 'v'}", "('x')", "('a',)"],
     "TEXT": ["s", "u", "multi", "e", "'a-b-c'", "ls[0]", "lo[0].role", "d.a", "'  pad '", "('q' ~ n)"],
     "LIST": ["l", "ls", "el", "lo", "[1, 2, 3]", "s.split()", "multi.split(',')", "d.c", "l[1:]", "lo[::-1]"],
@@ -54,33 +57,46 @@ RULES = {
         "partition('b')@zfill(9)@center(12)@ljust(9)@rjust(9, '*')@rfind('b')@swapcase()@isupper()@removeprefix('a')"
     ).split("\n")][0],
     "FILTERED": ["TEXT | trim", "TEXT | upper", "TEXT | title", "TEXT | capitalize", "TEXT | length", "LIST | length",
-                 "LIST | first", "LIST | last", "LIST | join(', ')", "EXPR | tojson", "EXPR | tojson(indent=2)", "EXPR | string",
-                 "LIST | list", "DICT | items | list", "DICT | dictsort", "LIST | reverse | list", "ls | sort", "l | sort(reverse=true)",
+                 "LIST | first", "LIST | last", "LIST | join(', ')", "EXPR | tojson", "EXPR | tojson(indent=2)",
+                 "EXPR | string",
+                 "LIST | list", "DICT | items | list", "DICT | dictsort", "LIST | reverse | list", "ls | sort",
+                 "l | sort(reverse=true)",
                  "lo | map(attribute='content') | list", "lo | selectattr('role', 'equalto', 'user') | list",
                  "lo | rejectattr('content') | list", "l | select('odd') | list", "ls | map('upper') | list",
-                 "EXPR | default('D')", "EXPR | default('D', true)", "NUMBER | abs", "NUMBER | float", "TEXT | replace('a', 'b')",
-                 "'12' | int", "f | int", "TEXT | indent(2)", "TEXT | wordcount", "ls | unique | list", "l | max", "f | round",
-                 "2.567 | round(2)", "TEXT | e", "lo | groupby('role') | list", "l | batch(2, 0) | list", "l | slice(2) | list"],
-    "TESTED": ["EXPR is KIND", "EXPR is not KIND", "n is odd", "n is divisibleby 3", "EXPR is eq(LITERAL)", "LITERAL is in LIST",
+                 "EXPR | default('D')", "EXPR | default('D', true)", "NUMBER | abs", "NUMBER | float",
+                 "TEXT | replace('a', 'b')",
+                 "'12' | int", "f | int", "TEXT | indent(2)", "TEXT | wordcount", "ls | unique | list", "l | max",
+                 "f | round",
+                 "2.567 | round(2)", "TEXT | e", "lo | groupby('role') | list", "l | batch(2, 0) | list",
+                 "l | slice(2) | list"],
+    "TESTED": ["EXPR is KIND", "EXPR is not KIND", "n is odd", "n is divisibleby 3", "EXPR is eq(LITERAL)",
+               "LITERAL is in LIST",
                "TEXT is lower"],
     "KIND": "defined none string number mapping iterable sequence integer float boolean true".split(),
-    "EXPR": ["LITERAL", "NAME", "NAME", "TEXT.METHOD", "(FILTERED)", "(FILTERED)", "(TESTED)", "(EXPR == EXPR)", "(EXPR in EXPR)",
-             "(EXPR < EXPR)", "(EXPR and EXPR)", "(EXPR or not EXPR)", "(EXPR + EXPR)", "(EXPR ~ EXPR)", "(NUMBER * EXPR)",
-             "(NUMBER / NUMBER)", "(NUMBER // 2)", "(NUMBER % 2)", "(EXPR if EXPR else EXPR)", "(EXPR if EXPR)", "LIST[0]",
+    "EXPR": ["LITERAL", "NAME", "NAME", "TEXT.METHOD", "(FILTERED)", "(FILTERED)", "(TESTED)", "(EXPR == EXPR)",
+             "(EXPR in EXPR)",
+             "(EXPR < EXPR)", "(EXPR and EXPR)", "(EXPR or not EXPR)", "(EXPR + EXPR)", "(EXPR ~ EXPR)",
+             "(NUMBER * EXPR)",
+             "(NUMBER / NUMBER)", "(NUMBER // 2)", "(NUMBER % 2)", "(EXPR if EXPR else EXPR)", "(EXPR if EXPR)",
+             "LIST[0]",
              "LIST[-1]", "TEXT[::-1]", "LIST[1:]", "TEXT[:2]", "DICT.a", "DICT['c']", "DICT.get('zz', 1)", "DICT.role",
              "[EXPR, EXPR]", "{'p': EXPR}"],
     "SPACE": ["", " ", "\n", "  \n  ", "\n\n", "\t", "x", "  y", " z\n"],
     "OPEN": ["{%", "{%-", "{%", "{%+"], "CLOSE": ["%}", "-%}", "%}"],
     "SAY": ["{{ EXPR }}", "{{- EXPR -}}", "{{ EXPR -}}"],
-    "LOOP": ["loop.index", "loop.index0", "loop.first", "loop.last", "loop.revindex", "loop.length", "x", "loop.previtem",
+    "LOOP": ["loop.index", "loop.index0", "loop.first", "loop.last", "loop.revindex", "loop.length", "x",
+             "loop.previtem",
              "loop.cycle('a', 'b')", "k", "v"],
-    "OVER": ["x in LIST", "k, v in DICT.items()", "k, v in DICT | items", "x in LIST if x", "x in TEXT", "x in missing", "k in d",
+    "OVER": ["x in LIST", "k, v in DICT.items()", "k, v in DICT | items", "x in LIST if x", "x in TEXT",
+             "x in missing", "k in d",
              "x in lo if x.role == 'user'"],
     "BLOCK": ["SAY", "SAY", "SAY", "{# note #}", "OPEN if EXPR CLOSEBODYOPEN endif CLOSE",
               "OPEN if EXPR CLOSEBODYOPEN elif EXPR CLOSEBODYOPEN else CLOSEBODYOPEN endif CLOSE",
               "OPEN for OVER CLOSESPACE{{ LOOP }}BODYOPEN endfor CLOSE",
-              "OPEN for OVER CLOSEBODYOPEN if loop.index > 1 CLOSE{% break %}{% endif %}wOPEN else CLOSEBODYOPEN endfor CLOSE",
-              "OPEN set y = EXPR CLOSE{{ y }}", "OPEN set y CLOSEBODYOPEN endset CLOSE{{ y }}", "OPEN set n = n + 1 CLOSE{{ n }}",
+              "OPEN for OVER CLOSEBODYOPEN if loop.index > 1 CLOSE{% break %}{% endif %}wOPEN else CLOSEBODY"
+              "OPEN endfor CLOSE",
+              "OPEN set y = EXPR CLOSE{{ y }}", "OPEN set y CLOSEBODYOPEN endset CLOSE{{ y }}",
+              "OPEN set n = n + 1 CLOSE{{ n }}",
               "OPEN set ns = namespace(a=1) CLOSE{% set ns.a = EXPR %}{{ ns.a }}",
               "OPEN macro mm(a, b=2) CLOSE{{ a }}{{ b }}BODYOPEN endmacro CLOSE{{ mm(EXPR, b=EXPR) }}",
               "OPEN filter upper CLOSEBODYOPEN endfilter CLOSE", "OPEN with q = EXPR CLOSE{{ q }}OPEN endwith CLOSE",
@@ -109,7 +125,8 @@ def rendered(template):
     except Exception:
         return None
     # what Python writes for its own kinds of objects is not compared
-    return None if any(x in text for x in (" object ", "<bound", "<built-in", "dict_items", "range(", "Markup(")) else text
+    return None if any(x in text for x in (" object ", "<bound", "<built-in", "dict_items", "range(",
+                                           "Markup(")) else text
 
 
 cases = []

@@ -1,7 +1,7 @@
 """tokens.py FOLDER [SEED] [COUNT]: what the packages tokenizers, sentencepiece and tiktoken make of random texts, for
 tokens.lua to compare with. The tokenizers are trained here on made-up text, in the forms that model families use; with
-LOLCATS_TEST_DATA real ones are taken too. Each case file holds {path, style, parse, texts: [[text, ids, ids with special
-tokens, their text, the same without special tokens]], ids: [[ids, text, text without special tokens]]}.
+LOLCATS_TEST_DATA real ones are taken too. Each case file holds {path, style, parse, texts: [[text, ids, ids with
+special tokens, their text, the same without special tokens]], ids: [[ids, text, text without special tokens]]}.
 """
 import base64
 import json
@@ -36,8 +36,8 @@ PARTS = ["\r\n", "\n\n", "\t", "\u200d", "\ufe0f", "e\u0301", "\u0308\u0301", "\
          "1234567", "3.14", "\u00a0", "\u3000", "\u2581", "\u2581\u2581", "\ufeff", "\ufb01", "<s>", "</s>", "<unk>",
          "<mask>", "<|im_start|>", "<|end|>", "<0x0A>", "\x7f", "a_b", "CamelCase", "!!!", "\u2014", "\u0130",
          "\u00df", "\ufffd", "<sep>", "uds"]
-WORDS = ("the of and once upon a time there was little girl def return import class na\u00efve \u00fcber \u043c\u0438\u0440 "
-         "\u6771\u4eac \u65e5\u672c\u8a9e \uc548\ub155 \u0645\u0631\u062d\u0628\u0627 \u0936\u0928").split()
+WORDS = ("the of and once upon a time there was little girl def return import class na\u00efve \u00fcber "
+         "\u043c\u0438\u0440 \u6771\u4eac \u65e5\u672c\u8a9e \uc548\ub155 \u0645\u0631\u062d\u0628\u0627 \u0936\u0928").split()
 
 
 def text(special=()):
@@ -82,7 +82,8 @@ def with_tokenizers(name, path):
     rows = []
     for s in texts(special):
         ids = t.encode(s).ids
-        rows.append([s, t.encode(s, add_special_tokens=False).ids, ids, t.decode(ids, skip_special_tokens=False), t.decode(ids)])
+        rows.append([s, t.encode(s, add_special_tokens=False).ids, ids, t.decode(ids, skip_special_tokens=False),
+                     t.decode(ids)])
     write(name, path, None, True, rows,
           [[i, t.decode(i, skip_special_tokens=False), t.decode(i)] for i in some_ids(t.get_vocab_size())])
 
@@ -94,7 +95,8 @@ def with_sentencepiece(name, path):
     for s in texts():
         ids = t.encode(s)
         rows.append([s, ids, bos + ids, t.decode(bos + ids), t.decode(bos + ids)])
-    write(name, path, "sentencepiece", False, rows, [[i, t.decode(i), t.decode(i)] for i in some_ids(t.get_piece_size())])
+    write(name, path, "sentencepiece", False, rows, [[i, t.decode(i),
+                                                      t.decode(i)] for i in some_ids(t.get_piece_size())])
 
 
 def with_tiktoken(name, path):
@@ -108,7 +110,8 @@ def with_tiktoken(name, path):
     rows = []
     for s in texts(list(special)):
         ids = t.encode(s, allowed_special="all")
-        rows.append([s, ids, [len(ranks)] + ids, t.decode([len(ranks)] + ids), t.decode([i for i in ids if i < len(ranks)])])
+        rows.append([s, ids, [len(ranks)] + ids, t.decode([len(ranks)] + ids),
+                     t.decode([i for i in ids if i < len(ranks)])])
     write(name, path, None, True, rows, [[i, t.decode(i), t.decode(i)] for i in some_ids(len(ranks))])
 
 
@@ -137,7 +140,8 @@ def sentencepiece_models():
     for name, form in forms.items():
         path = os.path.join(FOLDER, name)
         spm.SentencePieceTrainer.train(input=os.path.join(FOLDER, "corpus.txt"), model_prefix=path, vocab_size=7000,
-                                       hard_vocab_limit=False, character_coverage=.985, minloglevel=2, num_threads=1, **form)
+                                       hard_vocab_limit=False, character_coverage=.985, minloglevel=2, num_threads=1,
+                                       **form)
         yield name, path + ".model"
     for name in ("bpe", "bpe_user", "unigram", "unigram_bytes"):  # equal scores, and pieces that are not to be used
         for kind in ("ties", "unused"):
@@ -170,7 +174,8 @@ def trained(norm, pre, dec, special=(), added=(), post=None, level=True, **optio
     for a in added:
         (t.add_special_tokens if a.special else t.add_tokens)([a])
     if post:
-        t.post_processor = processors.TemplateProcessing(single=post, special_tokens=[(s, t.token_to_id(s)) for s in special[:1]])
+        first = [(s, t.token_to_id(s)) for s in special[:1]]
+        t.post_processor = processors.TemplateProcessing(single=post, special_tokens=first)
     return t
 
 
@@ -184,17 +189,20 @@ def hugging_face_files():
             r"|\s+(?!\S)|\s+")
     tekken = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}" + case + r"*[\p{Ll}" + case + r"+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*"
               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-    A, chat = AddedToken, [AddedToken("<|im_start|>", special=True), AddedToken("<tool>", special=False, normalized=False)]
+    A, chat = AddedToken, [AddedToken("<|im_start|>", special=True), AddedToken("<tool>", special=False,
+                                                                                normalized=False)]
     spm_back = [D.Replace("\u2581", " "), D.ByteFallback(), D.Fuse()]
     spm_like = dict(level=False, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     yield "qwen", trained(N.NFC(), cut(qwen), D.ByteLevel(), added=chat)
     yield "tekken", trained(None, cut(tekken), D.ByteLevel(), ["<s>", "</s>"], post="<s> $A", ignore_merges=True)
-    yield "smollm", trained(None, P.Sequence([P.Digits(True), P.ByteLevel(add_prefix_space=False)]), D.ByteLevel(), added=chat)
+    yield "smollm", trained(None, P.Sequence([P.Digits(True), P.ByteLevel(add_prefix_space=False)]), D.ByteLevel(),
+                            added=chat)
     yield "phi", trained(None, P.ByteLevel(add_prefix_space=False), D.ByteLevel(),
                          added=[A(" " * k, normalized=True) for k in range(31, 1, -1)] + [A("\t\t", normalized=True)])
     yield "phi3", trained(N.Sequence([N.Prepend("\u2581"), N.Replace(" ", "\u2581")]), None,
                           D.Sequence(spm_back + [D.Strip(" ", 1, 0)]), ["<s>", "<unk>"], post="<s> $A",
-                          added=[A("</s>", rstrip=True), A("<|end|>", rstrip=True, special=True), A("uds", single_word=True),
+                          added=[A("</s>", rstrip=True), A("<|end|>", rstrip=True, special=True), A("uds",
+                                                                                                    single_word=True),
                                  A("<mask>", lstrip=True, rstrip=True, single_word=True, special=True)], **spm_like)
     yield "gemma", trained(N.Replace(" ", "\u2581"), P.Split(" ", "merged_with_previous"), D.Sequence(spm_back),
                            ["<bos>", "<unk>"], post="<bos> $A",
@@ -202,7 +210,8 @@ def hugging_face_files():
     yield "metaspace", trained(None, P.Metaspace("\u2581", "first", False), D.Metaspace("\u2581", "first"), ["<unk>"],
                                added=[A("<mask>", special=True)], **spm_like)
     yield "words", trained(N.Sequence([N.NFKD(), N.StripAccents(), N.Strip(), N.Lowercase()]),
-                           P.Sequence([P.WhitespaceSplit(), P.Punctuation()]), D.BPEDecoder("</w>"), ["[UNK]"], level=False,
+                           P.Sequence([P.WhitespaceSplit(), P.Punctuation()]), D.BPEDecoder("</w>"), ["[UNK]"],
+                           level=False,
                            unk_token="[UNK]", end_of_word_suffix="</w>")
     for name in ("unigram", "unigram_bytes", "unigram_user"):
         m = pb.ModelProto()

@@ -142,8 +142,8 @@ local function ordered_value(d, node, make)
   return kind == ARRAY and make.list(out) or kind ~= ARRAY and make.object(out, keys)
 end
 
--- A JSON text as values; make = {null =, float = f(number with a fraction or exponent), list = f(t), object = f(t, keys in
--- their order)} says of what kind.
+-- A JSON text as values; make = {null =, float = f(number with a fraction or exponent), list = f(t), object = f(t, keys
+-- in their order)} says of what kind.
 function M.parse_ordered(text, make)
   local out = ffi.new("lc_doc *[1]")
   check(C.lc_doc_parse(out, "json", "JSON", text, #text))
