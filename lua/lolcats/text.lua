@@ -68,14 +68,18 @@ end
 
 local NAMES = {"tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"}
 
-local function open_folder(folder, options)
+-- The tokenizer file of a model's folder, or nil. model_only: pass over a tokenizer.json.
+function text.find_tokenizer(folder, model_only)
   for _, name in ipairs(NAMES) do
     local path = files.join(folder, name)
-    -- a SentencePiece model as its library runs it is not in the tokenizer.json
-    if files.is_file(path) and not (options.style == "sentencepiece" and name:match("%.json$")) then
-      return open(path, options)
-    end
+    if files.is_file(path) and not (model_only and name:match("%.json$")) then return path end
   end
+end
+
+local function open_folder(folder, options)
+  -- a SentencePiece model as its library runs it is not in the tokenizer.json
+  local path = text.find_tokenizer(folder, options.style == "sentencepiece")
+  if path then return open(path, options) end
   for _, name in ipairs(files.list(folder)) do
     if name:match("%.gguf$") then
       local file = files.open_tensors(folder)
