@@ -421,14 +421,14 @@ end)
 if program and not os.getenv "LOLCATS_EXACT_MEMORY" then -- sanitizers take memory of their own
   t.test("what is converted takes its own size", function() -- in a process of its own: a peak is for ever
     if not sparse("peak.safetensors", 5e7) then return end
-    local code = ([[local x = lc.files.open_tensors("%s"):tensor("x",
-                                                                 {dtype = "f32"}) print(lc.peak_rss())]]):format(path "peak.safetensors")
+    local code = [[local x = lc.files.open_tensors("%s"):tensor("x", {dtype = "f32"}) print(lc.peak_rss())]]
+    code = code:format(path "peak.safetensors")
     local pipe = io.popen(("%s -e '%s'"):format(program, code))
     local peak = tonumber(pipe:read "*l")
     pipe:close()
     t.ok(peak < 2.35e8, ("%.0f MB"):format(peak / 1e6)) -- 200 MB of f32, a few pieces of the file, the program
-    local command = ("%s -e 'require(\"lolcats.convert\").convert(\"%s\", \"%s\", {dtype = \"f32\"}) print(lc.peak_rss())'")
-      :format(program, path "peak.safetensors", path "peak.pt")
+    code = [[require("lolcats.convert").convert("%s", "%s", {dtype = "f32"}) print(lc.peak_rss())]]
+    local command = ("%s -e '%s'"):format(program, code:format(path "peak.safetensors", path "peak.pt"))
     pipe = io.popen(command)
     peak = tonumber(pipe:read "*l")
     pipe:close()
