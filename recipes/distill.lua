@@ -14,7 +14,8 @@ end
 
 local function distill(d) -- d: defaults of the arguments
     local args = lc.args {
-        d.doc or "Linearize a softmax-attention model: attention transfer, then LoRA.",
+        d.doc or "Linearize a softmax-attention model: attention transfer, then LoRA. (With --model_config it takes the " ..
+            "reference's command line instead: lolcats distill_reference --help.)",
         { "model", d.model or lc.required, "folder, GGUF file, Hub id in the local cache, or smollm2" },
         { "data", d.data or lc.required, ".json, .jsonl or .txt file, or chitchat (fetched once from PyPI)" },
         { "out", d.out or "runs/distill", "folder for checkpoints, logs and plots" },

@@ -214,6 +214,11 @@ function M.linearize_options(tree)
     if a.peft or a.peft_config then
         lc.fail("attention.peft: LoRA in the first stage is not built; leave it to the second")
     end
+    if a.rotary_config then lc.fail("attention.rotary_config is not built; rotary settings are the model's own") end
+    if a.decode_window_size and a.decode_window_size ~= (a.window_size or 64) then
+        require("lolcats.log").say("decode_window_size %s: decoding has the window of training here, %s",
+                                   tostring(a.decode_window_size), tostring(a.window_size or 64))
+    end
     local k, f = a.learned_kernel_kwargs or {}, a.feature_map_kwargs or {}
     local keep
     for _, i in ipairs(a.softmax_attentions or {}) do -- they count layers from 0
