@@ -14,7 +14,8 @@ end
 
 local function distill(d) -- d: defaults of the arguments
     local args = lc.args {
-        d.doc or "Linearize a softmax-attention model: attention transfer, then LoRA.",
+        d.doc or "Linearize a softmax-attention model: attention transfer, then LoRA. (With --model_config it takes the " ..
+            "reference's command line instead: lolcats distill_reference --help.)",
         { "model", d.model or lc.required, "folder, GGUF file, Hub id in the local cache, or smollm2" },
         { "data", d.data or lc.required, ".json, .jsonl or .txt file, or chitchat (fetched once from PyPI)" },
         { "out", d.out or "runs/distill", "folder for checkpoints, logs and plots" },
@@ -32,6 +33,8 @@ local function distill(d) -- d: defaults of the arguments
         { "accumulate", d.accumulate or 1, "rows an update", min = 1 },
         { "transfer_lr", d.transfer_lr or 1e-2, "learning rate of attention transfer" },
         { "lora_lr", d.lora_lr or 1e-4, "learning rate of LoRA" },
+        { "optim", d.optim or "adamw", "optimizer of both stages", { "adamw", "adam", "sgd", "adafactor" } },
+        { "weight_decay", d.weight_decay or 0, "weight decay of both stages", min = 0 },
         { "schedule", d.schedule or "plateau", "learning rate over time",
           { "plateau", "cosine", "linear", "constant" } },
         { "clip", d.clip or 0, "largest gradient norm; 0: no clipping", min = 0 },
@@ -113,6 +116,7 @@ local function distill(d) -- d: defaults of the arguments
             return (model:generate(args.prompt, how))
         end)
     end
+    local function optimizer(lr) return lc.optim.named(args.optim, { lr = lr, weight_decay = args.weight_decay }) end
     local function steps_or_epochs(n) return n > 0 and n or nil, n == 0 and args.epochs or nil end
 
     perplexity("teacher_ppl", "teacher")
@@ -133,7 +137,7 @@ local function distill(d) -- d: defaults of the arguments
         local max_steps, epochs = steps_or_epochs(args.transfer_steps)
         local run = lc.run {
             name = "transfer", out = args.out, data = data, params = student:trainable(), model = student,
-            optim = lc.adamw { lr = args.transfer_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or
+            optim = optimizer(args.transfer_lr), schedule = args.schedule, clip = args.clip > 0 and args.clip or
                 nil,
             max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
             eval_every = args.eval_every, metric = "mse", eval = function()
@@ -175,7 +179,7 @@ local function distill(d) -- d: defaults of the arguments
     local max_steps, epochs = steps_or_epochs(args.lora_steps)
     local run = lc.run {
         name = "lora", out = args.out, data = data, params = student:trainable(), model = student,
-        optim = lc.adamw { lr = args.lora_lr }, schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
+        optim = optimizer(args.lora_lr), schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
         max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
         eval_every = args.eval_every, eval = function()
             local r = eval.perplexity_rows(student, watched)

@@ -171,7 +171,7 @@ const char *lc_doc_key(const lc_doc *d, int32_t node, int32_t *length);
 typedef struct lc_file lc_file;
 int lc_file_open(lc_file **out, const char *path);   /* by content; mapped read-only; every offset is checked here */
 void lc_file_close(lc_file *f);                      /* tensors made from it keep the mapping alive */
-const char *lc_file_format(const lc_file *f);        /* "safetensors" | "gguf" */
+const char *lc_file_format(const lc_file *f);        /* "safetensors" | "gguf" | "torch" */
 int lc_file_count(const lc_file *f);
 const char *lc_file_tensor_name(const lc_file *f, int i);
 int lc_file_find(const lc_file *f, const char *name); /* -1 when there is none */

@@ -89,6 +89,25 @@ __device__ __forceinline__ void groups_meet(int number, int groups) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(groups * 128) : "memory");
 #endif
 }
+/* 1 / x and log2(x), within 1 ulp and 2^-21, for numbers that are normal. */
+__device__ __forceinline__ float inverse(float x) {
+#ifdef LC_EMULATED
+    return 1 / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+__device__ __forceinline__ float log2_fast(float x) {
+#ifdef LC_EMULATED
+    return log2f(x);
+#else
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
 /* The larger; NaN stays NaN. */
 __device__ __forceinline__ float at_least(float v, float least) {
 #ifdef LC_EMULATED

@@ -25,6 +25,7 @@ struct hybrid {
     int group, mk_group;        /* query heads a key head, a head of mk */
     int window, map, full, skip, kind, affine;
     double scale, eps, feature_eps;
+    float scale32, eps32, feature_eps32; /* for kernels in f32: a conversion a chunk is slow */
     rows4 q, k, v, mq, mk;
     const void *bq, *bk, *factors; /* [h]; each in q's dtype or in what is computed in; NULL: none */
     int bq_dtype, bk_dtype, factors_dtype;
@@ -54,6 +55,7 @@ static inline int hybrid_open(hybrid *a, const lc_kargs *k, const lc_view *x) {
     a->b = (int)x[0].dim[0], a->h = (int)x[0].dim[1], a->t = (int)x[0].dim[2], a->d = (int)x[0].dim[3], a->g = (int)x[1].dim[1];
     a->scale = k->f[0] != 0 ? k->f[0] : 1 / sqrt((double)a->d);
     a->group = a->g ? a->h / a->g : 1;
+    a->scale32 = (float)a->scale, a->eps32 = (float)a->eps, a->feature_eps32 = (float)a->feature_eps;
     a->mk_group = 1;
     a->q = rows4_of(x), a->k = rows4_of(x + 1), a->v = rows4_of(x + 2);
     if (x[3].data && x[4].data) {

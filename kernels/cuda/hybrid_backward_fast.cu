@@ -1,6 +1,6 @@
 /* hybrid_backward_fast.cu: the plan of hybrid attention's gradient on tensor cores: which calls it takes, how the sequence is cut
- * into segments so that the GPU is full, the workspace, the order of the kernels: sums of segments, queries (which leave delta and
- * x), keys, sums over heads. */
+ * into segments so that the GPU is full, the workspace, the order of the kernels: values of the queries' rows, sums of segments, queries (which
+ * leave x), keys, sums over heads. */
 #include "hybrid_backward_tile.cuh"
 
 static bool is_rows(const rows4 &r, int align) { /* rows of halves that begin at multiples of `align` of them */
@@ -61,7 +61,8 @@ size_t hybrid_backward_fast_work(const gradients *o) {
 int hybrid_backward_fast(const gradients *o, void *work) {
     fast p;
     plan(*o, &p, work);
-    int rc = hybrid_backward_sums(*o, p);
+    int rc = hybrid_backward_rows(*o, p);
+    if (!rc) rc = hybrid_backward_sums(*o, p);
     if (!rc) rc = hybrid_backward_queries(*o, p);
     if (!rc && (o->through_k || o->dv.p || o->dk.p)) rc = hybrid_backward_keys(*o, p);
     return rc ? rc : hybrid_backward_finish(*o, p);

@@ -135,7 +135,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
     typedef uint32_t packed[8][2];
     __device__ __forceinline__ void put_scores(int c, int chunk, bool window, packed &w) {
         int lane = threadIdx.x & 31, slot = chunk & 1;
-        float scale = (float)o.a.scale, scale2 = scale * LC_LOG2E, less = 1 / scale; /* the weights come times scale */
+        float scale = o.a.scale32, scale2 = scale * LC_LOG2E, less = inverse(scale); /* the weights come times scale */
 #pragma unroll
         for (int n0 = 0; n0 < 64; n0 += 32) {
             float sc[4][4], dp[4][4], linear[TRI ? 4 : 1][4];
@@ -354,6 +354,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
 
 template <int D, int BF, int FW, bool TRI, bool U> __global__ void __launch_bounds__(THREADS, 1) keys_tile_kernel(gradients o, fast p) {
     LC_SHARED(memory);
+    next_may_start();
     key_block<D, BF, FW, TRI, U> block(o, p, memory);
     block.run();
 }
@@ -362,7 +363,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct keys_launcher {
     static int launch(const gradients &o, const fast &p) {
         size_t bytes = layout<D, BF, FW>::bytes;
         if (allow_shared(keys_tile_kernel<D, BF, FW, TRI, U>, bytes)) return LC_K_DEVICE;
-        LC_LAUNCH((keys_tile_kernel<D, BF, FW, TRI, U>), (unsigned)(o.a.b * o.a.h * p.segments), THREADS, bytes, o, p);
+        launch_next(keys_tile_kernel<D, BF, FW, TRI, U>, dim3((unsigned)(o.a.b * o.a.h * p.segments)), THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };

@@ -1,5 +1,5 @@
 /* hybrid_backward_queries.cu: the query side of hybrid attention's gradient on tensor cores: a block walks forward over a segment of
- * chunks with S in registers and makes dq, its share of the query map's gradient, delta and x of its rows. */
+ * chunks with S in registers and makes dq, its share of the query map's gradient, and x of its rows. */
 #include "hybrid_backward_tile.cuh"
 
 /* Values of the 64 queries of a chunk, in shared memory, by VALUES; more: what the next state's Z gets. */
@@ -20,7 +20,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
     query_rows *rows;
     int group, strip, hf, m; /* of the warp: rows m .. m + 15, half hf */
     bool far_side;           /* groups 2 and 3: features of chunk c - lag's keys, and the window (hf 0: chunk c - lag, 1: chunk c) */
-    float gamma, lambda, bias_in;
+    float lambda, bias_in;
     tile_loader<D> from_q, from_g, from_k, from_v;
 
     __device__ __forceinline__ query_block(const gradients &o, const fast &p, char *memory) : o(o), p(p),
@@ -38,7 +38,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
         rows = (query_rows *)at;
         int w = warp_number();
         group = w >> 2, strip = w & 3, hf = group & 1, far_side = group >> 1, m = 16 * strip;
-        gamma = hybrid_gamma<float>(o.a, s.h), lambda = hybrid_lambda<float>(o.a, gamma);
+        lambda = hybrid_lambda<float>(o.a, hybrid_gamma<float>(o.a, s.h));
         bias_in = bias_of<float>(far_side ? o.a.bk : o.a.bq, far_side ? o.a.bk_dtype : o.a.bq_dtype, s.h);
         from_q.open(o.a.q, s, s.h), from_g.open(o.g, s, s.h), from_k.open(o.a.k, s, s.hk), from_v.open(o.a.v, s, s.hk);
     }
@@ -53,38 +53,19 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
         copy_commit();
     }
 
-    /* Row values of chunk c: y, and z, the maximum and its key by the first three of a row's eight threads, before they are needed. */
-    struct fetched {
-        delta_of<D, THREADS> y;
-        float value;
-    };
-    __device__ __forceinline__ void fetch(int c, fetched &f) const {
-        int row = threadIdx.x >> 3, what = threadIdx.x & 7, i = s.s0 + c * 64 + row;
-        f.y.fetch(o, s, c);
-        f.value = 0;
-        if (what > 2 || !holds(s, c, row)) return;
-        if (what == 0) f.value = *o.z.row<float>(s.b, s.h, i);
-        if (what == 1 && o.a.window) f.value = *o.c.row<float>(s.b, s.h, i);
-        if (what == 2 && o.a.window) f.value = __int_as_float(*o.argmax.row<int32_t>(s.b, s.h, i));
+    /* Row values of chunk c, fetched before they are needed: a thread has one of them at most. */
+    __device__ __forceinline__ float fetch(int c) const {
+        int row = threadIdx.x & 63, what = threadIdx.x >> 6;
+        if (what >= XSUM || !holds(s, c, row)) return what == SHIFT ? INFINITY : what == AT ? __int_as_float(-1) : 0.f;
+        return p.values[((int64_t)what * o.a.b * o.a.h + s.head) * o.a.t + s.s0 + c * 64 + row];
     }
-    __device__ __forceinline__ void put_row(int c, const fetched &f) {
-        int row = threadIdx.x >> 3, what = threadIdx.x & 7;
-        bool valid = holds(s, c, row);
-        float delta = f.y.with(g), z = __shfl_sync(0xffffffffu, f.value, threadIdx.x & 24);
-        int64_t plane = (int64_t)o.a.b * o.a.h * o.a.t;
-        if (what > 3) return;
-        float v = delta; /* threads 0 .. 3 of a row: RZ, SHIFT, AT, DELTA */
-        if (what == 0) v = valid ? 1 / z : 0.f;
-        if (what == 1) v = valid ? f.value * LC_LOG2E - log2f((float)o.a.scale * gamma / z) : INFINITY;
-        if (what == 2) v = __int_as_float(valid && o.a.window ? __float_as_int(f.value) - s.s0 : -1);
-        int which = what == 0 ? RZ : what == 1 ? SHIFT : what == 2 ? AT : DELTA;
-        rows->value[which][row] = v;
-        if (valid) p.values[which * plane + s.head * o.a.t + s.s0 + c * 64 + row] = v;
+    __device__ __forceinline__ void put_rows_of(float value) {
+        if (threadIdx.x < XSUM * 64) rows->value[threadIdx.x >> 6][threadIdx.x & 63] = value;
     }
 
-    /* Row values; the features, before the clamp, of chunk c's queries are kept, those of chunk far's keys go into their tile
+    /* The features, before the clamp, of chunk c's queries are kept, those of chunk far's keys go into their tile
      * (zeros under a triangle where there is no such chunk). */
-    __device__ __forceinline__ void all_features(int c, int far, const fetched &row, kept_features<BOTH, BF / 16> &kept) {
+    __device__ __forceinline__ void all_features(int c, int far, kept_features<BOTH, BF / 16> &kept) {
         float v[BF / 16][4];
         const float none = TRI && far < 0 ? 0.f : 1.f, by[2] = {none, none};
         if constexpr (MAPS) {
@@ -92,14 +73,10 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
             features_begin<D, BF, FW, U>(o.a, bias_in, hf, v);
             products_begin(v);
             features_product<D, BF, FW>(x, far_side ? weights_k : weights_q, hf, v);
-            group_commit();
-            put_row(c, row);
-            group_wait<0>();
-            group_hold(v);
+            products_end(v);
             features_end<D, BF, FW, U>(o.a, x, hf, m, v);
         } else {
             ready_features<BF>(o.a, s, far_side, far_side ? far : c, hf, m, v);
-            put_row(c, row);
         }
         if (far_side) put_features<BF, FW, U>(o.a, features_k, hf, m, by, v);
         else if (BOTH && !U && o.a.map == MAP_EXP_DIM) kept.keep_below(v);
@@ -170,7 +147,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
      * the maximum gets; zeros where there is no such chunk. */
     __device__ __forceinline__ void put_scores(bool there, const bf16 *k, const bf16 *v) {
         int lane = threadIdx.x & 31;
-        float scale2 = (float)o.a.scale * LC_LOG2E;
+        float scale2 = o.a.scale32 * LC_LOG2E;
         float c[2], delta[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) c[i] = there ? rows->value[SHIFT][m + (lane >> 2) + 8 * i] : INFINITY, delta[i] = rows->value[DELTA][m + (lane >> 2) + 8 * i];
@@ -255,7 +232,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
             if (holds(s, c, row)) p.values[((int64_t)XSUM * o.a.b * o.a.h + s.head) * o.a.t + s.s0 + c * 64 + row] = x, all_x += x;
             if (window && at >= 0 && at < 128) {
                 bf16 *to = tile_at<64>(ds, row, at);
-                *to = store<bf16>(load<float>(*to) + (float)o.a.scale * x);
+                *to = store<bf16>(load<float>(*to) + o.a.scale32 * x);
             }
         }
         if (takes && threadIdx.x >= 256 && threadIdx.x < 256 + BF) rows->z[threadIdx.x - 256] += rows->more[threadIdx.x - 256];
@@ -288,19 +265,17 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
         const bool window = o.a.window && o.dq.p;
         clear(dw);
         begin(sum);
+        float row = fetch(s.c0);
 #pragma unroll 1
         for (int c = s.c0; c < s.c1; c++) {
             int far = c - p.lag;
             bool takes = c + 1 < s.c1 && far >= 0;
             kept_features<BOTH, BF / 16> v;
-            {
-                fetched row;
-                fetch(c, row);
-                copy_wait<0>();
-                meet();
-                load_ring(far + 1); /* all products of the chunk before have ended */
-                all_features(c, far, row, v);
-            }
+            put_rows_of(row); /* its place is free since the last barrier */
+            copy_wait<0>();
+            meet();
+            load_ring(far + 1); /* all products of the chunk before have ended */
+            all_features(c, far, v);
             copy_wait<0>();
             meet();
             if (!far_side) {
@@ -317,6 +292,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
             if (p.dw[0]) weights::absorb(dw, q, dpre, group);
             __syncthreads();
             load_own(c + 1);
+            row = fetch(c + 1);
             if (o.dq.p) put_queries(c, window);
         }
         copy_wait<0>();
@@ -333,6 +309,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
 
 template <int D, int BF, int FW, bool TRI, bool U> __global__ void __launch_bounds__(THREADS, 1) queries_tile_kernel(gradients o, fast p) {
     LC_SHARED(memory);
+    next_may_start();
     query_block<D, BF, FW, TRI, U> block(o, p, memory);
     block.run();
 }
@@ -341,7 +318,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct queries_launcher {
     static int launch(const gradients &o, const fast &p) {
         size_t bytes = layout<D, BF, FW>::bytes;
         if (allow_shared(queries_tile_kernel<D, BF, FW, TRI, U>, bytes)) return LC_K_DEVICE;
-        LC_LAUNCH((queries_tile_kernel<D, BF, FW, TRI, U>), (unsigned)(o.a.b * o.a.h * p.segments), THREADS, bytes, o, p);
+        launch_next(queries_tile_kernel<D, BF, FW, TRI, U>, dim3((unsigned)(o.a.b * o.a.h * p.segments)), THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };

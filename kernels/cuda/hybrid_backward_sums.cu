@@ -8,23 +8,81 @@ __device__ __forceinline__ rows4 either(bool first, const rows4 &a, const rows4 
     return r;
 }
 
+/* ---- values of the queries' rows: D / 8 lanes a row, ROWS rows a thread ----------------------------------------------- */
+enum { ROWS_AT_ONCE = 4 };
+template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(gradients o, fast p) {
+    constexpr int LANES = D / 8, EACH = SUM_THREADS / LANES; /* rows of a block at a time */
+    const hybrid &a = o.a;
+    next_may_start();
+    int64_t rows = (int64_t)a.b * a.h * a.t, first = (int64_t)blockIdx.x * (EACH * ROWS_AT_ONCE) + threadIdx.x / LANES;
+    int lane = threadIdx.x % LANES;
+    uint4 g[ROWS_AT_ONCE], y[ROWS_AT_ONCE];
+    float value[ROWS_AT_ONCE];
+    auto place = [&](int64_t r, int *b, int *h, int *t) {
+        int64_t head = r / a.t;
+        *t = (int)(r - head * a.t), *b = (int)(head / a.h), *h = (int)(head - (int64_t)*b * a.h);
+        return r < rows && *t >= start_of(a, *b);
+    };
+#pragma unroll
+    for (int n = 0; n < ROWS_AT_ONCE; n++) {
+        int64_t r = first + n * EACH;
+        int b, h, t;
+        value[n] = 0, g[n] = y[n] = make_uint4(0, 0, 0, 0);
+        if (!place(r < rows ? r : 0, &b, &h, &t) || r >= rows) continue;
+        g[n] = *(const uint4 *)(o.g.row<bf16>(b, h, t) + 8 * lane), y[n] = *(const uint4 *)(o.y.row<bf16>(b, h, t) + 8 * lane);
+        if (lane == RZ) value[n] = *o.z.row<float>(b, h, t);
+        if (lane == SHIFT && a.window) value[n] = *o.c.row<float>(b, h, t);
+        if (lane == AT && a.window) value[n] = __int_as_float(*o.argmax.row<int32_t>(b, h, t));
+    }
+#pragma unroll
+    for (int n = 0; n < ROWS_AT_ONCE; n++) {
+        int64_t r = first + n * EACH;
+        int b, h, t;
+        const uint32_t *u = &g[n].x, *v = &y[n].x;
+        float delta = 0;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            float2 s = unpack2<bf16>(u[j]), x = unpack2<bf16>(v[j]);
+            delta += s.x * x.x + s.y * x.y;
+        }
+#pragma unroll
+        for (int i = 1; i < LANES; i *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, i);
+        float z = __shfl_sync(0xffffffffu, value[n], 0, LANES), out = delta;
+        if (!place(r < rows ? r : 0, &b, &h, &t) || r >= rows || lane >= XSUM) continue;
+        if (lane == RZ) out = inverse(z);
+        if (lane == SHIFT) out = a.window ? value[n] * LC_LOG2E - log2_fast(a.scale32 * hybrid_gamma<float>(a, h) * inverse(z)) : INFINITY;
+        if (lane == AT) out = __int_as_float(a.window ? __float_as_int(value[n]) - start_of(a, b) : -1);
+        p.values[lane * rows + r] = out;
+    }
+}
+
+int hybrid_backward_tiles::hybrid_backward_rows(const gradients &o, const fast &p) {
+    const hybrid &a = o.a;
+    int each = SUM_THREADS / (a.d / 8) * ROWS_AT_ONCE;
+    unsigned grid = (unsigned)ceil_div((int64_t)a.b * a.h * a.t, each);
+    if (a.d == 128) LC_LAUNCH(rows_kernel<128>, grid, SUM_THREADS, 0, o, p);
+    else LC_LAUNCH(rows_kernel<64>, grid, SUM_THREADS, 0, o, p);
+    return LC_K_OK;
+}
+
 /* ---- what a segment adds to S, Z (blockIdx.y 0) and to R, P (1) -------------------------------------------------------- */
 /* Two blocks a multiprocessor; what a map reads has one place, its second factor two. */
 template <int D, int BF, int FW> struct sums_layout {
     typedef layout<D, BF, FW> L;
-    static constexpr size_t bytes = 2 * ((size_t)4 * L::tile + L::weights + 64 * BF) + 1024; /* 1024: 64 + BF floats */
+    static constexpr size_t bytes = 2 * ((size_t)3 * L::tile + L::weights + 64 * BF) + 2048; /* 2048: 4 * 64 + BF floats */
 };
 
 template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_THREADS, 2) segment_sums_kernel(gradients o, fast p) {
     LC_SHARED(memory);
+    next_may_start();
     typedef layout<D, BF, FW> L;
     typedef held<BF, D, 2> states;
     constexpr int SM = BF / 64;
     const hybrid &a = o.a;
     const bool back = blockIdx.y; /* the last segment adds to nobody's S, the first to nobody's R */
     chunk_range s(a, p.segments, blockIdx.x / (p.segments - 1), blockIdx.x % (p.segments - 1) + (back ? 1 : 0));
-    bf16 *tx = (bf16 *)memory, *ty = tx + L::tile, *tus = ty + L::tile, *w = tus + 2 * L::tile, *feature = w + L::weights;
-    float *delta = (float *)(feature + 64 * BF), *z = delta + 64;
+    bf16 *tx = (bf16 *)memory, *tus = tx + L::tile, *w = tus + 2 * L::tile, *feature = w + L::weights;
+    float *values = (float *)(feature + 64 * BF), *z = values + 256; /* of rows, by chunk & 1 */
     int first = back ? s.c0 + p.lag : s.c0 - p.lag, end = back ? s.c1 + p.lag : s.c1 - p.lag, tid = threadIdx.x;
     if (first < 0) first = 0;
     if (end > s.n) end = s.n;
@@ -33,36 +91,39 @@ template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_T
     float lambda = hybrid_lambda<float>(a, hybrid_gamma<float>(a, s.h));
     float bias = back ? bias_of<float>(a.bq, a.bq_dtype, s.h) : bias_of<float>(a.bk, a.bk_dtype, s.h);
     typename states::sum sum;
-    tile_loader<D, SUM_THREADS> from_x, from_u, from_y;
-    from_x.open(x, s, head), from_u.open(u, s, head), from_y.open(o.y, s, s.h);
+    tile_loader<D, SUM_THREADS> from_x, from_u;
+    from_x.open(x, s, head), from_u.open(u, s, head);
     auto load_chunk = [&](int c) {
-        if (c < end) {
-            from_x.load(tx, x, s, c), from_u.load(tus + (c & 1) * L::tile, u, s, c);
-            if (back) from_y.load(ty, o.y, s, c);
-        }
+        if (c < end) from_x.load(tx, x, s, c), from_u.load(tus + (c & 1) * L::tile, u, s, c);
         copy_commit();
     };
     load_chunk(first);
     if constexpr (FW > 0) load_weights<D, FW, SUM_THREADS>(w, either(back, a.mq, a.mk), s.h, a.f);
     clear(sum);
     if (tid < BF) z[tid] = 0;
+    wait_for_previous(); /* the values of rows; nothing is written before */
+    auto fetch = [&](int c) { /* delta of a row by the first 64 threads, lambda / z by the next */
+        int row = tid & 63;
+        if (!back || tid >= 128) return 1.f;
+        if (c >= end || !holds(s, c, row)) return 0.f;
+        float v = p.values[((int64_t)(tid < 64 ? DELTA : RZ) * a.b * a.h + s.head) * a.t + s.s0 + c * 64 + row];
+        return tid < 64 ? v : v * lambda;
+    };
+    float value = fetch(first);
     for (int c = first; c < end; c++) {
         bf16 *tu = tus + (c & 1) * L::tile;
-        float v[BF / 16][4], by[2] = {1, 1};
-        for (int i = 0; back && i < 2; i++) {
-            int row = m + ((tid & 31) >> 2) + 8 * i;
-            by[i] = holds(s, c, row) ? lambda / *o.z.row<float>(s.b, s.h, s.s0 + c * 64 + row) : 0.f;
-        }
+        float v[BF / 16][4];
+        float *delta = values + (c & 1) * 128, *rz = delta + 64;
+        if (tid < 128) delta[tid] = value;
         copy_wait<0>();
         meet();
         features<D, BF, FW, U>(a, s, back ? 0 : 1, tx, w, bias, c, hf, m, v);
+        int r0 = m + ((tid & 31) >> 2);
+        const float by[2] = {rz[r0], rz[r0 + 8]};
         put_features<BF, FW, U>(a, feature, hf, m, by, v);
-        delta_of<D, SUM_THREADS> y;
-        if (back) y.take(ty);
-        float row = back ? y.with(tu) : 1.f;
-        if (!(tid & 3)) delta[tid >> 2] = row;
         meet();
         load_chunk(c + 1);
+        value = fetch(c + 1);
         states::absorb(sum, feature, tu, hf);
         if (hf) column_sums<SM>(z, true, feature, strip * 16 * SM, delta);
     }
@@ -78,7 +139,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct sums_launcher {
     template <int D_, int BF_, int FW_, bool U_> static int sums(const gradients &o, const fast &p) {
         size_t bytes = sums_layout<D_, BF_, FW_>::bytes;
         if (allow_shared(segment_sums_kernel<D_, BF_, FW_, U_>, bytes)) return LC_K_DEVICE;
-        LC_LAUNCH((segment_sums_kernel<D_, BF_, FW_, U_>), dim3((unsigned)(o.a.b * o.a.h * (p.segments - 1)), 2), SUM_THREADS, bytes, o, p);
+        launch_next(segment_sums_kernel<D_, BF_, FW_, U_>, dim3((unsigned)(o.a.b * o.a.h * (p.segments - 1)), 2), SUM_THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };
@@ -159,6 +220,7 @@ __device__ __forceinline__ void totals(const gradients &o, const fast &p, int h,
 
 /* Both in one launch: `sums` blocks of totals, then of rows. */
 __global__ void finish_kernel(gradients o, fast p, int sums, int heads, int blocks) {
+    wait_for_previous();
     int n = blockIdx.x;
     if (n < sums) {
         totals(o, p, n % o.a.h, n / o.a.h);
@@ -175,6 +237,6 @@ int hybrid_backward_tiles::hybrid_backward_finish(const gradients &o, const fast
     bool weights = p.dw[0] || p.dw[1];
     if (weights || p.bias[0] || p.bias[1] || o.dfactors) sums = a.h * (2 * (a.d * p.fw / 1024) + 1);
     unsigned grid = (unsigned)(sums + (p.rows[2] ? 3 : 2) * a.b * heads * blocks);
-    if (grid) LC_LAUNCH(finish_kernel, grid, SUM_THREADS, 0, o, p, sums, heads, blocks);
+    if (grid) launch_next(finish_kernel, dim3(grid), SUM_THREADS, 0, o, p, sums, heads, blocks);
     return LC_K_OK;
 }

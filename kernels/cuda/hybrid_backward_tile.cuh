@@ -19,7 +19,7 @@ namespace hybrid_backward_tiles { /* names that other files may have too */
 struct fast {
     int segments, lag;
     int bf, fw;                /* BF; columns of a map's weights: BF / 2 for full maps, else BF, 0 without maps */
-    float *values;             /* [5][b, h, t], what the query side leaves of its rows: see VALUES */
+    float *values;             /* [5][b, h, t], what rows_kernel leaves of the queries; x is the query side's */
     float *state[2];           /* [b, h, segments][BF * D as put_held has it, BF]: what a segment adds to S, Z and to R, P */
     float *dw[2];              /* [b, h, segments][D * FW, the same way] */
     float *bias[2], *xs;       /* [b, h, segments] */
@@ -30,9 +30,28 @@ struct fast {
  * the maximum from the first token on, as bits, -1 where there is none; x. */
 enum { RZ, DELTA, SHIFT, AT, XSUM, VALUES };
 
+/* Launches one after the other, each of which may begin while the one before ends (chain.cuh). */
+template <class... P, class... A>
+static inline void launch_next(void (*kernel)(P...), dim3 grid, int block, size_t shared, const A &...argument) {
+#ifndef LC_EMULATED
+    if (lc_cuda_now->major >= 9) {
+        cudaLaunchAttribute attribute = {};
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t c = {};
+        c.gridDim = grid, c.blockDim = dim3(block), c.dynamicSmemBytes = shared, c.stream = lc_cuda_now->stream;
+        c.attrs = &attribute, c.numAttrs = 1;
+        cudaLaunchKernelEx(&c, kernel, argument...);
+        return;
+    }
+#endif
+    LC_LAUNCH(kernel, grid, block, shared, argument...);
+}
+
 /* hybrid_backward_{queries,keys,sums}.cu: launches; d, BF, TRI and fw are known to have a kernel. */
 int hybrid_backward_queries(const gradients &o, const fast &p);
 int hybrid_backward_keys(const gradients &o, const fast &p);
+int hybrid_backward_rows(const gradients &o, const fast &p);
 int hybrid_backward_sums(const gradients &o, const fast &p);
 int hybrid_backward_finish(const gradients &o, const fast &p);
 
@@ -352,7 +371,7 @@ template <bool BOTH, bool U, int N> __device__ __forceinline__ void map_fragment
                 sum[j >> 1] += v[n][j];
             }
         if (!U && a.map == MAP_EXP_DIM) return;
-        sum[0] = 1 / quad_sum(sum[0]), sum[1] = 1 / quad_sum(sum[1]);
+        sum[0] = inverse(quad_sum(sum[0])), sum[1] = inverse(quad_sum(sum[1]));
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
@@ -370,7 +389,7 @@ template <bool BOTH, bool U, int N> __device__ __forceinline__ void map_fragment
 
 /* The clamp, for column block n. */
 __device__ __forceinline__ float feature_of(const hybrid &a, int n, int width, float v) {
-    return fmaxf(v, 8 * n < width ? (float)a.feature_eps : 0.f);
+    return fmaxf(v, 8 * n < width ? a.feature_eps32 : 0.f);
 }
 
 /* Features as map_fragments left them, kept as halves: those of full maps, none above 1, in the finer kind. */
@@ -399,7 +418,7 @@ template <bool BOTH, int N> struct kept_features {
 /* d, gradients of clamped features, becomes what this half gives to the map's inputs. */
 template <bool BOTH, bool U, int N>
 __device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, const kept_features<BOTH, N> &kept, float (&d)[N][4]) {
-    float eps = (float)a.feature_eps;
+    float eps = a.feature_eps32;
     if constexpr (BOTH) {
         float dot[2] = {0, 0}, sign = hf ? -1.f : 1.f, v[4];
 #pragma unroll
@@ -552,41 +571,6 @@ template <int N> __device__ __forceinline__ float total(const float (&d)[N][4]) 
     for (int n = 0; n < N; n++) sum += d[n][0] + d[n][1] + d[n][2] + d[n][3];
     return sum;
 }
-
-/* delta = g . y of a row: T / 64 neighbouring threads a row; all of them get it. y was fetched before. */
-template <int D, int T> struct delta_of {
-    static constexpr int EACH = T / 64, N = D / 8 / EACH;
-    uint4 y[N];
-    static __device__ __forceinline__ int row() { return threadIdx.x / EACH; }
-    static __device__ __forceinline__ int col(int i) { return (i * EACH + threadIdx.x % EACH) * 8; }
-    __device__ __forceinline__ void fetch(const gradients &o, const chunk_range &s, int chunk) {
-        const bf16 *base = o.y.row<bf16>(s.b, s.h, s.s0 + chunk * 64);
-        int at = row() * (int)o.y.s[2];
-#pragma unroll
-        for (int i = 0; i < N; i++) y[i] = holds(s, chunk, row()) ? *(const uint4 *)(base + (at + col(i))) : make_uint4(0, 0, 0, 0);
-    }
-    __device__ __forceinline__ void take(const bf16 *tile) {
-#pragma unroll
-        for (int i = 0; i < N; i++) y[i] = piece(tile, i);
-    }
-    static __device__ __forceinline__ uint4 piece(const bf16 *tile, int i) { return *(const uint4 *)tile_at<64>((bf16 *)tile, row(), col(i)); }
-    __device__ __forceinline__ float with(const bf16 *g) const {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            uint4 x = piece(g, i);
-            const uint32_t *a = &x.x, *b = &y[i].x;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                float2 u = unpack2<bf16>(a[j]), v = unpack2<bf16>(b[j]);
-                sum += u.x * v.x + u.y * v.y;
-            }
-        }
-#pragma unroll
-        for (int n = 1; n < EACH; n *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, n);
-        return sum;
-    }
-};
 
 } // namespace hybrid_backward_tiles
 using namespace hybrid_backward_tiles;

@@ -168,7 +168,7 @@ template <int F, int IN> struct halves {
         if (map == MAP_EXP_DIM) return;
         sum[0] = quad_sum(sum[0]), sum[1] = quad_sum(sum[1]);
         if (!BOTH) together(sum, op_sum(), pair, hf, meeting);
-        sum[0] = 1 / sum[0], sum[1] = 1 / sum[1];
+        sum[0] = inverse(sum[0]), sum[1] = inverse(sum[1]);
 #pragma unroll
         for (int n = 0; n < N / 8; n++)
 #pragma unroll
@@ -178,7 +178,7 @@ template <int F, int IN> struct halves {
      * is NULL. */
     static __device__ __forceinline__ void put(const hybrid &a, float (&x)[N / 8][4], int hf, const float (&by)[2], const float *z, float (&dot)[2],
                                                bf16 *tile, float *pair, int meeting) {
-        float eps = (float)a.feature_eps;
+        float eps = a.feature_eps32;
         map(a.map, x, hf, pair, meeting);
         int col = hf * N;
         shared_at at = shared_place(tile) + 2 * ((col >> 6) * (CHUNK * 64) + row() * 64 + (((row() & 7) << 3 ^ (col & 56)) | (threadIdx.x & 3) * 2));

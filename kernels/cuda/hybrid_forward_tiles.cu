@@ -114,7 +114,7 @@ template <int F> __device__ __forceinline__ void linear_weights(const bf16 *fq, 
 /* ---- results of one chunk --------------------------------------------------------------------------------------------- */
 template <int D, int F, int IN>
 __device__ __forceinline__ float denominator(const hybrid &a, const forward_tiles<D, F, IN> &t, int row) {
-    return t.sum[row] + t.sum[64 + row] + t.sum[128 + row] + t.sum[192 + row] + (a.window ? 0 : (float)a.eps);
+    return t.sum[row] + t.sum[64 + row] + t.sum[128 + row] + t.sum[192 + row] + (a.window ? 0 : a.eps32);
 }
 
 /* y [64][D / 4]: the group's columns, over the denominators. */
@@ -126,7 +126,7 @@ __device__ __forceinline__ void put_results(const hybrid &a, const segment &g, c
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         int row = 16 * r + 8 * half + l / 4, p = c * CHUNK + row, at = row * (int)o.y.s[2];
-        float by = 1 / denominator(a, t, row);
+        float by = inverse(denominator(a, t, row));
         bool there = p >= g.at.p0 && p < g.at.p1;
         uint32_t v[D / 32];
 #pragma unroll
@@ -154,7 +154,7 @@ __device__ __forceinline__ void put_kept(const hybrid &a, const segment &g, cons
         return;
     }
     float before = fmaxf(t.top[row], t.top[64 + row]), here = fmaxf(t.top[128 + row], t.top[192 + row]);
-    if (o.c.p) *o.c.row<float>(g.b, g.h, i) = fmaxf(here, before) * (float)a.scale;
+    if (o.c.p) *o.c.row<float>(g.b, g.h, i) = fmaxf(here, before) * a.scale32;
     int first = before >= here ? 0 : 128, key = min(t.arg[first + row], t.arg[first + 64 + row]) - (before >= here ? CHUNK : 0);
     if (o.at.p) *o.at.row<int>(g.b, g.h, i) = min(c * CHUNK + key, p) + g.at.shift;
 }
@@ -231,7 +231,7 @@ template <int D, int F, int IN> struct walker {
         st.absorb(t.fk, t.values(block));
         group_commit();
         st.absorb_z(t.fk);
-        if (a.window) window_weights((float)a.scale, lift, group, 32 * hf, t.top, t.arg, x, sum);
+        if (a.window) window_weights(a.scale32, lift, group, 32 * hf, t.top, t.arg, x, sum);
         else set_all(x, 0);
         group_wait<0>();
         group_hold(st.s);

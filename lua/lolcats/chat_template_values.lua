@@ -644,7 +644,7 @@ local tests = {
   ["true"] = function(v) return v == true end,
   ["false"] = function(v) return v == false end,
   mapping = function(v) return is_dict(v) or M.is_namespace(v) end,
-  sequence = function(v) return type(v) == "string" or is_list(v) or is_dict(v) end,
+  sequence = function(v) return type(v) == "string" or is_list(v) or is_dict(v) or is_undefined(v) end,
   iterable = function(v) return type(v) == "string" or is_list(v) or is_dict(v) or is_undefined(v) end,
   callable = function(v) return type(v) == "function" end,
   ["in"] = comparing("in"),

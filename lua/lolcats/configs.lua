@@ -214,6 +214,11 @@ function M.linearize_options(tree)
     if a.peft or a.peft_config then
         lc.fail("attention.peft: LoRA in the first stage is not built; leave it to the second")
     end
+    if a.rotary_config then lc.fail("attention.rotary_config is not built; rotary settings are the model's own") end
+    if a.decode_window_size and a.decode_window_size ~= (a.window_size or 64) then
+        require("lolcats.log").say("decode_window_size %s: decoding has the window of training here, %s",
+                                   tostring(a.decode_window_size), tostring(a.window_size or 64))
+    end
     local k, f = a.learned_kernel_kwargs or {}, a.feature_map_kwargs or {}
     local keep
     for _, i in ipairs(a.softmax_attentions or {}) do -- they count layers from 0
@@ -288,12 +293,14 @@ function M.schedule(tree)
     return require("lolcats.optim").named_schedule(s.lr_scheduler_type, opts)
 end
 
---- How long an experiment trains, as options of lc.run. rows: of training data.
+--- How long an experiment trains, as options of lc.run. optimizer.max_optimizer_steps, a key of the scripts for many
+--- GPUs, limits updates as its name says (there the first stage counts micro-batches).
 function M.length(tree)
-    local t = tree.trainer
-    local steps = t.max_steps
-    return { epochs = t.num_train_epochs or 2, max_steps = steps and steps > 0 and steps or nil,
-             accumulate = t.gradient_accumulation_steps or 1, eval_every = t.eval_steps or 100 }
+    local t, most = tree.trainer, tree.optimizer and tree.optimizer.max_optimizer_steps
+    local steps = t.max_steps and t.max_steps > 0 and t.max_steps or nil
+    if most then steps = math.min(steps or most, most) end
+    return { epochs = t.num_train_epochs or 2, max_steps = steps, accumulate = t.gradient_accumulation_steps or 1,
+             eval_every = t.eval_steps or 100 }
 end
 
 M.KEYS = KEYS

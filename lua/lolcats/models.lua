@@ -105,7 +105,7 @@ local function load_folder(dir, opts)
     file:close()
     local model_opts = { dtype = opts.compute, device = opts.device, source = opts.source or dir, special = {} }
     if opts.part and not tokenizer_alone(opts.part, c) then return llama.new(c, w, model_opts) end
-    if files.exists(dir .. "/tokenizer.json") then model_opts.tokenizer = lc.tokenizer(dir .. "/tokenizer.json") end
+    if lc.text.find_tokenizer(dir) then model_opts.tokenizer = lc.tokenizer(dir) end
     local tc = optional_json(dir .. "/tokenizer_config.json")
     local gc = optional_json(dir .. "/generation_config.json")
     model_opts.chat_template = read_template(dir, tc)

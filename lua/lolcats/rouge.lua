@@ -1,16 +1,18 @@
 -- rouge.lua: ROUGE-1, -2, -L and -Lsum by the rules of the rouge_score package (tokens are runs of a-z and 0-9; n-gram
--- overlap; longest common subsequence; its union over sentences), without its stemmer, and the summary of the SCROLLS
--- metric over them.
+-- overlap; longest common subsequence; its union over sentences), with or without its stemmer, and the summary of the
+-- SCROLLS metric over them.
 local M = {}
 
 local TYPES = { "rouge1", "rouge2", "rougeL", "rougeLsum" }
 
---- The tokens of a text: lower case, everything but ASCII letters and digits is a gap.
-function M.tokens(text)
+--- The tokens of a text: lower case, everything but ASCII letters and digits is a gap. stem: words of more than three
+--- letters by their stem.
+function M.tokens(text, stem)
     -- two letters beyond ASCII whose lower case begins in it
     text = text:gsub("\226\132\170", "k"):gsub("\196\176", "i "):lower()
     local out = {}
-    for word in text:gmatch "[a-z0-9]+" do out[#out + 1] = word end
+    local porter = stem and require "lolcats.porter"
+    for word in text:gmatch "[a-z0-9]+" do out[#out + 1] = porter and #word > 3 and porter.stem(word) or word end
     return out
 end
 
@@ -86,10 +88,10 @@ local function count(sentences)
     return counts, total
 end
 
-local function rouge_lsum(target, prediction)
+local function rouge_lsum(target, prediction, stem)
     local function sentences(text)
         local out = {}
-        for line in text:gmatch "[^\n]+" do out[#out + 1] = M.tokens(line) end
+        for line in text:gmatch "[^\n]+" do out[#out + 1] = M.tokens(line, stem) end
         return out
     end
     local want, have = sentences(target), sentences(prediction)
@@ -111,11 +113,12 @@ local function rouge_lsum(target, prediction)
 end
 
 --- Scores of one prediction: rouge1, rouge2, rougeL and rougeLsum (lines count as sentences), each {precision, recall,
---- fmeasure}.
-function M.score(target, prediction)
-    local a, b = M.tokens(target), M.tokens(prediction)
+--- fmeasure}. opts: stem (words by their stem, as the package with use_stemmer).
+function M.score(target, prediction, opts)
+    local stem = opts and opts.stem
+    local a, b = M.tokens(target, stem), M.tokens(prediction, stem)
     return { rouge1 = rouge_n(a, b, 1), rouge2 = rouge_n(a, b, 2), rougeL = rouge_l(a, b),
-             rougeLsum = rouge_lsum(target, prediction) }
+             rougeLsum = rouge_lsum(target, prediction, stem) }
 end
 
 local SHORT = {}

@@ -23,6 +23,22 @@ local function to_added(id, entry)
   return token
 end
 
+-- Llama 3.1 gave some of Llama 3's reserved tokens names, which its tokenizer.model does not say, but Meta's params.json
+-- beside it tells the generation.
+local function llama31_tokens()
+  local named = {[0] = "begin_of_text", [1] = "end_of_text", [4] = "finetune_right_pad_id", [6] = "start_header_id",
+                 [7] = "end_header_id", [8] = "eom_id", [9] = "eot_id", [10] = "python_tag"}
+  local list, reserved = {}, 0
+  for i = 0, 255 do
+    local name = named[i]
+    if not name then
+      name, reserved = "reserved_special_token_" .. reserved, reserved + 1
+    end
+    list[i + 1] = {id = 128000 + i, content = "<|" .. name .. "|>", special = true, normalized = false}
+  end
+  return list
+end
+
 -- What Hugging Face keeps beside a tokenizer.model: tokens added later, and whether texts begin or end with one. Sorted
 -- by id, since tokens that the model lacks get the next free ones.
 local function beside(folder)
@@ -34,6 +50,7 @@ local function beside(folder)
   end
   for _, token in pairs(by_id) do list[#list + 1] = token end
   table.sort(list, function(a, b) return a.id < b.id end)
+  if #list == 0 and optional_json(folder, "params.json").use_scaled_rope == true then list = llama31_tokens() end
   return {added_tokens = #list > 0 and list or nil, add_bos = on(config.add_bos_token),
           add_eos = on(config.add_eos_token)}
 end
@@ -51,14 +68,18 @@ end
 
 local NAMES = {"tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tokenizer.model.v2", "tokenizer.model.v1"}
 
-local function open_folder(folder, options)
+-- The tokenizer file of a model's folder, or nil. model_only: pass over a tokenizer.json.
+function text.find_tokenizer(folder, model_only)
   for _, name in ipairs(NAMES) do
     local path = files.join(folder, name)
-    -- a SentencePiece model as its library runs it is not in the tokenizer.json
-    if files.is_file(path) and not (options.style == "sentencepiece" and name:match("%.json$")) then
-      return open(path, options)
-    end
+    if files.is_file(path) and not (model_only and name:match("%.json$")) then return path end
   end
+end
+
+local function open_folder(folder, options)
+  -- a SentencePiece model as its library runs it is not in the tokenizer.json
+  local path = text.find_tokenizer(folder, options.style == "sentencepiece")
+  if path then return open(path, options) end
   for _, name in ipairs(files.list(folder)) do
     if name:match("%.gguf$") then
       local file = files.open_tensors(folder)

@@ -154,12 +154,22 @@ static lc_status parse_by_content(struct lc_file *f) {
     return lc_safetensors_parse(f);
 }
 
+/* What a broken file made the message say may hold anything; it goes to a terminal. */
+static lc_status fail_clean(lc_status status, const char *name) {
+    char text[1024];
+    snprintf(text, sizeof text, "%s", lc_error_message());
+    for (ptrdiff_t at; (at = lc_utf8_invalid(text, strlen(text))) >= 0;) text[at] = '?';
+    for (char *s = text; *s; s++)
+        if ((unsigned char)*s < 32 || *s == 127) *s = '?';
+    return lc_fail(status, "%s: %s", name, text);
+}
+
 static lc_status open_file(struct lc_file *f, const char *name, struct lc_file **out) {
     lc_status status = parse_by_content(f);
     if (status == LC_OK) status = lc_file_check_names(f);
     if (status != LC_OK) {
         lc_file_close(f);
-        return lc_fail_in(status, "%s: ", name);
+        return fail_clean(status, name);
     }
     *out = f;
     return LC_OK;
@@ -215,7 +225,7 @@ static lc_status open_folder(struct lc_file **out, const char *path) {
         f->bytes = f->map->bytes;
         status = lc_torch_parts_parse(f, open_part, &(part_folder){path, f});
         if (status == LC_OK) status = lc_file_check_names(f);
-        if (status != LC_OK) lc_fail_in(status, "%s: ", path);
+        if (status != LC_OK) fail_clean(status, path);
     }
     free(inner);
     if (status == LC_OK)

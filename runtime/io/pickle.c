@@ -2,9 +2,10 @@
  * call builds one of the few things that pickle_globals.c lists; nothing is imported and nothing is run. */
 #include "pickle.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "doc_build.h"
 
 enum { MAX_NODES = 1 << 23, MAX_MARKS = 1000, MAX_TEXT = 1 << 30 };
 
@@ -116,12 +117,13 @@ static lc_status take_line(reader *r, const uint8_t **out, size_t *length) {
     return LC_OK;
 }
 
-static lc_status push_bytes(reader *r, lc_pickle_kind kind, int length_bytes) {
+static lc_status push_bytes(reader *r, lc_pickle_kind kind, int length_bytes, bool unicode) {
     uint64_t n = 0;
     const uint8_t *p = NULL;
     LC_TRY(take_number(r, length_bytes, &n));
     LC_TRY(take(r, n, &p));
     if (n > MAX_TEXT) return wrong(r, "a string of more than 2^30 bytes");
+    if (unicode && lc_utf8_invalid((const char *)p, (size_t)n) >= 0) return wrong(r, "a string that is not UTF-8");
     LC_TRY(push_new(r, kind));
     top_node(r, 0)->bytes.data = p;
     top_node(r, 0)->bytes.size = (uint32_t)n;
@@ -310,11 +312,13 @@ static bool is_lazy(const lc_pickle *p, int32_t metadata) {
     return false;
 }
 
-/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata]); v3 has the dtype before the last. */
+/* _rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, metadata]); v3 has the dtype before the
+ * last. */
 static lc_status make_tensor(reader *r, const lc_pickle_global *g, int32_t args, int32_t *out) {
     lc_pickle *p = r->p;
     bool v3 = g->role == LC_PR_TENSOR_V3;
-    if (!is_tuple_of(p, args, v3 ? 7 : 4) || !lc_pickle_is(p, lc_pickle_item_at(p, args, 0), LC_PK_STORAGE))
+    int least = v3 ? 7 : strcmp(g->name, "_rebuild_tensor") == 0 ? 4 : 6;
+    if (!is_tuple_of(p, args, least) || !lc_pickle_is(p, lc_pickle_item_at(p, args, 0), LC_PK_STORAGE))
         return refuse_call(r, g);
     int32_t dtype = v3 ? lc_pickle_item_at(p, args, 6) : -1;
     if (v3 && (!lc_pickle_is(p, dtype, LC_PK_GLOBAL) || p->node[dtype].global.role != LC_PR_DTYPE))
@@ -451,14 +455,14 @@ static bool run_value(reader *r, uint8_t op, lc_status *status) {
     case 'I':
     case 'L': *status = push_text_integer(r); return true;
     case 'G': *status = push_float(r); return true;
-    case 'X': *status = push_bytes(r, LC_PK_STRING, 4); return true;
-    case 0x8c: *status = push_bytes(r, LC_PK_STRING, 1); return true;
-    case 0x8d: *status = push_bytes(r, LC_PK_STRING, 8); return true;
-    case 'T': *status = push_bytes(r, LC_PK_STRING, 4); return true; /* Python 2's str */
-    case 'U': *status = push_bytes(r, LC_PK_STRING, 1); return true;
-    case 'B': *status = push_bytes(r, LC_PK_BYTES, 4); return true;
-    case 'C': *status = push_bytes(r, LC_PK_BYTES, 1); return true;
-    case 0x8e: *status = push_bytes(r, LC_PK_BYTES, 8); return true;
+    case 'X': *status = push_bytes(r, LC_PK_STRING, 4, true); return true;
+    case 0x8c: *status = push_bytes(r, LC_PK_STRING, 1, true); return true;
+    case 0x8d: *status = push_bytes(r, LC_PK_STRING, 8, true); return true;
+    case 'T': *status = push_bytes(r, LC_PK_STRING, 4, false); return true; /* Python 2's str */
+    case 'U': *status = push_bytes(r, LC_PK_STRING, 1, false); return true;
+    case 'B': *status = push_bytes(r, LC_PK_BYTES, 4, false); return true;
+    case 'C': *status = push_bytes(r, LC_PK_BYTES, 1, false); return true;
+    case 0x8e: *status = push_bytes(r, LC_PK_BYTES, 8, false); return true;
     default: return false;
     }
 }

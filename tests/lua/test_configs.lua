@@ -225,6 +225,7 @@ t.test("what the keys mean", function()
     t.eq(train, { "feature%_map%_q%.mlp%.layer", "feature%_map%_k%.mlp%.layer", "window%_factors" })
     t.eq(configs.length(configs.load("experiment", "llama3_1_8b/finetune_qkvo_rp_clean")),
          { epochs = 2, max_steps = 2500, accumulate = 8, eval_every = 100 })
+    t.eq(configs.length(configs.load("experiment", "llama3_1_70b/distill_rp_llama_70b_xent0_mse1000_lr1e-2")).max_steps, 2500)
     local o = configs.optimizer(configs.load("experiment", "distill_alpaca_clean_xent0_mse1000_lr1e-2"))
     t.eq({ o.kind, o.lr, o.opts.weight_decay }, { "adamw", 0.01, 0 })
     o = configs.optimizer(configs.load("experiment", "llama3_1_405b/rp_distill_llama_405b_xent1_mse1000_lr1e-2"))

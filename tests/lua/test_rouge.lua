@@ -49,6 +49,20 @@ t.test("scores of the package", function()
     end
 end)
 
+t.test("stems, as NLTK's Porter stemmer gives them", function()
+    local porter = require "lolcats.porter"
+    for word, stem in pairs { caresses = "caress", ponies = "poni", ties = "tie", cats = "cat", feed = "feed", agreed = "agre",
+                              plastered = "plaster", motoring = "motor", sing = "sing", hopping = "hop", falling = "fall",
+                              filing = "file", happy = "happi", sky = "sky", relational = "relat", conditional = "condit",
+                              vietnamization = "vietnam", adjustable = "adjust", hopefulness = "hope", triplicate = "triplic",
+                              electricity = "electr", revival = "reviv", adoption = "adopt", controlling = "control",
+                              generalizations = "gener", dying = "die", spied = "spi", lied = "lie", geology = "geolog",
+                              enjoying = "enjoy", rate = "rate", cease = "ceas", probably = "probabl" } do
+        t.eq(porter.stem(word), stem, word)
+    end
+    t.eq(rouge.score("running dogs", "the dog runs", { stem = true }).rouge1, { precision = 2 / 3, recall = 1, fmeasure = 0.8 })
+end)
+
 t.test("sentences", function()
     t.eq(rouge.sentences " A cat. It sat!  Did it? \"Yes.\" said no one. 3 more.",
          "A cat.\nIt sat!\nDid it?\n\"Yes.\" said no one.\n3 more.")

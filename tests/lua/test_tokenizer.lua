@@ -88,6 +88,17 @@ if llama3 and llama3_json then
     t.eq(model:token(128255), json:token(128255))
     t.eq(joined(lc.tokenizer(llama3, {add_bos = false}):encode "a"), "64")
   end)
+  t.test("Llama 3.1's names, where Meta's params.json stands beside", function()
+    local dir = folder "llama31"
+    copy(llama3, dir .. "/tokenizer.model")
+    files.write_json(dir .. "/params.json", {use_scaled_rope = true, vocab_size = 128256})
+    local tok = lc.tokenizer(dir)
+    t.eq(tok.size, 128256)
+    t.eq(tok:id "<|eom_id|>", 128008)
+    t.eq(tok:id "<|reserved_special_token_2|>", 128005)
+    t.eq(tok:token(128255), "<|reserved_special_token_247|>")
+    t.eq(joined(tok:encode "<|python_tag|>a"), "128000 128010 64")
+  end)
   t.test("big vocabularies load quickly", function()
     local seconds = math.huge
     for _ = 1, 3 do

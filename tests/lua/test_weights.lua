@@ -399,6 +399,43 @@ if program then
   end)
 end
 
+-- A safetensors file of n bf16 values, all holes.
+local function sparse(name, n)
+  local head = ('{"x":{"dtype":"BF16","shape":[%d],"data_offsets":[0,%d]}}'):format(n, 2 * n)
+  head = head .. (" "):rep(-#head % 8)
+  files.write(path(name), string.char(#head) .. ("\0"):rep(7) .. head)
+  return os.execute(("truncate -s %d %s"):format(8 + #head + 2 * n, path(name))) == 0
+end
+
+t.test("a file of 2 GB is mapped, not read", function()
+  if not sparse("big.safetensors", 1e9) then return end
+  local t0, before = lc.now(), lc.peak_rss()
+  local f = files.open_tensors(path "big.safetensors")
+  local x = f:tensor "x"
+  t.eq(x:numel(), 1e9)
+  t.ok(lc.now() - t0 < 0.05, ("%.0f ms"):format((lc.now() - t0) * 1e3))
+  t.ok(lc.peak_rss() - before < 4e6, "memory was taken")
+  f:close()
+end)
+
+if program and not os.getenv "LOLCATS_EXACT_MEMORY" then -- sanitizers take memory of their own
+  t.test("what is converted takes its own size", function() -- in a process of its own: a peak is for ever
+    if not sparse("peak.safetensors", 5e7) then return end
+    local code = [[local x = lc.files.open_tensors("%s"):tensor("x", {dtype = "f32"}) print(lc.peak_rss())]]
+    code = code:format(path "peak.safetensors")
+    local pipe = io.popen(("%s -e '%s'"):format(program, code))
+    local peak = tonumber(pipe:read "*l")
+    pipe:close()
+    t.ok(peak < 2.35e8, ("%.0f MB"):format(peak / 1e6)) -- 200 MB of f32, a few pieces of the file, the program
+    code = [[require("lolcats.convert").convert("%s", "%s", {dtype = "f32"}) print(lc.peak_rss())]]
+    local command = ("%s -e '%s'"):format(program, code:format(path "peak.safetensors", path "peak.pt"))
+    pipe = io.popen(command)
+    peak = tonumber(pipe:read "*l")
+    pipe:close()
+    t.ok(peak < 8e7, ("converting a file: %.0f MB"):format(peak / 1e6))
+  end)
+end
+
 t.test("what cannot be saved leaves the old file", function()
   files.save_tensors(path "keep.pt", {x = lc.ones(2)})
   local before = files.read(path "keep.pt")

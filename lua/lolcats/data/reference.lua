@@ -249,6 +249,8 @@ local function redpajama(c, opts, within)
         for _, d in ipairs(found) do docs[#docs + 1] = d end
     end
     local train = pack_documents(stream, docs, c, within, name)
+    stream.ids:drop() -- its rows were copied
+    stream.labels:drop()
     if within and c.filter_by_esl then
         if not c.num_train_samples then lc.fail("dataset_config.num_train_samples is missing") end
         local order, path = ranking(train, c, opts)
@@ -258,6 +260,8 @@ local function redpajama(c, opts, within)
     local held_path = opts.source or file_spec(c.eval_data[1], opts, c)
     local held = documents(held_stream, how, c, held_path, c.max_eval_num or 1000)
     local validation = pack_documents(held_stream, held, c, within, name .. " (held out)")
+    held_stream.ids:drop()
+    held_stream.labels:drop()
     return { train = train, validation = validation }
 end
 
