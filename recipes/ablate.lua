@@ -40,10 +40,16 @@ TABLES["1"] = function(cells) -- attention transfer or not, pure linear attentio
         cells[#cells + 1] = cell(m[1] .. ", transfer", both { map = m[2], window = 0 })
     end
 end
-TABLES["3"] = function(cells) -- all layers at once, or block by block
+local KEEP = {} -- what both recipes of table 3 take
+for word in ("base data seq records hold_out eval_rows dtype device accumulate clip"):gmatch "%S+" do
+    KEEP[word] = true
+end
+TABLES["3"] = function(cells) -- attention transfer of all layers at once or block by block, then LoRA on the whole
     for _, layers in ipairs { 1000, 9, 5, 2, 1 } do
-        cells[#cells + 1] = cell(layers == 1000 and "joint" or "blocks of " .. layers, both { layers = layers })
-        cells[#cells].recipe = "distill_blocks"
+        local c = cell(layers == 1000 and "joint" or "blocks of " .. layers,
+                       { layers = layers, transfer_steps = N, lora = false })
+        c.recipe, c.next = "distill_blocks", { recipe = "finetune", args = { steps = N }, keep = KEEP }
+        cells[#cells + 1] = c
     end
 end
 TABLES["6"] = function(cells) -- what each component brings

@@ -132,10 +132,10 @@ function files.save_sharded(folder, tensors, options)
     files.write_json(index, {metadata = {total_size = total}, weight_map = map})
     if files.is_file(files.join(folder, stem .. ending)) then files.remove(files.join(folder, stem .. ending)) end
   end
-  for _, name in ipairs(files.list(folder)) do
-    if name:match("^" .. stem .. "%-%d+%-of%-%d+%" .. ending .. "$") and not written[name] then
-      files.remove(files.join(folder, name))
-    end
+  for _, name in ipairs(files.list(folder)) do -- other shards, and what a broken-off save left behind
+    local shard = name:match("^" .. stem .. "%-%d+%-of%-%d+%" .. ending .. "$")
+    local left = name:match("^" .. stem .. "%-%d+%-of%-%d+%" .. ending .. "%.new")
+    if (shard and not written[name]) or left then files.remove(files.join(folder, name)) end
   end
   return #shards
 end

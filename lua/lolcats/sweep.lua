@@ -93,6 +93,37 @@ local function run_one(recipe, words, folder, o)
     return files.read_json(summary)
 end
 
+-- Those of the words whose option is in `keep`, with their values.
+local function only(words, keep)
+    local out, i = {}, 1
+    while i <= #words do
+        local name, joined = words[i]:match "^%-%-([%w_-]+)(=?)"
+        local wanted = name and keep[(name:gsub("-", "_"))]
+        local value = name and joined == "" and words[i + 1] and not words[i + 1]:match "^%-%-" and words[i + 1]
+        if wanted then
+            out[#out + 1] = words[i]
+            out[#out + 1] = value or nil
+        end
+        i = i + (value and 2 or 1)
+    end
+    return out
+end
+
+-- The run that follows a cell's first one and takes its student: next = {recipe =, args =, keep = {options of
+-- `fixed`}}.
+local function follow(cell, seed, folder, o, summary)
+    local step, fixed = cell.next, only(o.fixed, cell.next.keep)
+    fixed[#fixed + 1] = "--student=" .. folder .. "/student"
+    local place = folder .. "/" .. step.recipe
+    local second, why = run_one(step.recipe, words_of({ args = step.args }, seed, fixed, place), place, o)
+    if not second then return nil, why end
+    local out = {}
+    for k, v in pairs(summary) do out[k] = v end
+    out.transfer_ppl = summary.lora_ppl
+    for k, v in pairs(second) do out[k] = v end
+    return out
+end
+
 local function mean(list)
     local m, s = 0, 0
     for _, v in ipairs(list) do m = m + v / #list end
@@ -100,8 +131,8 @@ local function mean(list)
     return m, #list > 1 and math.sqrt(s / (#list - 1)) or nil
 end
 
---- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh. Sets cell.values = {name =
---- {a value a seed}} and cell.problem.
+--- Runs all cells. A cell may have a recipe of its own, and next: a run that takes its student. o: recipe, cells, fixed
+--- (words that every cell gets), seeds, out, fresh. Sets cell.values = {name = {a value a seed}} and cell.problem.
 function M.run(o)
     local n = 0
     for i, cell in ipairs(o.cells) do
@@ -112,6 +143,7 @@ function M.run(o)
             local name = ("%02d-%s"):format(i, cell.label:gsub("[^%w.]+", "-"):sub(1, 60))
             local folder = ("%s/%s/seed%s"):format(o.out, name, tostring(seed))
             local summary, why = run_one(cell.recipe or o.recipe, words_of(cell, seed, o.fixed, folder), folder, o)
+            if summary and cell.next then summary, why = follow(cell, seed, folder, o, summary) end
             if not summary then
                 cell.problem = why
                 log.say("  failed: %s", why)

@@ -5,7 +5,7 @@ local bridge = require "lolcats.core.ffi"
 local files = require "lolcats.files"
 local text = {sample = core.sample, regex_match = core.regex_match}
 
-local OPTIONS = {style = true, added_tokens = true, add_bos = true, add_eos = true}
+local OPTIONS = {style = true, added_tokens = true, add_bos = true, add_eos = true, legacy = true}
 local FLAGS = {"special", "single_word", "lstrip", "rstrip", "normalized"}
 
 local function optional_json(folder, name)
@@ -52,7 +52,7 @@ local function beside(folder)
   table.sort(list, function(a, b) return a.id < b.id end)
   if #list == 0 and optional_json(folder, "params.json").use_scaled_rope == true then list = llama31_tokens() end
   return {added_tokens = #list > 0 and list or nil, add_bos = on(config.add_bos_token),
-          add_eos = on(config.add_eos_token)}
+          add_eos = on(config.add_eos_token), legacy = on(config.legacy)}
 end
 
 local function open(path, options)
@@ -91,7 +91,8 @@ end
 
 -- lc.tokenizer(path | file[, options]): an object with encode(text[, {special, parse}]), decode(ids[, {skip_special}]),
 -- id(s), token(id), size. options, for a tokenizer.model: style = "hf" (as Hugging Face's tools run it) or
--- "sentencepiece" (as its own library does), add_bos, add_eos, added_tokens (a list as in tokenizer.json); what is not
+-- "sentencepiece" (as its own library does), add_bos, add_eos, added_tokens (a list as in tokenizer.json), legacy (false:
+-- a space in front of a text's first part only, as transformers' flag of that name has it); what is not
 -- given is looked up in the files beside it.
 function text.tokenizer(source, options)
   if type(source) == "table" and source.handle then return core.from_file(source) end

@@ -297,14 +297,16 @@ lc_status lc_tok_finish(lc_tokenizer *t); /* tables that need the whole */
  * is set are not made. */
 typedef enum { LC_MERGES_BY_ID, LC_MERGES_LEFTMOST, LC_MERGES_CONVERTED } lc_tok_merge_order;
 lc_status lc_tok_merges_derive(lc_tokenizer *t, const float *score, const uint8_t *skip, lc_tok_merge_order order);
-lc_status lc_tok_sentencepiece_steps(lc_tokenizer *t, bool prefix); /* normalizers and decoders of a Llama */
+/* Normalizers and decoders of a Llama: a space in front of every part of a text, of the first only, or of none. */
+lc_status lc_tok_sentencepiece_steps(lc_tokenizer *t, lc_tok_prepend prefix);
 lc_status lc_tok_unigram_start(lc_tokenizer *t, const double *score, const uint8_t *skip);
 /* What opening a file may be told: a JSON object with style ("hf" or "sentencepiece"), added_tokens (as in
- * tokenizer.json), add_bos, add_eos. `how` may be NULL. */
+ * tokenizer.json), add_bos, add_eos, legacy (false: of a converted BPE model only the first part of a text gets a space
+ * in front). `how` may be NULL. */
 typedef struct lc_tok_options {
     const struct lc_doc *d; /* or NULL */
     bool own;
-    int add_bos, add_eos; /* -1: as the file says */
+    int add_bos, add_eos, legacy; /* -1: as the file says */
 } lc_tok_options;
 lc_status lc_tok_from_json(lc_tokenizer **out, const char *name, const char *json, size_t n);
 lc_status lc_tok_from_spm(lc_tokenizer **out, const char *name, const char *data, size_t n, const lc_tok_options *how);

@@ -238,7 +238,8 @@ static lc_status sentencepiece(loader *x) {
     LC_TRY(scored_merges(x));
     x->t->byte_fallback = x->t->fuse_unk = true;
     x->t->unk = id_of(x, "tokenizer.ggml.unknown_token_id");
-    LC_TRY(lc_tok_sentencepiece_steps(x->t, number(x, "tokenizer.ggml.add_space_prefix", 1) != 0));
+    bool prefix = number(x, "tokenizer.ggml.add_space_prefix", 1) != 0;
+    LC_TRY(lc_tok_sentencepiece_steps(x->t, prefix ? LC_PREPEND_ALWAYS : LC_PREPEND_NEVER));
     return add_template(x, true);
 }
 

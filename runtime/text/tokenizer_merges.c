@@ -102,20 +102,26 @@ static lc_status text_copy(const char *s, char **out, size_t *n) {
     return *out ? LC_OK : LC_ENOMEM;
 }
 
-/* Spaces become U+2581, with one in front if `prefix`; back again, and bytes of <0x..> tokens become characters. */
-lc_status lc_tok_sentencepiece_steps(lc_tokenizer *t, bool prefix) {
+/* Spaces become U+2581 and back again, and bytes of <0x..> tokens become characters. */
+lc_status lc_tok_sentencepiece_steps(lc_tokenizer *t, lc_tok_prepend prefix) {
     static const char space[] = "\xE2\x96\x81";
     lc_tok_norm *norm;
+    lc_tok_pre *pre;
     lc_tok_dec *dec;
-    if (prefix) {
+    if (prefix == LC_PREPEND_FIRST) {
+        LC_TRY(lc_tok_add_pre(t, &pre));
+        pre->kind = LC_PRE_METASPACE, pre->the_char = 0x2581, pre->prepend = prefix;
+    } else {
+        if (prefix == LC_PREPEND_ALWAYS) {
+            LC_TRY(lc_tok_add_norm(t, &norm));
+            norm->kind = LC_NORM_PREPEND;
+            LC_TRY(text_copy(space, &norm->text, &norm->text_len));
+        }
         LC_TRY(lc_tok_add_norm(t, &norm));
-        norm->kind = LC_NORM_PREPEND;
+        norm->kind = LC_NORM_REPLACE;
+        LC_TRY(lc_tok_pattern_literal(&norm->pattern, " ", 1));
         LC_TRY(text_copy(space, &norm->text, &norm->text_len));
     }
-    LC_TRY(lc_tok_add_norm(t, &norm));
-    norm->kind = LC_NORM_REPLACE;
-    LC_TRY(lc_tok_pattern_literal(&norm->pattern, " ", 1));
-    LC_TRY(text_copy(space, &norm->text, &norm->text_len));
     LC_TRY(lc_tok_add_dec(t, &dec));
     dec->kind = LC_DEC_REPLACE;
     LC_TRY(lc_tok_pattern_literal(&dec->pattern, space, 3));
@@ -124,7 +130,7 @@ lc_status lc_tok_sentencepiece_steps(lc_tokenizer *t, bool prefix) {
     dec->kind = LC_DEC_BYTE_FALLBACK;
     LC_TRY(lc_tok_add_dec(t, &dec));
     dec->kind = LC_DEC_FUSE;
-    if (!prefix) return LC_OK;
+    if (prefix == LC_PREPEND_NEVER) return LC_OK;
     LC_TRY(lc_tok_add_dec(t, &dec));
     dec->kind = LC_DEC_STRIP, dec->the_char = ' ', dec->start = 1;
     return LC_OK;

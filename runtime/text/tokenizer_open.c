@@ -17,7 +17,7 @@ static lc_status three_way(const struct lc_doc *d, const char *key, int *out) {
 }
 
 static lc_status options(const struct lc_doc *d, lc_tok_options *how) {
-    *how = (lc_tok_options){.d = d, .add_bos = -1, .add_eos = -1};
+    *how = (lc_tok_options){.d = d, .add_bos = -1, .add_eos = -1, .legacy = -1};
     if (!d) return LC_OK;
     if (d->node[0].kind != LC_DOC_OBJECT) return lc_fail(LC_EARG, "tokenizer: options are an object");
     const char *style = lc_doc_str(d, lc_doc_get(d, 0, "style"));
@@ -25,7 +25,8 @@ static lc_status options(const struct lc_doc *d, lc_tok_options *how) {
     if (style && !how->own && strcmp(style, "hf"))
         return lc_fail(LC_EARG, "tokenizer: style '%s' is neither 'hf' nor 'sentencepiece'", style);
     LC_TRY(three_way(d, "add_bos", &how->add_bos));
-    return three_way(d, "add_eos", &how->add_eos);
+    LC_TRY(three_way(d, "add_eos", &how->add_eos));
+    return three_way(d, "legacy", &how->legacy);
 }
 
 /* Base64, a space and a digit on the first line. */

@@ -366,7 +366,9 @@ static lc_status converted_steps(loader *x) {
     }
     if (x->model_type == MODEL_UNIGRAM) return converted_unigram(x);
     if (x->norm.strip) LC_TRY(regex_norm(x->t, " {2,}", " "));
-    return lc_tok_sentencepiece_steps(x->t, x->norm.prefix);
+    return lc_tok_sentencepiece_steps(x->t, !x->norm.prefix       ? LC_PREPEND_NEVER
+                                            : x->how->legacy == 0 ? LC_PREPEND_FIRST
+                                                                  : LC_PREPEND_ALWAYS);
 }
 
 static lc_status added_tokens(loader *x) {

@@ -62,7 +62,7 @@ static const char sample[] = "ab </s>\xC3\xA9\xFF 12 <0x41>  a\xE2\x96\x81 ab\xE
                              "e\xCC\x81<sep>";
 
 static void fuzz_spm(const char *s, size_t n, bool own) {
-    lc_tok_options how = {.own = own, .add_bos = -1, .add_eos = 1};
+    lc_tok_options how = {.own = own, .add_bos = -1, .add_eos = 1, .legacy = own};
     lc_tokenizer *t;
     if (lc_tok_from_spm(&t, "fuzz", s, n, &how) != LC_OK) return;
     use(t, sample, sizeof sample - 1);
@@ -71,7 +71,7 @@ static void fuzz_spm(const char *s, size_t n, bool own) {
 }
 
 static void fuzz_tiktoken(const char *s, size_t n) {
-    lc_tok_options how = {.add_bos = -1, .add_eos = -1};
+    lc_tok_options how = {.add_bos = -1, .add_eos = -1, .legacy = -1};
     lc_tokenizer *t;
     if (lc_tok_from_bytes(&t, "fuzz", s, n, &how) == LC_OK) lc_tokenizer_free(t);
 }

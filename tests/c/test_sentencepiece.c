@@ -88,7 +88,7 @@ static void put_pieces(model *m, bool bytes, int type_of_ab) {
 }
 
 static lc_tokenizer *load(const model *m, bool own) {
-    lc_tok_options how = {.own = own, .add_bos = -1, .add_eos = -1};
+    lc_tok_options how = {.own = own, .add_bos = -1, .add_eos = -1, .legacy = -1};
     lc_tokenizer *t;
     if (lc_tok_from_bytes(&t, "test", (const char *)m->data, m->n, &how) != LC_OK) fail_msg("%s", lc_error_message());
     return t;
@@ -253,7 +253,7 @@ static void character_map(void **state) {
 /* ---- refusals ---------------------------------------------------------------------------------------------------- */
 
 static void refuse(const void *data, size_t n, const char *says) {
-    lc_tok_options how = {.add_bos = -1, .add_eos = -1};
+    lc_tok_options how = {.add_bos = -1, .add_eos = -1, .legacy = -1};
     lc_tokenizer *t;
     assert_int_equal(lc_tok_from_bytes(&t, "test", data, n, &how), LC_EPARSE);
     assert_null(t);

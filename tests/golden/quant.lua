@@ -23,6 +23,8 @@ local function same_value(got, want)
     return got == want
 end
 
+local function raw_digest(x) return files.sha256(ffi.string(ffi.cast("const char *", x:data()), x:nbytes())) end
+
 local function gguf_case(c, path, want, values)
     local f = files.open_tensors(path)
     want = { kv = type(want) == "table" and want.kv or {}, tensors = type(want) == "table" and want.tensors or {} }
@@ -37,6 +39,11 @@ local function gguf_case(c, path, want, values)
             c.check(e.name .. " shape", table.concat(info.shape, ",") == table.concat(ne, ","),
                 table.concat(info.shape, ","))
             c.check(e.name .. " bytes", info.bytes == e.bytes, tostring(info.bytes))
+            c.check(e.name .. " place", info.offset == e.data_offset, tostring(info.offset))
+            if info.dtype and e.bytes > 0 then
+                local sum = lc.scope(function() return raw_digest(f:tensor(e.name)) end)
+                c.check(e.name .. " as stored", sum == e.sha256_bytes, "sha256 differs")
+            end
         end
     end
     for _, name in ipairs(f:names()) do
@@ -85,8 +92,6 @@ local function scratch(ending)
     os.remove(path)
     return path .. ending
 end
-
-local function raw_digest(x) return files.sha256(ffi.string(ffi.cast("const char *", x:data()), x:nbytes())) end
 
 -- Quantised here from the same values: the blocks' bytes are the other writer's.
 local function quantise_case(c, T, dir, kind, want)

@@ -235,4 +235,32 @@ t.test("what the keys mean", function()
     t.eq(configs.schedule(configs.load("experiment", "no_distill_alpaca_clean")).kind, "constant")
 end)
 
+t.test("every configuration can be used: attention, optimizer, schedule, trainer, data set", function()
+    local dir = os.tmpname()
+    os.remove(dir)
+    lc.manual_seed(1)
+    require("lolcats.tiny").write_model(dir, "llama3", { num_hidden_layers = 32, hidden_size = 16, intermediate_size = 16,
+                                                         num_attention_heads = 2, num_key_value_heads = 1 })
+    local linear = 0
+    for _, name in ipairs(configs.names "model") do
+        local options = configs.linearize_options(configs.load("model", name))
+        if options then
+            linear = linear + 1
+            lc.scope(function()
+                local loss = lc.linearize(lc.load(dir), options):transfer({ { 1, 2, 3, 4, 5, 6 } }, { backward = false })
+                t.ok(loss == loss and loss >= 0, name)
+            end)
+        end
+    end
+    t.eq(linear, 22)
+    for _, name in ipairs(configs.names "experiment") do
+        local e = configs.load("experiment", name)
+        t.ok(configs.optimizer(e).lr > 0 and configs.schedule(e) and configs.length(e), name)
+        configs.lora_options(e)
+        if e.trainer.name then t.ok(require("lolcats.train.trainers").find(e.trainer.name), name) end
+        t.ok(require("lolcats.data.reference").LOADERS[e.dataset.name], name)
+    end
+    os.execute("rm -rf '" .. dir .. "'")
+end)
+
 t.finish()

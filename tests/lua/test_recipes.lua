@@ -73,7 +73,7 @@ t.test("a table of the paper: every cell, a table, a plot, values; done runs sta
 end)
 
 t.test("all tables can be laid out", function()
-    for table_name, n in pairs { ["1"] = 4, ["16"] = 10 } do
+    for table_name, n in pairs { ["1"] = 4, ["3"] = 5 } do
         local said = ok(("ablate --table %s --steps 1 --tiny --out runs/t%s"):format(table_name, table_name))
         local rows = 0
         for line in said:gmatch "[^\n]+" do
