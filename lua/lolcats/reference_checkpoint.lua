@@ -8,7 +8,7 @@ local log = require "lolcats.log"
 
 local M = {}
 
-local LONGEST = 250 -- bytes of a name; most file systems take 255
+local LONGEST = 250 -- bytes of a name: most file systems take 255, and files are written beside their name first
 
 --- A path whose names a file system takes: a longer one keeps its head and tail around a digest of the whole.
 function M.fits(path)
