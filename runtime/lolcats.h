@@ -257,9 +257,10 @@ void lc_http_end(lc_http *h, int32_t id);
 
 /* ---- text ------------------------------------------------------------------------------------------------------------ */
 typedef struct lc_tokenizer lc_tokenizer;
-int lc_tokenizer_open(lc_tokenizer **out, const char *path);            /* tokenizer.json; SentencePiece's, tiktoken's tokenizer.model */
-/* With options: a JSON object of style ("hf"; "sentencepiece": a model of its as its own library runs it), added_tokens (a list
- * as in tokenizer.json, for a tokenizer.model), add_bos, add_eos. NULL: none. */
+int lc_tokenizer_open(lc_tokenizer **out, const char *path);  /* tokenizer.json; tokenizer.model of SentencePiece or tiktoken */
+/* With options, a JSON object (NULL: none). style: "hf", or "sentencepiece" for a model of its as its own library runs it.
+ * For a tokenizer.model also added_tokens (a list as in tokenizer.json), add_bos, add_eos, and legacy (false: a space only
+ * in front of a text's first part). */
 int lc_tokenizer_open_with(lc_tokenizer **out, const char *path, const char *how);
 int lc_tokenizer_from_gguf(lc_tokenizer **out, const lc_file *f);        /* tokenizer.ggml.* of a GGUF */
 void lc_tokenizer_free(lc_tokenizer *t);

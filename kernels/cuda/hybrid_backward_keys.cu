@@ -6,6 +6,7 @@
 /* Values of the queries of two chunks by VALUES, slot chunk & 1, in shared memory; sum: P; more: what the next one gets. */
 struct near_rows {
     float value[VALUES][2][64], sum[128], more[128];
+    row_bases base;
 };
 
 template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
@@ -22,7 +23,6 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
     int group, strip, hf, m; /* of the warp: keys m .. m + 15, half hf */
     bool far_side;           /* groups 2 and 3: features of chunk c + lag's queries, and the window (hf 0: chunk c + lag, 1: chunk c) */
     float lambda, bias_in;
-    tile_loader<D> from_q, from_g, from_k, from_v;
 
     __device__ __forceinline__ key_block(const gradients &o, const fast &p, char *memory) : o(o), p(p),
         s(o.a, p.segments, blockIdx.x / p.segments, blockIdx.x % p.segments) {
@@ -42,16 +42,17 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
         group = w >> 2, strip = w & 3, hf = group & 1, far_side = group >> 1, m = 16 * strip;
         lambda = hybrid_lambda<float>(o.a, hybrid_gamma<float>(o.a, s.h));
         bias_in = bias_of<float>(far_side ? o.a.bq : o.a.bk, far_side ? o.a.bq_dtype : o.a.bk_dtype, s.h);
-        from_q.open(o.a.q, s, s.h), from_g.open(o.g, s, s.h), from_k.open(o.a.k, s, s.hk), from_v.open(o.a.v, s, s.hk);
+        rows->base.open(o, s);
+        __syncthreads();
     }
     __device__ __forceinline__ bf16 *queries(int c) const { return ring + (c & 1) * 2 * L::tile; }
     __device__ __forceinline__ bf16 *givens(int c) const { return queries(c) + L::tile; }
     __device__ __forceinline__ void load_own(int c) {
-        if (c >= s.c0) from_k.load(k, o.a.k, s, c), from_v.load(v, o.a.v, s, c);
+        if (c >= s.c0) load_tile<D>(k, rows->base.of[OF_K], o.a.k, s, c), load_tile<D>(v, rows->base.of[OF_V], o.a.v, s, c);
         copy_commit();
     }
     __device__ __forceinline__ void load_ring(int c) {
-        if (c >= s.c0) from_q.load(queries(c), o.a.q, s, c), from_g.load(givens(c), o.g, s, c);
+        if (c >= s.c0) load_tile<D>(queries(c), rows->base.of[OF_Q], o.a.q, s, c), load_tile<D>(givens(c), rows->base.of[OF_G], o.g, s, c);
         copy_commit();
     }
 
@@ -130,13 +131,13 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
             }
     }
 
-    /* Of a strip of keys with one chunk of queries (half 0: chunk c + lag, 1: chunk c): weights over z to w, as put_packed wants them;
-     * scale times the gradient of the scores into ds. */
+    /* Of a strip of keys with one chunk of queries (half 0: chunk c + lag, 1: chunk c): weights over z into the place of features_q or, under
+     * a triangle, which still wants those, to w as put_packed takes them; scale times the gradient of the scores into ds. */
     typedef uint32_t packed[8][2];
     __device__ __forceinline__ void put_scores(int c, int chunk, bool window, packed &w) {
         int lane = threadIdx.x & 31, slot = chunk & 1;
         float scale = o.a.scale32, scale2 = scale * LC_LOG2E, less = inverse(scale); /* the weights come times scale */
-#pragma unroll
+#pragma unroll TRI ? 2 : 1
         for (int n0 = 0; n0 < 64; n0 += 32) {
             float sc[4][4], dp[4][4], linear[TRI ? 4 : 1][4];
             int most = TRI || hf ? 2 * (lane & 3) - m - (lane >> 2) + n0 : 64; /* of row - column */
@@ -170,8 +171,9 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
                     }
                 }
             put_tile<64>(ds, dp, m, 64 * hf + n0);
+            if constexpr (!TRI) put_tile<64>(features_q, sc, m, 64 * hf + n0);
 #pragma unroll
-            for (int n = 0; n < 4; n++) w[n0 / 8 + n][0] = pack2<bf16>(sc[n][0], sc[n][1]), w[n0 / 8 + n][1] = pack2<bf16>(sc[n][2], sc[n][3]);
+            for (int n = 0; n < 4 && TRI; n++) w[n0 / 8 + n][0] = pack2<bf16>(sc[n][0], sc[n][1]), w[n0 / 8 + n][1] = pack2<bf16>(sc[n][2], sc[n][3]);
         }
         __syncwarp();
         for (int col = lane; col < 64; col += 32) { /* what the maximum gets */
@@ -326,16 +328,21 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
             all_features(c, far, f);
             copy_wait<0>();
             meet();
+            if (takes) {
+                if (far_side && hf) column_sums<SM>(rows->more, false, features_q, 16 * SM * strip, rows->value[DELTA][far & 1]);
+                states::absorb(sum, features_q, givens(far), group);
+            }
+            if (!TRI) __syncthreads(); /* features_q has been read */
             if (!far_side) {
                 if (o.through_k) own_side(c, f, bias);
             } else {
                 if (rows_wanted) put_scores(c, hf ? c : far, o.a.window > 0, w);
-                if (takes && hf) column_sums<SM>(rows->more, false, features_q, 16 * SM * strip, rows->value[DELTA][far & 1]);
             }
-            if (takes) states::absorb(sum, features_q, givens(far), group);
             meet();
-            if (far_side && rows_wanted) put_packed(features_q, w);
-            meet();
+            if (TRI) {
+                if (far_side && rows_wanted) put_packed(features_q, w);
+                meet();
+            }
             if (p.dw[1]) maps_sum::absorb(dw, k, dpre, group);
             __syncthreads();
             load_own(c - 1);

@@ -5,6 +5,7 @@
 /* Values of the 64 queries of a chunk, in shared memory, by VALUES; more: what the next state's Z gets. */
 struct query_rows {
     float value[VALUES][64], half_x[2][64], z[128], more[128];
+    row_bases base;
 };
 
 template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
@@ -21,7 +22,6 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
     int group, strip, hf, m; /* of the warp: rows m .. m + 15, half hf */
     bool far_side;           /* groups 2 and 3: features of chunk c - lag's keys, and the window (hf 0: chunk c - lag, 1: chunk c) */
     float lambda, bias_in;
-    tile_loader<D> from_q, from_g, from_k, from_v;
 
     __device__ __forceinline__ query_block(const gradients &o, const fast &p, char *memory) : o(o), p(p),
         s(o.a, p.segments, blockIdx.x / p.segments, blockIdx.x % p.segments) {
@@ -40,16 +40,17 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
         group = w >> 2, strip = w & 3, hf = group & 1, far_side = group >> 1, m = 16 * strip;
         lambda = hybrid_lambda<float>(o.a, hybrid_gamma<float>(o.a, s.h));
         bias_in = bias_of<float>(far_side ? o.a.bk : o.a.bq, far_side ? o.a.bk_dtype : o.a.bq_dtype, s.h);
-        from_q.open(o.a.q, s, s.h), from_g.open(o.g, s, s.h), from_k.open(o.a.k, s, s.hk), from_v.open(o.a.v, s, s.hk);
+        rows->base.open(o, s);
+        __syncthreads();
     }
     __device__ __forceinline__ bf16 *keys(int c) const { return ring + (c & 1) * 2 * L::tile; }
     __device__ __forceinline__ bf16 *values(int c) const { return keys(c) + L::tile; }
     __device__ __forceinline__ void load_own(int c) {
-        if (c < s.c1) from_q.load(q, o.a.q, s, c), from_g.load(g, o.g, s, c);
+        if (c < s.c1) load_tile<D>(q, rows->base.of[OF_Q], o.a.q, s, c), load_tile<D>(g, rows->base.of[OF_G], o.g, s, c);
         copy_commit();
     }
     __device__ __forceinline__ void load_ring(int c) {
-        if (c < s.c1) from_k.load(keys(c), o.a.k, s, c), from_v.load(values(c), o.a.v, s, c);
+        if (c < s.c1) load_tile<D>(keys(c), rows->base.of[OF_K], o.a.k, s, c), load_tile<D>(values(c), rows->base.of[OF_V], o.a.v, s, c);
         copy_commit();
     }
 

@@ -91,10 +91,9 @@ template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_T
     float lambda = hybrid_lambda<float>(a, hybrid_gamma<float>(a, s.h));
     float bias = back ? bias_of<float>(a.bq, a.bq_dtype, s.h) : bias_of<float>(a.bk, a.bk_dtype, s.h);
     typename states::sum sum;
-    tile_loader<D, SUM_THREADS> from_x, from_u;
-    from_x.open(x, s, head), from_u.open(u, s, head);
+    const bf16 *base_x = x.row<bf16>(s.b, head, s.s0), *base_u = u.row<bf16>(s.b, head, s.s0);
     auto load_chunk = [&](int c) {
-        if (c < end) from_x.load(tx, x, s, c), from_u.load(tus + (c & 1) * L::tile, u, s, c);
+        if (c < end) load_tile<D, SUM_THREADS>(tx, base_x, x, s, c), load_tile<D, SUM_THREADS>(tus + (c & 1) * L::tile, base_u, u, s, c);
         copy_commit();
     };
     load_chunk(first);

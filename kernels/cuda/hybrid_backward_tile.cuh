@@ -114,19 +114,25 @@ __device__ __forceinline__ bool holds(const chunk_range &s, int chunk, int row) 
     return chunk >= 0 && chunk * 64 + row < s.len;
 }
 
-/* A thread's share of tiles [64][D] of one head's rows: its piece of chunk 0. Rows that do not exist are zeros. */
-template <int D, int T = THREADS> struct tile_loader {
-    static constexpr int STEP = T / (D / 8); /* rows at a time, a multiple of 8: the place in a row stays */
-    const bf16 *from;
-    static __device__ __forceinline__ int first() { return (int)(threadIdx.x / (D / 8)); }
-    static __device__ __forceinline__ int col() { return (int)(threadIdx.x % (D / 8)) * 8; }
-    __device__ __forceinline__ void open(const rows4 &x, const chunk_range &s, int head) { from = x.row<bf16>(s.b, head, s.s0 + first()) + col(); }
-    __device__ __forceinline__ void load(bf16 *tile, const rows4 &x, const chunk_range &s, int chunk) const {
-        int rows = chunk < 0 ? 0 : s.len - chunk * 64, stride = (int)x.s[2];
-        const bf16 *at = from + (int64_t)chunk * (64 * stride);
-        bf16 *to = tile_at<64>(tile, first(), col());
+/* Chunk `chunk` of one head's rows, of which base is the first real token's, into a tile [64][D]; rows that do not exist are zeros. */
+template <int D, int T = THREADS>
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *base, const rows4 &x, const chunk_range &s, int chunk) {
+    constexpr int STEP = T / (D / 8); /* rows at a time, a multiple of 8: the place in a row stays */
+    int first = (int)(threadIdx.x / (D / 8)), col = (int)(threadIdx.x % (D / 8)) * 8;
+    int rows = chunk < 0 ? 0 : s.len - chunk * 64, stride = (int)x.s[2];
+    const bf16 *at = base + ((int64_t)chunk * (64 * stride) + (first * stride + col));
+    bf16 *to = tile_at<64>(tile, first, col);
 #pragma unroll
-        for (int i = 0; i < 64 / STEP; i++) copy16(to + i * STEP * 64, at + i * STEP * stride, first() + i * STEP < rows);
+    for (int i = 0; i < 64 / STEP; i++) copy16(to + i * STEP * 64, at + i * STEP * stride, first + i * STEP < rows);
+}
+/* Where a block's rows begin, in shared memory: a register of each thread is dearer. */
+enum { OF_Q, OF_G, OF_K, OF_V };
+struct row_bases {
+    const bf16 *of[4];
+    __device__ __forceinline__ void open(const gradients &o, const chunk_range &s) {
+        if (threadIdx.x) return;
+        of[OF_Q] = o.a.q.row<bf16>(s.b, s.h, s.s0), of[OF_G] = o.g.row<bf16>(s.b, s.h, s.s0);
+        of[OF_K] = o.a.k.row<bf16>(s.b, s.hk, s.s0), of[OF_V] = o.a.v.row<bf16>(s.b, s.hk, s.s0);
     }
 };
 
