@@ -286,9 +286,10 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
 
     /* What chunk c's features give: the gradient of the map's inputs into dpre, or of ready features into memory. Both halves of a full map
      * give to the same inputs. */
-    __device__ __forceinline__ void own_side(int c, const kept_features<BOTH, BF / 16> &f, float &bias) {
+    __device__ __forceinline__ void own_side(int c, kept_features<BOTH, BF / 16> &f, float &bias) {
         float d[BF / 16][4];
         feature_gradient(c + p.lag, d);
+        f.after(d[0][0]);
         if constexpr (MAPS) {
             map_fragments_backward<BOTH, U>(o.a, hf, f, d);
             if (!U && p.bias[1]) bias += total(d);

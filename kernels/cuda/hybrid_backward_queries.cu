@@ -241,9 +241,10 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
 
     /* What chunk c's features give: x, the gradient of the map's inputs into dpre, or of ready features into memory. Both halves of a
      * full map give to the same inputs. */
-    __device__ __forceinline__ void own_side(int c, const kept_features<BOTH, BF / 16> &v, float &bias) {
+    __device__ __forceinline__ void own_side(int c, kept_features<BOTH, BF / 16> &v, float &bias) {
         float d[BF / 16][4];
         feature_gradient(c - p.lag, d);
+        v.after(d[0][0]);
         put_x(v, d);
         if constexpr (MAPS) {
             map_fragments_backward<BOTH, U>(o.a, hf, v, d);

@@ -8,36 +8,32 @@ __device__ __forceinline__ rows4 either(bool first, const rows4 &a, const rows4 
     return r;
 }
 
-/* ---- values of the queries' rows: D / 8 lanes a row, ROWS rows a thread ----------------------------------------------- */
+/* ---- values of the queries' rows: D / 8 lanes a row, ROWS_AT_ONCE rows a thread; `blocks` a head ----------------------- */
 enum { ROWS_AT_ONCE = 4 };
-template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(gradients o, fast p) {
+template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(gradients o, fast p, int blocks) {
     constexpr int LANES = D / 8, EACH = SUM_THREADS / LANES; /* rows of a block at a time */
     const hybrid &a = o.a;
     next_may_start();
-    int64_t rows = (int64_t)a.b * a.h * a.t, first = (int64_t)blockIdx.x * (EACH * ROWS_AT_ONCE) + threadIdx.x / LANES;
-    int lane = threadIdx.x % LANES;
+    int head = blockIdx.x / blocks, b = head / a.h, h = head - b * a.h, lane = threadIdx.x % LANES;
+    int first = (blockIdx.x - head * blocks) * (EACH * ROWS_AT_ONCE) + threadIdx.x / LANES, start = start_of(a, b);
+    const bf16 *g_row = o.g.row<bf16>(b, h, first) + 8 * lane, *y_row = o.y.row<bf16>(b, h, first) + 8 * lane;
+    int64_t g_step = EACH * o.g.s[2], y_step = EACH * o.y.s[2], plane = (int64_t)a.b * a.h * a.t;
     uint4 g[ROWS_AT_ONCE], y[ROWS_AT_ONCE];
     float value[ROWS_AT_ONCE];
-    auto place = [&](int64_t r, int *b, int *h, int *t) {
-        int64_t head = r / a.t;
-        *t = (int)(r - head * a.t), *b = (int)(head / a.h), *h = (int)(head - (int64_t)*b * a.h);
-        return r < rows && *t >= start_of(a, *b);
-    };
 #pragma unroll
     for (int n = 0; n < ROWS_AT_ONCE; n++) {
-        int64_t r = first + n * EACH;
-        int b, h, t;
+        int t = first + n * EACH;
         value[n] = 0, g[n] = y[n] = make_uint4(0, 0, 0, 0);
-        if (!place(r < rows ? r : 0, &b, &h, &t) || r >= rows) continue;
-        g[n] = *(const uint4 *)(o.g.row<bf16>(b, h, t) + 8 * lane), y[n] = *(const uint4 *)(o.y.row<bf16>(b, h, t) + 8 * lane);
+        if (t < start || t >= a.t) continue;
+        g[n] = *(const uint4 *)(g_row + n * g_step), y[n] = *(const uint4 *)(y_row + n * y_step);
         if (lane == RZ) value[n] = *o.z.row<float>(b, h, t);
         if (lane == SHIFT && a.window) value[n] = *o.c.row<float>(b, h, t);
         if (lane == AT && a.window) value[n] = __int_as_float(*o.argmax.row<int32_t>(b, h, t));
     }
+    float scale = a.scale32 * hybrid_gamma<float>(a, h);
 #pragma unroll
     for (int n = 0; n < ROWS_AT_ONCE; n++) {
-        int64_t r = first + n * EACH;
-        int b, h, t;
+        int t = first + n * EACH;
         const uint32_t *u = &g[n].x, *v = &y[n].x;
         float delta = 0;
 #pragma unroll
@@ -47,21 +43,21 @@ template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(grad
         }
 #pragma unroll
         for (int i = 1; i < LANES; i *= 2) delta += __shfl_xor_sync(0xffffffffu, delta, i);
-        float z = __shfl_sync(0xffffffffu, value[n], 0, LANES), out = delta;
-        if (!place(r < rows ? r : 0, &b, &h, &t) || r >= rows || lane >= XSUM) continue;
-        if (lane == RZ) out = inverse(z);
-        if (lane == SHIFT) out = a.window ? value[n] * LC_LOG2E - log2_fast(a.scale32 * hybrid_gamma<float>(a, h) * inverse(z)) : INFINITY;
-        if (lane == AT) out = __int_as_float(a.window ? __float_as_int(value[n]) - start_of(a, b) : -1);
-        p.values[lane * rows + r] = out;
+        float rz = inverse(__shfl_sync(0xffffffffu, value[n], 0, LANES)), out = delta;
+        if (t < start || t >= a.t || lane >= XSUM) continue;
+        if (lane == RZ) out = rz;
+        if (lane == SHIFT) out = a.window ? value[n] * LC_LOG2E - log2_fast(scale * rz) : INFINITY;
+        if (lane == AT) out = __int_as_float(a.window ? __float_as_int(value[n]) - start : -1);
+        p.values[lane * plane + (int64_t)head * a.t + t] = out;
     }
 }
 
 int hybrid_backward_tiles::hybrid_backward_rows(const gradients &o, const fast &p) {
     const hybrid &a = o.a;
-    int each = SUM_THREADS / (a.d / 8) * ROWS_AT_ONCE;
-    unsigned grid = (unsigned)ceil_div((int64_t)a.b * a.h * a.t, each);
-    if (a.d == 128) LC_LAUNCH(rows_kernel<128>, grid, SUM_THREADS, 0, o, p);
-    else LC_LAUNCH(rows_kernel<64>, grid, SUM_THREADS, 0, o, p);
+    int blocks = (int)ceil_div(a.t, SUM_THREADS / (a.d / 8) * ROWS_AT_ONCE);
+    unsigned grid = (unsigned)(a.b * a.h * blocks);
+    if (a.d == 128) LC_LAUNCH(rows_kernel<128>, grid, SUM_THREADS, 0, o, p, blocks);
+    else LC_LAUNCH(rows_kernel<64>, grid, SUM_THREADS, 0, o, p, blocks);
     return LC_K_OK;
 }
 

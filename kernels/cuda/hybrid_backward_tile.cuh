@@ -415,6 +415,12 @@ template <bool BOTH, int N> struct kept_features {
             for (int j = 0; j < 4; j++) y[n][j] = x[n][j] < 1 ? fminf(x[n][j], 1 - 1.f / 2048) : x[n][j];
         keep(y);
     }
+    /* Makes them depend on a sum that is ready: the compiler would unpack them all while it waits for that, and run out of registers. */
+    __device__ __forceinline__ void after(float ready) {
+        uint32_t never = __float_as_uint(ready) == 0x7fc0dead;
+#pragma unroll
+        for (int n = 0; n < N; n++) v[n][0] ^= never, v[n][1] ^= never;
+    }
     __device__ __forceinline__ void get(int n, float (&x)[4]) const {
         float2 lo = unpack2<half>(v[n][0]), hi = unpack2<half>(v[n][1]);
         x[0] = lo.x, x[1] = lo.y, x[2] = hi.x, x[3] = hi.y;

@@ -272,7 +272,7 @@ template <int D, int HB, class S, class C> struct decoder {
                 sum[r] = make_float4(bias, bias, bias, bias);
                 if (a.skip) add_scaled(sum[r], 1, *(const float4 *)(key[r] + column_of));
             }
-#pragma unroll 2
+#pragma unroll 1
             for (int e = 0; e < D; e += 4) {
                 float4 w[4];
 #pragma unroll

@@ -14,20 +14,23 @@ template <class T> __device__ __forceinline__ void store_parts(T *high, T *low, 
 }
 
 /* ---- one token ------------------------------------------------------------------------------------------------------------ */
-/* After the ring and decode_shared: rows g and g + HEADS are the high and low parts of head g. */
+/* After the ring and decode_shared: rows g and g + HEADS are the high and low parts of head g. own, lin: each warp's share of the token's
+ * own scores and of what the states add to the denominators. */
 template <class T> struct operands_of {
     T q[HEADS][STRIDE], u[A_ROWS][STRIDE], features[A_ROWS][STRIDE];
+    float own[DECODE_THREADS / 32], lin[DECODE_THREADS / 32];
 };
 
 /* Pieces lie as rows of D halves, whose 16-byte units are exchanged by row & 7 (mma.cuh). */
 template <int D, class T> struct many {
     typedef decoder<D, HEADS, T, T> base;
-    enum { PIECES = base::PIECES, UNITS = D / 8, PIECE_ROWS = PIECE / (2 * D), AT_ONCE = DECODE_THREADS / UNITS, TILES = D / 64 /* of 8 columns, a warp */ };
+    enum { PIECES = 6, UNITS = D / 8, PIECE_ROWS = PIECE / (2 * D), AT_ONCE = DECODE_THREADS / UNITS, TILES = D / 64 /* of 8 columns, a warp */ };
     base &t;
     operands_of<T> &o;
     const T *keys, *values; /* of the key head, cache row 0 */
     int first, ring_rows;   /* cache row of key lo */
     int place;              /* of this thread's unit in a piece */
+    float2 zsum;            /* this thread's pair of the heads' sums */
 
     /* Rows that a product of n rows looks at. */
     static __device__ __forceinline__ int whole(int n) { return (n + 31) & ~31; }
@@ -67,15 +70,29 @@ template <int D, class T> struct many {
         place = (row * UNITS + ((threadIdx.x % UNITS) ^ (row & 7))) * 16;
 #pragma unroll 1
         for (int i = 0; i < PIECES - 1; i++) ask(i);
+        zsum = make_float2(0, 0);
+        if (t.lo > 0 && 2 * (int)threadIdx.x < HEADS * t.a.F) zsum = ((const float2 *)t.zsum_of(t.h0))[threadIdx.x];
     }
 
+    /* A pair of queries, of the key and the value and of features each: everything is asked for before anything is waited for. */
     __device__ __forceinline__ void read_token(const float *features) {
-        t.read_token(features);
-        for (int i = threadIdx.x; i < HEADS * t.a.F; i += DECODE_THREADS) {
-            const int h = i / t.a.F, e = i % t.a.F;
-            store_parts(&o.features[h][e], &o.features[h + HEADS][e], t.s.features[h][e]); /* its own thread's */
+        const int me = 2 * threadIdx.x, h = me / D, e = me % D, fh = me / t.a.F, fe = me % t.a.F;
+        const bool has_q = me < HEADS * D, has_f = me < HEADS * t.a.F, has_v = me < D;
+        uint32_t q = 0, k = 0, v = 0;
+        float2 f = make_float2(0, 0);
+        if (has_q) q = *(const uint32_t *)(t.a.q.template row<T>(t.b, t.h0 + h, t.at.start) + e);
+        if (has_q) k = *(const uint32_t *)(t.a.k.template row<T>(t.b, t.kv_head(), t.at.start) + e);
+        if (has_v) v = *(const uint32_t *)(t.a.v.template row<T>(t.b, t.kv_head(), t.at.start) + e);
+        if (has_f) f = ((const float2 *)(features + ((int64_t)t.b * t.a.h + t.h0) * t.a.F))[threadIdx.x];
+        const float2 q2 = unpack2<T>(q), k2 = unpack2<T>(k);
+        if (has_q) *(uint32_t *)&o.q[h][e] = q;
+        if (has_v) *(float2 *)&t.s.now[0][e] = k2, *(float2 *)&t.s.now[1][e] = unpack2<T>(v);
+        if (has_f) {
+            store_parts(&o.features[fh][fe], &o.features[fh + HEADS][fe], f.x);
+            store_parts(&o.features[fh][fe + 1], &o.features[fh + HEADS][fe + 1], f.y);
         }
-        for (int i = threadIdx.x; i < HEADS * D; i += DECODE_THREADS) o.q[i / D][i % D] = store<T>(t.s.q[i / D][i % D]);
+        const float own = warp_reduce(q2.x * k2.x + q2.y * k2.y, op_sum()), lin = warp_reduce(f.x * zsum.x + f.y * zsum.y, op_sum());
+        if (threadIdx.x % 32 == 0) o.own[threadIdx.x / 32] = own, o.lin[threadIdx.x / 32] = lin;
     }
 
     /* A warp takes 8 keys at a time: [4 heads][D] x [8 keys][D]. */
@@ -106,8 +123,16 @@ template <int D, class T> struct many {
     }
 
     __device__ __forceinline__ void weights(const hybrid_out &out) {
-        t.weights(out);
         const int i = threadIdx.x / 32;
+        if (i < HEADS && threadIdx.x % 32 == 0) { /* warps of a head follow one another, or a head has half a warp */
+            const int each = D / 64, many_f = t.a.F / 64;
+            float own = 0, lin = 0;
+            for (int w = 0; w < each; w++) own += o.own[i * each + w];
+            for (int w = 0; w < many_f; w++) lin += o.lin[i * many_f + w];
+            t.s.u[t.old][i] = own * (float)t.a.scale, t.s.lin[i] = lin;
+        }
+        __syncwarp();
+        t.weights(out);
         __syncwarp();
         for (int j = threadIdx.x % 32; i < HEADS && j < whole(t.old); j += 32) store_parts(&o.u[i][j], &o.u[i + HEADS][j], j < t.old ? t.s.u[j][i] : 0.f);
     }
@@ -194,7 +219,6 @@ __global__ void __launch_bounds__(DECODE_THREADS, 2) decode_many(hybrid a, carri
     wait_for_previous();
     m.read_token(features);
     __syncthreads();
-    t.own_score();
     m.scores();
     __syncthreads();
     m.weights(o);
@@ -245,19 +269,28 @@ template <int TILES> __device__ __forceinline__ void map_rows(const hybrid &a, c
 /* Grid [ceil(b / FEATURE_ROWS)][h]: features [b][h][F] of the queries, times lambda. f inputs of the map; tiles in shared memory: weights
  * [d][f], high and low parts, and queries [FEATURE_ROWS][d]. */
 template <class T, int f> __global__ void __launch_bounds__(FEATURE_THREADS) many_features(hybrid a, float *features) {
-    enum { TILES = f / 8, PANELS = (f + 63) / 64 };
+    enum { TILES = f / 8, PANELS = (f + 63) / 64, QUADS = f == 32 ? 4 : 8 /* of weights, under way */ };
     LC_SHARED(shared);
     const int size = PANELS * a.d * 64;
     T *high = (T *)shared, *low = high + size, *q = low + size;
     const int h = blockIdx.x % a.h, b0 = blockIdx.x / a.h * FEATURE_ROWS, l = threadIdx.x % 32, w = threadIdx.x / 32;
     next_may_start();
-    for (int i = threadIdx.x; i < a.d * f / 4; i += FEATURE_THREADS) {
-        const int e = i / (f / 4), column = i % (f / 4) * 4;
-        const float4 v = load_quad(a.mq.p, a.mq.dtype, h * a.mq.s[1] + e * a.mq.s[2] + column);
-        T *to = tile_at<128>(high + (column >> 6) * (a.d * 64), e, column & 63);
-        const float part[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll 1
+    for (int first = threadIdx.x; first < a.d * f / 4; first += FEATURE_THREADS * QUADS) { /* d * f / 4 is a multiple of THREADS * QUADS */
+        float4 v[QUADS];
 #pragma unroll
-        for (int i = 0; i < 4; i++) store_parts(to + i, to + size + i, part[i]);
+        for (int u = 0; u < QUADS; u++) {
+            const int i = first + u * FEATURE_THREADS;
+            v[u] = load_quad(a.mq.p, a.mq.dtype, h * a.mq.s[1] + i / (f / 4) * a.mq.s[2] + i % (f / 4) * 4);
+        }
+#pragma unroll
+        for (int u = 0; u < QUADS; u++) {
+            const int i = first + u * FEATURE_THREADS, column = i % (f / 4) * 4;
+            T *to = tile_at<128>(high + (column >> 6) * (a.d * 64), i / (f / 4), column & 63);
+            const float part[4] = {v[u].x, v[u].y, v[u].z, v[u].w};
+#pragma unroll
+            for (int e = 0; e < 4; e++) store_parts(to + e, to + size + e, part[e]);
+        }
     }
     wait_for_previous();
     for (int i = threadIdx.x; i < FEATURE_ROWS * a.d / 8; i += FEATURE_THREADS) {
@@ -297,9 +330,15 @@ template <class T, int f> __global__ void __launch_bounds__(FEATURE_THREADS) man
 }
 
 /* ---- the host's side ------------------------------------------------------------------------------------------------------ */
+template <int D, class T> static int many_ring(const hybrid &a) {
+    const int room = ring_bytes<D, HEADS>(a), pieces = many<D, T>::PIECES * PIECE;
+    return pieces > room ? pieces : room;
+}
+template <int D, class T> static size_t many_bytes(const hybrid &a) { return many_ring<D, T>(a) + sizeof(decode_shared<D, HEADS>) + sizeof(operands_of<T>); }
+
 template <int D, class T, int f> static int run(const lc_kargs *k, const hybrid &a, const carried &c) {
-    const int ring = ring_bytes<D, HEADS>(a);
-    const size_t bytes = (size_t)ring + sizeof(decode_shared<D, HEADS>) + sizeof(operands_of<T>);
+    const int ring = many_ring<D, T>(a);
+    const size_t bytes = many_bytes<D, T>(a);
     const size_t first = sizeof(T) * (2 * ((f + 63) / 64) * a.d * 64 + FEATURE_ROWS * a.d);
     float *features = (float *)k->work;
     if (allow_shared(decode_many<D, T>, bytes) || allow_shared(many_features<T, f>, first)) return LC_K_DEVICE;
@@ -325,8 +364,12 @@ bool hybrid_decode_many_fit(const lc_kargs *k, const hybrid &a) {
     const lc_view *x = k->x;
     const int dtype = x[9].dtype;
     if (dtype != LC_K_BF16 || x[11].dtype != dtype || x[0].dtype != dtype || k->y[0].dtype != dtype) return false;
-    if (a.group % HEADS || (int64_t)a.b * a.h / HEADS < 2 * lc_cuda_now->sms || a.F < 32 || input_way(a) < 0 || a.f > a.d) return false;
-    const uintptr_t odd = (uintptr_t)x[0].data | (uintptr_t)k->y[0].data | (uintptr_t)(x[0].stride[0] * 2) | (uintptr_t)(x[0].stride[1] * 2);
+    if (many_bytes<128, bf16>(a) > lc_cuda_now->shared_max) return false;
+    if (a.group % HEADS || (int64_t)a.b * a.h / HEADS < 2 * lc_cuda_now->sms || a.F < 64 || input_way(a) < 0 || a.f > a.d) return false;
+    uintptr_t odd = (uintptr_t)k->y[0].data | (uintptr_t)x[10].data;
+    for (int i = 0; i < 3; i++) odd |= (uintptr_t)x[i].data | (uintptr_t)(x[i].stride[0] * 2) | (uintptr_t)(x[i].stride[1] * 2);
+    for (int i = 1; i < 3; i++)
+        if (x[i].dtype != dtype) return false;
     return odd % 16 == 0 && k->y[0].stride[0] % 2 == 0 && k->y[0].stride[1] % 2 == 0;
 }
 

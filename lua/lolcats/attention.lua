@@ -100,8 +100,8 @@ function M.has_rows(layers, opts)
     return true
 end
 
---- The state of n rows from `first` on, which writes through to the whole. like: {shape, dtype, device} of the keys that
---- the whole is about to be given; caches grow before they are taken apart.
+--- The state of n rows from `first` on, which writes through to the whole. like: {shape, dtype, device} of the keys
+--- that the whole is about to be given; caches grow before they are taken apart.
 function M.rows_of(state, first, n, like)
     local part = { seen = state.seen, batch = n, layers = {}, pos = state.pos:narrow(1, first, n), as_teacher = state.as_teacher,
                    start = state.start and state.start:narrow(1, first, n), padding = state.padding }
@@ -113,8 +113,8 @@ function M.rows_of(state, first, n, like)
     return part
 end
 
--- A record whose linear part counts `fade` times as much. Only the ratio of the two parts matters, gamma / lambda, and in
--- the affine form that is exp(factor): so a share becomes a shift of the factors.
+-- A record whose linear part counts `fade` times as much. Only the ratio of the two parts matters, gamma / lambda, and
+-- in the affine form that is exp(factor): so a share becomes a shift of the factors.
 function M.faded(a)
     if not a.fade or a.window == 0 then return a end
     local factors = a.affine and a.factors or a.factors:sigmoid():log()
@@ -214,9 +214,9 @@ local function window_start_number(i, kind, w)
     return math.max(0, math.floor(i / w) - 1) * w
 end
 
--- Queries at positions i against keys at positions j (float tensors that broadcast to [.., tq, tk]): masks as uint8, 1 =
--- left out. future: not seen at all; outside, inside: what the softmax and the linear part leave out. total: length of
--- the whole row, which only the reference's terrace looks at.
+-- Queries at positions i against keys at positions j (float tensors that broadcast to [.., tq, tk]): masks as uint8, 1
+-- = left out. future: not seen at all; outside, inside: what the softmax and the linear part leave out. total: length
+-- of the whole row, which only the reference's terrace looks at.
 local function masks(a, i, j, total)
     local tq, tk = i:size(-2), j:size(-1)
     local future = j:gt(i)
@@ -236,8 +236,8 @@ local function range(first, n, like)
     return lc.arange(first, first + n, 1, { dtype = like.dtype == "f64" and "f64" or "f32", device = like.device })
 end
 
---- Masks of a tile: `rows` queries from `at` on (from 0) against the first n keys of rows of t. how: start (left padding;
---- the result's `real` is 1 for rows that are no padding), teacher_window (`teacher`: what that leaves out).
+--- Masks of a tile: `rows` queries from `at` on (from 0) against the first n keys of rows of t. how: start (left
+--- padding; the result's `real` is 1 for rows that are no padding), teacher_window (`teacher`: what that leaves out).
 function M.tile_masks(a, at, rows, n, t, like, how)
     local i, j = range(at, rows, like):reshape(rows, 1), range(0, n, like):reshape(1, n)
     local pad = how.start

@@ -1,6 +1,6 @@
--- attention_tiles.lua: the cross entropy between the attention weights of teacher and student, in tiles of query rows: a
--- tile's weights are made, compared, differentiated and forgotten, so memory grows with the length, not with its square.
--- Each row's loss is the reference's: -sum_j true_j log_softmax(log max(pred, 1e-12))_j over all key columns.
+-- attention_tiles.lua: the cross entropy between the attention weights of teacher and student, in tiles of query rows:
+-- a tile's weights are made, compared, differentiated and forgotten, so memory grows with the length, not with its
+-- square. Each row's loss is the reference's: -sum_j true_j log_softmax(log max(pred, 1e-12))_j over all key columns.
 local lc = require "lolcats"
 local attention = require "lolcats.attention"
 
@@ -74,9 +74,10 @@ local function run(a, x, want, how)
     return total, grads
 end
 
---- Mean over all rows of the cross entropy of the student's weights, as a tensor of one element with its gradient. a: the
---- student's record; q [b, h, t, d], k [b, g, t, d], fq and fk [b, h, t, F]. ctx: start (left padding; its rows do not
---- count), window (the teacher's own). opts: q_true, k_true (the teacher's, where they are not the student's), tile.
+--- Mean over all rows of the cross entropy of the student's weights, as a tensor of one element with its gradient. a:
+--- the student's record; q [b, h, t, d], k [b, g, t, d], fq and fk [b, h, t, F]. ctx: start (left padding; its rows do
+--- not count), window (the teacher's own). opts: q_true, k_true (the teacher's, where they are not the student's),
+--- tile.
 function M.xent(a, q, k, fq, fk, ctx, opts)
     opts = opts or {}
     local fine = q.dtype == "f64" and "f64" or "f32" -- halves are compared in f32

@@ -1,6 +1,6 @@
--- attention_types.lua: the attentions by the reference's names (`attention_type` of its model files): what each means as
--- options of lc.linearize. Several names are one attention here, since they differ only in how they compute; where the
--- numbers differ, the options do.
+-- attention_types.lua: the attentions by the reference's names (`attention_type` of its model files): what each means
+-- as options of lc.linearize. Several names are one attention here, since they differ only in how they compute; where
+-- the numbers differ, the options do.
 local lc = require "lolcats"
 local bridge = require "lolcats.core.ffi"
 

@@ -1,6 +1,6 @@
--- blockwise.lua: lc.blockwise: linearizes a model in blocks of a few layers, with the memory of one block. Each block is
--- read from the model's files, taught on the true hidden states that reach it (attention transfer, then LoRA against the
--- block's own softmax output), written, and dropped; the next block's inputs come from disk, from memory, or are
+-- blockwise.lua: lc.blockwise: linearizes a model in blocks of a few layers, with the memory of one block. Each block
+-- is read from the model's files, taught on the true hidden states that reach it (attention transfer, then LoRA against
+-- the block's own softmax output), written, and dropped; the next block's inputs come from disk, from memory, or are
 -- computed again from the tokens. A killed run goes on at its block. In the end the blocks are stitched to one student.
 -- With one layer a block and inputs on disk it is layer-major order: all rows through one layer before the next.
 --
@@ -58,11 +58,12 @@ function M.drop_model(model)
     collectgarbage()
 end
 
---- A block-wise run. opts: model (folder, GGUF file or Hub id), out, data (rows of lc.data), layers (a block, 1), student
---- (options of lc.linearize), transfer and lora (tables: steps or epochs, lr, schedule, clip, eval_every; transfer also
---- mse, xent; lora also rank, alpha, targets, dropout, objective "output" or "attention"; lora = false: no second stage),
---- inputs ("disk", "memory", "recompute"), shard (rows that are moved through a block at a time, 16), keep_inputs, batch,
---- accumulate, eval_rows (held-out rows looked at, 8), dtype, device, seed. :train() does all that is left to do.
+--- A block-wise run. opts: model (folder, GGUF file or Hub id), out, data (rows of lc.data), layers (a block, 1),
+--- student (options of lc.linearize), transfer and lora (tables: steps or epochs, lr, schedule, clip, eval_every;
+--- transfer also mse, xent; lora also rank, alpha, targets, dropout, objective "output" or "attention"; lora = false:
+--- no second stage), inputs ("disk", "memory", "recompute"), shard (rows that are moved through a block at a time, 16),
+--- keep_inputs, batch, accumulate, eval_rows (held-out rows looked at, 8), dtype, device, seed. :train() does all that
+--- is left to do.
 function M.new(opts)
     check(opts)
     local self = setmetatable({ opts = opts, out = opts.out, data = opts.data, seed = opts.seed or 0 }, Blockwise)
@@ -356,8 +357,8 @@ local function labelled(labels)
     return rows, wanted
 end
 
---- Perplexity of the stitched student (or, with {teacher = true}, of the model) over rows {ids =, labels =}, one block in
---- memory at a time: {ppl =, loss =, tokens =}.
+--- Perplexity of the stitched student (or, with {teacher = true}, of the model) over rows {ids =, labels =}, one block
+--- in memory at a time: {ppl =, loss =, tokens =}.
 function Blockwise:perplexity(rows, opts)
     local top = self:part(1, 0, { embed = true })
     local hidden = lc.no_grad(function()

@@ -6,8 +6,8 @@ local lc = require "lolcats"
 local M = {}
 
 -- ---- KL on logits ---------------------------------------------------------------------------------------------------
--- Loss and its gradient for the student's rows x [n, H], a chunk of rows at a time: ce * cross entropy + kl * T^2 * KL(teacher
--- || student) at temperature T, each a mean over the rows.
+-- Loss and its gradient for the student's rows x [n, H], a chunk of rows at a time: ce * cross entropy + kl * T^2 *
+-- KL(teacher || student) at temperature T, each a mean over the rows.
 local function logit_losses(x, y, head, wanted, how)
     local n, at, ce, kl = x:size(1), 0, 0, 0
     local grad = how.grad and lc.empty(x.shape, { dtype = x.dtype, device = x.device })
@@ -63,9 +63,10 @@ local function labelled(labels, ids)
     return rows, wanted
 end
 
---- Second-stage loss: ce (1) times the next-token loss plus kl (1) times the divergence from the teacher's distribution, over
---- labelled positions (or, with all = true, every position but the last). opts: temperature (1), chunk (rows whose logits are
---- held at once, 256). Returns the loss (a tensor with its gradient) and {ce =, kl =}, means over the rows.
+--- Second-stage loss: ce (1) times the next-token loss plus kl (1) times the divergence from the teacher's
+--- distribution, over labelled positions (or, with all = true, every position but the last). opts: temperature (1),
+--- chunk (rows whose logits are held at once, 256). Returns the loss (a tensor with its gradient) and {ce =, kl =},
+--- means over the rows.
 function M.distill_loss(student, ids, labels, opts)
     opts = opts or {}
     local how = { ce = opts.ce or 1, kl = opts.kl or 1, temperature = opts.temperature or 1, chunk = opts.chunk or 256 }
@@ -99,8 +100,8 @@ function M.distill_loss(student, ids, labels, opts)
 end
 
 -- ---- windows drawn smaller ------------------------------------------------------------------------------------------
---- Draws for each hybrid layer, with probability p, one of `sizes` (0: purely linear) as its window in the forwards that
---- follow, while gradients are recorded; evaluation always sees the whole window. p = 0 ends it. Call it once a
+--- Draws for each hybrid layer, with probability p, one of `sizes` (0: purely linear) as its window in the forwards
+--- that follow, while gradients are recorded; evaluation always sees the whole window. p = 0 ends it. Call it once a
 --- micro-step. The draws come from the seeded generator, so that a resumed run draws the same.
 function M.draw_windows(student, p, sizes)
     sizes = sizes or { 0 }
@@ -145,9 +146,9 @@ local function held_out_loss(student, rows)
     return sum / count
 end
 
---- What each hybrid layer costs: the loss on rows {ids =, labels =} when it alone is linear ("alone", the default) or when it
---- alone keeps softmax ("kept"). Returns a list of {layer =, loss =, cost =}, costliest first: the first ones are those
---- to keep (softmax_layers), and the loss to compare with (the teacher's, or all linear).
+--- What each hybrid layer costs: the loss on rows {ids =, labels =} when it alone is linear ("alone", the default) or
+--- when it alone keeps softmax ("kept"). Returns a list of {layer =, loss =, cost =}, costliest first: the first ones
+--- are those to keep (softmax_layers), and the loss to compare with (the teacher's, or all linear).
 function M.rank_layers(student, rows, opts)
     local mode = opts and opts.mode or "alone"
     if mode ~= "alone" and mode ~= "kept" then lc.fail("rank_layers: mode is 'alone' or 'kept', not '%s'", tostring(mode)) end
@@ -176,8 +177,8 @@ function M.rank_layers(student, rows, opts)
     return out, base
 end
 
---- Gives layers (positions from 1, negative from the end) their softmax attention back, for good: as if they had been named
---- in softmax_layers. Before LoRA, which leaves such layers out.
+--- Gives layers (positions from 1, negative from the end) their softmax attention back, for good: as if they had been
+--- named in softmax_layers. Before LoRA, which leaves such layers out.
 function M.keep_softmax(student, list)
     local kept, n = {}, #student.layers
     for i, layer in ipairs(student.layers) do kept[i] = not layer.student end

@@ -94,11 +94,12 @@ end
 
 --- A student that shares the teacher's frozen weights. opts: map (name, file or lc.feature_map), attention (one of the
 --- reference's names: see attention_types.lua), window (64), kind ("terrace", "sliding", "linear", or "scale": window
---- and linear part with a normaliser each), sinks (first tokens that every query keeps in its window), kernel ("untied",
---- "tied", "adapter", "none"), hidden_dim, tie_qk (one map for q and k), feature_dim, full, bias, skip, init ("identity",
---- "kaiming", "normal"), window_factor, affine, softmax_layers (positions of layers that keep their softmax attention),
---- train_window_factor, precision, map_options (plain values that a map finds as self.options), compat ("reference", or some
---- of "terrace,rope": quirks of the reference that published checkpoints and figures have; see QUIRKS).
+--- and linear part with a normaliser each), sinks (first tokens that every query keeps in its window), kernel
+--- ("untied", "tied", "adapter", "none"), hidden_dim, tie_qk (one map for q and k), feature_dim, full, bias, skip, init
+--- ("identity", "kaiming", "normal"), window_factor, affine, softmax_layers (positions of layers that keep their
+--- softmax attention), train_window_factor, precision, map_options (plain values that a map finds as self.options),
+--- compat ("reference", or some of "terrace,rope": quirks of the reference that published checkpoints and figures have;
+--- see QUIRKS).
 function M.linearize(teacher, opts)
     opts = opts or {}
     if type(teacher) ~= "table" or not teacher.layers then

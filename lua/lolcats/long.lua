@@ -49,8 +49,8 @@ end
 -- Whether a record's attention is the op's.
 local function plain_kind(a) return not (a.sinks or a.precision or a.compat or a.kind == "scale" or a.map.signed) end
 
---- The student's attention of a chunk q [b, h, t, d], k, v [b, g, t, d] that begins at ctx.seen, with gradients; ctx.state (a
---- table, empty at first) is moved on. Returns the output and both sides' features.
+--- The student's attention of a chunk q [b, h, t, d], k, v [b, g, t, d] that begins at ctx.seen, with gradients;
+--- ctx.state (a table, empty at first) is moved on. Returns the output and both sides' features.
 function M.attend(a, q, k, v, ctx)
     local h, t = q:size(2), q:size(3)
     if a.compat then lc.fail('compat = "reference" is not for training in chunks') end
@@ -162,8 +162,8 @@ local function teach(student, layer, x, ctx, states, how)
     return student:finish(layer, x, y, ctx)
 end
 
---- Attention transfer on texts of any length, as student:transfer; opts also chunk (tokens, 1024). Besides the activations of
---- a chunk it needs the teacher's keys and values of the text so far.
+--- Attention transfer on texts of any length, as student:transfer; opts also chunk (tokens, 1024). Besides the
+--- activations of a chunk it needs the teacher's keys and values of the text so far.
 function M.transfer(student, ids, opts)
     opts = opts or {}
     local how = { mse = opts.mse or 1000, xent = opts.xent or 0, backward = opts.backward ~= false, each = {}, last = 0 }
@@ -206,8 +206,8 @@ local function labelled(labels, at, n)
     return rows, wanted
 end
 
---- Next-token loss of a text of any length, chunk by chunk, each with its own backward (unless opts.backward is false): the
---- mean over all labels, as a number, and their count. opts: chunk (tokens, 1024), scale (of loss and gradients).
+--- Next-token loss of a text of any length, chunk by chunk, each with its own backward (unless opts.backward is false):
+--- the mean over all labels, as a number, and their count. opts: chunk (tokens, 1024), scale (of loss and gradients).
 function M.loss(model, ids, labels, opts)
     opts = opts or {}
     ids = model:check_ids(ids)

@@ -193,6 +193,9 @@ typedef struct lc_tok_spm {
     char *unk_surface;                     /* what the unknown token is decoded to; NULL: " U+2047 " */
     uint8_t *type;                         /* [size] or NULL */
     lc_tok_charsmap map;
+    uint32_t *lone; /* characters that are no pieces, but begin or end one, sorted; as symbols LC_TOK_LONE + i */
+    int32_t n_lone;
+    size_t from; /* where the ids of the word at hand begin */
     struct lc_tok_halves {
         int32_t a, b;
     } * halves; /* [size] or NULL: of what an unused piece was last made, for taking it apart again */
@@ -217,6 +220,9 @@ typedef struct lc_tok_unigram {
     size_t best_room;
     lc_tok_pieces path;
 } lc_tok_unigram;
+
+enum { LC_TOK_LONE = 1 << 28 };
+int32_t lc_tok_lone(const lc_tokenizer *t, uint32_t cp); /* the symbol of a lone character, -1 */
 
 enum { LC_TOK_CACHE_SLOTS = 1 << 15, LC_TOK_CACHE_WORD = 48, LC_TOK_LOW_CHARS = 0x800, LC_TOK_CUT_BITS = 1 << 16 };
 typedef struct lc_tok_cached {

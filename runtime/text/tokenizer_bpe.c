@@ -118,7 +118,8 @@ static lc_status mark_joinable(lc_tokenizer *t) {
     if (!t->joinable) return LC_ENOMEM;
     for (uint32_t i = 0; i <= t->merge_mask; i++) {
         const lc_tok_merge *m = &t->merge[i];
-        if (m->a == UINT32_MAX) continue;
+        if (m->a == UINT32_MAX || m->a >= LC_TOK_LONE || m->b >= LC_TOK_LONE)
+            continue; /* no cuts beside those anyway */
         const lc_tok_str *a = &t->token[m->a], *b = &t->token[m->b];
         if (!a->len || !b->len) return LC_OK; /* can_cut stays off */
         size_t len, at = a->len - 1;
@@ -181,6 +182,7 @@ static lc_status first_symbols(lc_tokenizer *t, const char *s, size_t n, int32_t
     for (size_t at = 0, len; at < n; at += len) {
         uint32_t cp = lc_tok_char(s + at, &len);
         int32_t id = affix ? affixed_char_id(t, s + at, len, at == 0, at + len == n, tmp) : char_id(t, s + at, len, cp);
+        if (id < 0) id = lc_tok_lone(t, cp);
         if (id >= 0) {
             if (unk) add_symbol(t, count, t->unk);
             unk = false;
@@ -272,6 +274,15 @@ static lc_status merge_symbols(lc_tokenizer *t, int32_t count) {
 
 /* An unused piece comes out as the pieces that it was made of. Those are shorter, so this ends. */
 static lc_status put_used(lc_tokenizer *t, int32_t id) {
+    if (id >= LC_TOK_LONE && t->byte_fallback) {
+        lc_tok_buf *c = &t->affixed;
+        c->len = 0;
+        LC_TRY(lc_tok_put_char(c, t->spm.lone[id - LC_TOK_LONE]));
+        for (size_t i = 0; i < c->len; i++) LC_TRY(lc_tok_put_id(&t->ids, t->byte_id[(unsigned char)c->p[i]]));
+        return LC_OK;
+    }
+    if (id >= LC_TOK_LONE) id = t->unk;
+    if (t->spm.n_lone && id == t->unk && t->ids.len > t->spm.from && t->ids.p[t->ids.len - 1] == id) return LC_OK;
     if (!t->spm.halves || t->spm.type[id] != LC_PIECE_UNUSED || t->spm.halves[id].a < 0)
         return lc_tok_put_id(&t->ids, id);
     LC_TRY(put_used(t, t->spm.halves[id].a));
@@ -285,6 +296,7 @@ static lc_status bpe_piece(lc_tokenizer *t, const char *s, size_t n) {
     if (!count) return LC_OK;
     if (count > 1) LC_TRY(merge_symbols(t, count));
     LC_TRY(LC_TOK_ROOM(&t->ids, (size_t)count));
+    t->spm.from = t->ids.len;
     for (int32_t i = 0; i >= 0; i = t->symbol[i].next) LC_TRY(put_used(t, t->symbol[i].id));
     if (t->symbol_room > 1 << 20) { /* one giant word should not keep its memory */
         free(t->symbol), free(t->heap);

@@ -36,8 +36,51 @@ static int as_converted(const void *a, const void *b) {
     return (x->b > y->b) - (x->b < y->b);
 }
 
+/* ---- lone characters --------------------------------------------------------------------------------------------- */
+
+static int by_code(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+int32_t lc_tok_lone(const lc_tokenizer *t, uint32_t cp) {
+    if (!t->spm.n_lone) return -1;
+    uint32_t *at = bsearch(&cp, t->spm.lone, (size_t)t->spm.n_lone, sizeof cp, by_code);
+    return at ? LC_TOK_LONE + (int32_t)(at - t->spm.lone) : -1;
+}
+
+/* SentencePiece joins symbols by their text: a character may join others without being a piece. */
+static lc_status find_lone(lc_tokenizer *t, const uint8_t *skip) {
+    lc_tok_spm *k = &t->spm;
+    size_t room = 0, len, count = 0;
+    for (int32_t i = 0; i < t->size; i++) {
+        const char *s = t->text.p + t->token[i].at;
+        size_t n = t->token[i].len, last = n - 1;
+        if (t->token[i].at == UINT32_MAX || !n || (skip && skip[i])) continue;
+        while (last && ((unsigned char)s[last] & 0xC0) == 0x80) last--;
+        for (int side = 0; side < 2; side++) {
+            uint32_t cp = lc_tok_char(side ? s + last : s, &len);
+            if (lc_tok_vocab_find(t, side ? s + last : s, len) >= 0) continue;
+            LC_TRY(lc_tok_grow((void **)&k->lone, &room, count, 1, sizeof *k->lone));
+            k->lone[count++] = cp;
+        }
+    }
+    if (count) qsort(k->lone, count, sizeof *k->lone, by_code);
+    for (size_t i = 0; i < count; i++)
+        if (!i || k->lone[i] != k->lone[i - 1]) k->lone[k->n_lone++] = k->lone[i];
+    return LC_OK;
+}
+
+static int32_t half(const lc_tokenizer *t, const char *s, size_t n, bool single) {
+    size_t len;
+    int32_t id = lc_tok_vocab_find(t, s, n);
+    return id < 0 && single ? lc_tok_lone(t, lc_tok_char(s, &len)) : id;
+}
+
+/* ---- cutting ----------------------------------------------------------------------------------------------------- */
+
 static bool stays_whole(const lc_tokenizer *t, int32_t id) {
-    return t->spm.own && t->spm.type && t->spm.type[id] == LC_PIECE_USER;
+    return id < t->size && t->spm.own && t->spm.type && t->spm.type[id] == LC_PIECE_USER;
 }
 
 static lc_status cuts_of(const lc_tokenizer *t, int32_t id, uint32_t rank, cuts *out) {
@@ -51,7 +94,7 @@ static lc_status cuts_of(const lc_tokenizer *t, int32_t id, uint32_t rank, cuts 
         lc_tok_char(s + at, &len);
         at += len, chars++;
         if (at >= n) break;
-        int32_t a = lc_tok_vocab_find(t, s, at), b = a < 0 ? -1 : lc_tok_vocab_find(t, s + at, n - at);
+        int32_t a = half(t, s, at, chars == 1), b = a < 0 ? -1 : half(t, s + at, n - at, all - chars == 1);
         if (a < 0 || b < 0 || stays_whole(t, a) || stays_whole(t, b)) continue;
         LC_TRY(LC_TOK_ROOM(out, 1));
         out->p[out->len++] = (cut){a, b, id, rank, chars, all - chars};
@@ -82,8 +125,8 @@ static lc_status by_scores(lc_tokenizer *t, const float *score, const uint8_t *s
 
 lc_status lc_tok_merges_derive(lc_tokenizer *t, const float *score, const uint8_t *skip, lc_tok_merge_order order) {
     cuts all = {0};
-    lc_status status = LC_OK;
-    if (order != LC_MERGES_BY_ID)
+    lc_status status = t->spm.own ? find_lone(t, skip) : LC_OK;
+    if (status == LC_OK && order != LC_MERGES_BY_ID)
         status = by_scores(t, score, skip, order == LC_MERGES_CONVERTED, &all);
     else
         for (int32_t i = 0; i < t->size && status == LC_OK; i++) status = cuts_of(t, i, (uint32_t)i, &all);

@@ -4,6 +4,7 @@
 --   lolcats tests/bench/attention_gpu.lua [--device cuda:0] [--sizes 1x1024,64x1024] [--json]
 local lc = require "lolcats"
 local log = require "lolcats.log"
+local attention = require "lolcats.attention"
 
 local args = lc.args {
     "Time the attention ops.",
@@ -15,6 +16,7 @@ local args = lc.args {
     { "sizes", { "1x1024", "1x2048", "1x4096", "1x16384", "16x4096", "64x1024" }, "batch x length" },
     { "ops", { "hybrid", "softmax" }, "hybrid, softmax" },
     { "seconds", 0.3, "a round lasts at least so long" },
+    { "custom", false, "also with features made ready: by themselves, and with Hedgehog's map written in Lua" },
     { "plain", false, "the plain twins" },
     { "json", false, "one JSON object on stdout" },
 }
@@ -89,15 +91,30 @@ for _, size in ipairs(args.sizes) do
             end)
             for _, x in ipairs(trained) do x:requires_grad_(false) end
         end
+        if args.custom then
+            local function features(x, w) -- as a map in Lua computes them: in f32, [b, h, t, 2 f]
+                local y = attention.repeat_heads(x:to "f32", H):matmul(w)
+                return lc.cat({ y:softmax(-1), (-y):softmax(-1) }, -1):to(args.dtype)
+            end
+            local function op(fq, fk)
+                return (lc.hybrid_attention(q, k, v, { mq = fq, mk = fk, factors = factors, map = "none", window = W }))
+            end
+            lc.no_grad(function()
+                local fq, fk = features(q, mq), features(k, mk)
+                r.ready = time(function() op(fq, fk) end)
+                r.custom = time(function() op(features(q, mq), features(k, mk)) end)
+            end)
+        end
         r.tflops = r.hybrid and flops / r.hybrid / 1e12
     end)
     lc.trim()
     result.sizes[size] = r
     local function ms(x) return x and ("%.4f"):format(x * 1e3) or "-" end
     rows[#rows + 1] = { size, ms(r.hybrid), ms(r.hybrid_transfer), ms(r.hybrid_both), r.tflops and ("%.0f"):format(r.tflops) or "-",
-                        ms(r.softmax), ms(r.softmax_both) }
+                        ms(r.softmax), ms(r.softmax_both), args.custom and ms(r.ready) or nil, args.custom and ms(r.custom) or nil }
 end
 if args.json then print(lc.files.to_json(result)) else
     print(("milliseconds a call, %s on %s, %d/%d heads of %d, window %d, %d learned features"):format(args.dtype, device, H, G, d, W, f))
-    print(log.table(rows, { "size", "hybrid", "+ maps' grad", "+ q,k,v grad", "TFLOP/s", "softmax", "+ q,k,v grad" }))
+    print(log.table(rows, { "size", "hybrid", "+ maps' grad", "+ q,k,v grad", "TFLOP/s", "softmax", "+ q,k,v grad",
+                            args.custom and "features ready" or nil, args.custom and "map in Lua" or nil }))
 end

@@ -5,6 +5,7 @@ local lc = require "lolcats"
 local files = require "lolcats.files"
 local maps = require "lolcats.feature_map"
 local attention = require "lolcats.attention"
+local tiles = require "lolcats.attention_tiles"
 
 -- The attention record of a case with fresh parameters.
 local function student(e, t, dtype)
@@ -53,6 +54,15 @@ local function run(c, e, t, dtype, tol, noise)
     for name, p in pairs(params(a)) do
         local g = p.grad or lc.zeros_like(p)
         c.close("grad_" .. name, g, t["grad_" .. name], tol.grad, tol.floor)
+    end
+    -- what a transfer step does: the fused op's squared error, and the weights' cross entropy in tiles
+    local in_tiles = student(e, t, dtype)
+    local tq, tk = attention.features(in_tiles, q, k, ctx)
+    local tiled = tiles.xent(in_tiles, q, k, tq, tk, ctx, { tile = 1 })
+    c.close("loss_xent, in tiles", tiled, t.loss_xent, tol.loss, tol.floor)
+    ;(lc.mse_loss(attention.hybrid(in_tiles, q, k, v, ctx), y_true:detach()) * 1000 + tiled):backward()
+    for name, p in pairs(params(in_tiles)) do
+        c.close("grad_" .. name .. ", in tiles", p.grad or lc.zeros_like(p), t["grad_" .. name], tol.grad, tol.floor)
     end
     -- the fused op
     local function squared_error(f)

@@ -1,6 +1,6 @@
 -- test_attention.lua: the attentions themselves: every built-in map under every learned kernel in its three forms with
--- gradients, the reference's names, windows of any size, sinks, separate normalisers, and the cross entropy of attention
--- weights in tiles.
+-- gradients, the reference's names, windows of any size, sinks, separate normalisers, and the cross entropy of
+-- attention weights in tiles.
 local t = dofile((arg and arg[0] or ""):match("^(.*/)") .. "harness.lua")
 local lc = require "lolcats"
 local maps = require "lolcats.feature_map"

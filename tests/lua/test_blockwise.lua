@@ -1,5 +1,5 @@
--- test_blockwise.lua: models in pieces: parts of a model, block-wise linearizing with inputs from disk, memory and anew,
--- killed and resumed, stitched; and that its peak memory does not depend on the number of blocks.
+-- test_blockwise.lua: models in pieces: parts of a model, block-wise linearizing with inputs from disk, memory and
+-- anew, killed and resumed, stitched; and that its peak memory does not depend on the number of blocks.
 local t = dofile((arg and arg[0] or ""):match("^(.*/)") .. "harness.lua")
 local lc = require "lolcats"
 local files = require "lolcats.files"

@@ -1,5 +1,5 @@
--- test_improve.lua: what goes beyond the reference's recipe: KL on logits in chunks, windows drawn smaller, a linear part
--- that fades in, the measured choice of kept layers.
+-- test_improve.lua: what goes beyond the reference's recipe: KL on logits in chunks, windows drawn smaller, a linear
+-- part that fades in, the measured choice of kept layers.
 local t = dofile((arg and arg[0] or ""):match("^(.*/)") .. "harness.lua")
 local lc = require "lolcats"
 local lora = require "lolcats.lora"

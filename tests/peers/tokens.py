@@ -143,14 +143,17 @@ def sentencepiece_models():
                                        hard_vocab_limit=False, character_coverage=.985, minloglevel=2, num_threads=1,
                                        **form)
         yield name, path + ".model"
-    for name in ("bpe", "bpe_user", "unigram", "unigram_bytes"):  # equal scores, and pieces that are not to be used
-        for kind in ("ties", "unused"):
+    # equal scores, pieces that are not to be used, and characters that are no pieces though pieces are made of them
+    for name in ("bpe", "bpe_bytes", "bpe_user", "unigram", "unigram_bytes"):
+        for kind in ("ties", "unused", "pruned"):
             m = pb.ModelProto()
             m.ParseFromString(open(os.path.join(FOLDER, name + ".model"), "rb").read())
-            for p in m.pieces:
-                if p.type == 1 and kind == "ties":
+            for i, p in enumerate(m.pieces):
+                if p.type == 1 and kind == "pruned" and len(p.piece) == 1 and R.random() < .15:
+                    p.piece = "\ue000%d" % i
+                elif p.type == 1 and kind == "ties":
                     p.score = -R.randrange(1, 30) * .1
-                elif p.type == 1 and len(p.piece) > 1 and R.random() < .25:
+                elif p.type == 1 and kind == "unused" and len(p.piece) > 1 and R.random() < .25:
                     p.type = 5
             path = os.path.join(FOLDER, "%s_%s.model" % (name, kind))
             open(path, "wb").write(m.SerializeToString())

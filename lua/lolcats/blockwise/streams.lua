@@ -1,6 +1,6 @@
--- blockwise/streams.lua: the hidden states that reach each block, row by row: written to disk once a block ("disk"), held
--- in memory ("memory"), or computed again from the tokens through the blocks before ("recompute"), a shard of rows at a
--- time. All three hand out the same rows in the same order: shards in turn, their rows shuffled.
+-- blockwise/streams.lua: the hidden states that reach each block, row by row: written to disk once a block ("disk"),
+-- held in memory ("memory"), or computed again from the tokens through the blocks before ("recompute"), a shard of rows
+-- at a time. All three hand out the same rows in the same order: shards in turn, their rows shuffled.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local data_module = require "lolcats.data"
@@ -106,8 +106,8 @@ local function put(self, b, s, rows)
     self.memory[s] = rows
 end
 
---- Sees to it that the inputs of block b can be had. After a restart they may have to be made from the last ones that are
---- there, or from the tokens.
+--- Sees to it that the inputs of block b can be had. After a restart they may have to be made from the last ones that
+--- are there, or from the tokens.
 function Streams:prepare(b)
     if self.kind == "recompute" then return end
     local first, owner, model = self.n_held > 0 and 0 or 1, self.owner, nil
