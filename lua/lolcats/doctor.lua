@@ -80,7 +80,7 @@ function doctor.report()
   local home = env "HOME" or "."
   local cache = env "XDG_CACHE_HOME" or home .. "/.cache"
   put("cache", "%s", folder_state(cache .. "/lolcats"))
-  put("Hub cache", "%s", folder_state(env "HF_HUB_CACHE" or (env "HF_HOME" or cache .. "/huggingface") .. "/hub"))
+  put("Hub cache", "%s", folder_state(require("lolcats.hub").hf_cache()))
   put("history", "%s", (env "XDG_STATE_HOME" or home .. "/.local/state") .. "/lolcats/history")
   return rows
 end

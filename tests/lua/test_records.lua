@@ -102,6 +102,15 @@ for _, name in ipairs { "plain", "snappy", "zstd", "gzip", "delta" } do
     t.test("parquet, " .. name, function() t.eq(data.records(sample("parquet_" .. name, name .. ".parquet")), ROWS) end)
 end
 
+t.test("parquet, lists as old writers have them", function()
+    t.eq(data.records(sample("parquet_old_lists", "old.parquet")), {
+        { l = { 1, 2 }, r = { 7 }, g = { { a = 1 }, { a = NULL } }, t = { { x = 5 }, { x = 6 } } },
+        { l = NULL, r = {}, g = {}, t = {} },
+        { l = {}, r = { 8, 9 }, g = NULL, t = NULL },
+        { l = { 3 }, r = {}, g = { { a = 2 } }, t = { { x = 4 } } },
+    })
+end)
+
 t.test("refused: parquet cut anywhere, and bent anywhere without a crash", function()
     local text = files.read(sample("parquet_plain", "whole.parquet"))
     for n = 0, #text - 1, 37 do t.errors(function() all("cut.parquet", text:sub(1, n)) end, "cut.parquet") end
