@@ -20,9 +20,10 @@ local HOT = { "gemv_one", "gemv_denseI13__nv_bfloat16Li1", "decode_many", "decod
               "rope_rowsI13__nv_bfloat16", "swiglu_vectors", "swiglu_row13__nv_bfloat16", "adamw_vectors", "lce_rows", "tiles_forward",
               "tiles_gq", "tiles_gkv", "add_vectors" }
 
--- Where a few bytes are accepted: the gradient for all inputs at once holds more than 255 registers, and what goes to the stack is
--- read once a chunk.
-local KNOWN = { ["tile_kernelILi%d+ELi%d+ELi64ELb1"] = 32, segment_sums_kernel = 32 }
+-- Where bytes on the stack are known: calls of hybrid attention that are not the usual one (its window, map, both signs, no skip and no
+-- bias have an instance of their own, ..ELb1EE), 128 features of 64 inputs, four keys at a time in decoding, norms of rows above 8,192.
+local KNOWN = { ["tile_kernelILi%d+ELi%d+ELi64ELb%dELb0"] = 336, ["forward_kernelILi64ELi128ELi64"] = 80, segment_sums_kernel = 32,
+                ["decode_kernelILi%d+ELi4"] = 8, ["norm_back_rowsI13__nv_bfloat16Li8ELb0ELi1024"] = 16 }
 
 local function allowed(name)
     for pattern, bytes in pairs(KNOWN) do

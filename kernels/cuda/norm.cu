@@ -251,13 +251,15 @@ template <class T> static int run_norm_back(const lc_kargs *k, norm_back j) {
          done = !j.count;
     int64_t parts = norm_parts(j.count), n = j.n;
     if constexpr (sizeof(T) < 8) {
-        constexpr int MOST = sizeof(T) == 2 ? NORM_BLOCK / 2 : NORM_BLOCK; /* with gw */
+        constexpr int MOST = sizeof(T) == 2 ? NORM_BLOCK / 2 : NORM_BLOCK; /* with gw, and rows up to 8,192 */
         unsigned threads = norm_threads(n / V, BACK_PACKS, j.partial ? MOST : (int)NORM_BLOCK);
         if (packs && threads && !done) {
             done = true;
             j.n = n / V;
             if (j.partial)
                 LC_LAUNCH((norm_back_rows<T, V, true, MOST>), (unsigned)parts, threads, 0, j);
+            else if (threads <= MOST)
+                LC_LAUNCH((norm_back_rows<T, V, false, MOST>), (unsigned)j.count, threads, 0, j);
             else
                 LC_LAUNCH((norm_back_rows<T, V, false, NORM_BLOCK>), (unsigned)j.count, threads, 0, j);
         }
