@@ -150,7 +150,7 @@ local function distill(d) -- d: defaults of the arguments
         }
         for batch in run:steps() do
             drop_windows(run)
-            local loss = student:transfer(batch.ids, { scale = 1 / run.accumulate })
+            local loss = student:transfer(batch.ids, { scale = 1 / run.accumulate, wait = false })
             run:log { mse = loss * run.accumulate }
         end
         local summary = results:once("transfer", function() return run:summary() end)
