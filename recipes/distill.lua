@@ -56,6 +56,8 @@ local function distill(d) -- d: defaults of the arguments
         { "affine", d.affine or false, "weights g and 1 - g of window and linear part, not g and 1; with --window_factor 4 " ..
           "it starts as the window alone" },
         { "window_factor", d.window_factor or -2.1972245773362196, "where g starts, before its sigmoid" },
+        { "fade", d.fade or 0, "share of the first stage in which the linear part comes in, from 1/500 of its weight; 0: at once",
+          min = 0, max = 1 },
         { "softmax_layers", d.softmax_layers or {}, "layers that keep softmax: positions from 1, negative from the end" },
         { "keep_search", d.keep_search or 0, "after transfer, so many layers get their softmax back: the costliest, as measured",
           min = 0 },
@@ -119,8 +121,14 @@ local function distill(d) -- d: defaults of the arguments
     local function optimizer(lr) return lc.optim.named(args.optim, { lr = lr, weight_decay = args.weight_decay }) end
     local function steps_or_epochs(n) return n > 0 and n or nil, n == 0 and args.epochs or nil end
 
+    local function fade(done, updates) -- done: updates so far
+        local f = args.transfer and args.window > 0 and args.fade * updates or 0
+        student:fade(done < f and 500 ^ (done / f - 1) or 1)
+    end
+
     perplexity("teacher_ppl", "teacher")
     sample("teacher_sample", teacher)
+    fade(0, 1)
     perplexity("swapped_ppl")
     if args.window > 0 then perplexity("swapped_window_ppl", "window") end
     sample("swapped_sample", student)
@@ -142,6 +150,7 @@ local function distill(d) -- d: defaults of the arguments
             max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
             eval_every = args.eval_every, metric = "mse", eval = function()
                 local mse = 0
+                student:fade(1)
                 for _, row in ipairs(watched) do
                     mse = mse + student:transfer(row.ids, { backward = false }) / #watched
                 end
@@ -150,9 +159,11 @@ local function distill(d) -- d: defaults of the arguments
         }
         for batch in run:steps() do
             drop_windows(run)
+            fade(run.step, run.updates)
             local loss = student:transfer(batch.ids, { scale = 1 / run.accumulate })
             run:log { mse = loss * run.accumulate }
         end
+        student:fade(1)
         local summary = results:once("transfer", function() return run:summary() end)
         perplexity("transfer_ppl")
         if args.window > 0 then perplexity("transfer_window_ppl", "window") end
