@@ -56,7 +56,7 @@ local function distill(d) -- d: defaults of the arguments
         { "affine", d.affine or false, "weights g and 1 - g of window and linear part, not g and 1; with --window_factor 4 " ..
           "it starts as the window alone" },
         { "window_factor", d.window_factor or -2.1972245773362196, "where g starts, before its sigmoid" },
-        { "fade", d.fade or 0, "share of the first stage in which the linear part comes in, from 1/500 of its weight; 0: at once",
+        { "fade", d.fade or 0, "the linear part starts at 1/500 of its weight; without transfer it comes in over this share of the updates",
           min = 0, max = 1 },
         { "softmax_layers", d.softmax_layers or {}, "layers that keep softmax: positions from 1, negative from the end" },
         { "keep_search", d.keep_search or 0, "after transfer, so many layers get their softmax back: the costliest, as measured",
@@ -121,14 +121,17 @@ local function distill(d) -- d: defaults of the arguments
     local function optimizer(lr) return lc.optim.named(args.optim, { lr = lr, weight_decay = args.weight_decay }) end
     local function steps_or_epochs(n) return n > 0 and n or nil, n == 0 and args.epochs or nil end
 
-    local function fade(done, updates) -- done: updates so far
-        local f = args.transfer and args.window > 0 and args.fade * updates or 0
-        student:fade(done < f and 500 ^ (done / f - 1) or 1)
+    -- Swapped in as it starts, the linear part wrecks the model. The first stage trains it whole all the same, since each
+    -- layer learns by itself from true hidden states; without that stage it comes in while the second trains it.
+    local function fade(run)
+        local n = args.window > 0 and args.fade * (run and run.updates or 1) or 0
+        local done = run and run.step or 0
+        student:fade(done < n and 500 ^ (done / n - 1) or 1)
     end
 
     perplexity("teacher_ppl", "teacher")
     sample("teacher_sample", teacher)
-    fade(0, 1)
+    fade()
     perplexity("swapped_ppl")
     if args.window > 0 then perplexity("swapped_window_ppl", "window") end
     sample("swapped_sample", student)
@@ -150,7 +153,6 @@ local function distill(d) -- d: defaults of the arguments
             max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
             eval_every = args.eval_every, metric = "mse", eval = function()
                 local mse = 0
-                student:fade(1)
                 for _, row in ipairs(watched) do
                     mse = mse + student:transfer(row.ids, { backward = false }) / #watched
                 end
@@ -159,17 +161,16 @@ local function distill(d) -- d: defaults of the arguments
         }
         for batch in run:steps() do
             drop_windows(run)
-            fade(run.step, run.updates)
             local loss = student:transfer(batch.ids, { scale = 1 / run.accumulate })
             run:log { mse = loss * run.accumulate }
         end
-        student:fade(1)
         local summary = results:once("transfer", function() return run:summary() end)
         perplexity("transfer_ppl")
         if args.window > 0 then perplexity("transfer_window_ppl", "window") end
         sample("transfer_sample", student)
         return summary
     end
+    if args.transfer then student:fade(1) end
     local transfer = args.transfer and transfer_stage() or {}
 
     student:draw_windows(0)
@@ -193,12 +194,14 @@ local function distill(d) -- d: defaults of the arguments
         optim = optimizer(args.lora_lr), schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
         max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
         eval_every = args.eval_every, eval = function()
+            student:fade(1)
             local r = eval.perplexity_rows(student, watched)
             return { loss = r.loss, ppl = r.ppl }
         end,
     }
     for batch in run:steps() do
         drop_windows(run)
+        if not args.transfer then fade(run) end
         if args.kl > 0 then
             run:backward((student:distill_loss(batch.ids, batch.labels, { ce = 1 - args.kl, kl = args.kl })))
         else
@@ -206,7 +209,7 @@ local function distill(d) -- d: defaults of the arguments
         end
     end
     local lora = results:once("lora", function() return run:summary() end)
-    student:draw_windows(0)
+    student:draw_windows(0):fade(1)
     perplexity("lora_ppl")
     if args.window > 0 then perplexity("window_only_ppl", "window") end
     sample("lora_sample", student)
