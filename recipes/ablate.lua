@@ -4,12 +4,14 @@
 --   lolcats ablate --table 13 --seeds 0,1,2 -- --model smollm2 --data chitchat --seq 512
 --   lolcats ablate --sweep window=16,64 --sweep rank=4,8,16 -- --model DIR --data FILE.json
 --   lolcats ablate --table 16 --tiny
+--   lolcats ablate --table beyond -- --data alpaca.json --seq 512 --long_seq 2048     what each improvement brings
 local lc = require "lolcats"
 local files, plot, sweep, log = lc.files, lc.plot, require "lolcats.sweep", require "lolcats.log"
 
 local args = lc.args {
     "Run a recipe many times with different arguments and compare: a sweep, or a table of the paper.",
-    { "table", "none", "a table of the paper", { "none", "1", "3", "6", "11", "12", "13", "16" } },
+    { "table", "none", "a table of the paper; beyond: what goes beyond it, one by one",
+      { "none", "1", "3", "6", "11", "12", "13", "16", "beyond" } },
     { "sweep", {}, "NAME=VALUE,VALUE,..; several make a grid" },
     { "recipe", "distill", "what is run" },
     { "steps", 200, "updates a stage, from which a table's lengths follow", min = 1 },
@@ -85,6 +87,24 @@ TABLES["16"] = function(cells) -- length of the first stage; then 10 N updates o
         cells[#cells + 1] = cell(("%d updates"):format(k * N), t, k * N)
     end
 end
+TABLES["beyond"] = function(cells) -- the reference's recipe, distill_smollm2's default, and the default with one thing changed
+    local function add(label, given)
+        local c = cell(label, both(given))
+        c.recipe = "distill_smollm2"
+        cells[#cells + 1] = c
+    end
+    add("the reference's", { schedule = "constant", transfer_lr = 1e-2, lora_lr = 1e-4, train_maps = false, fade = 0 })
+    add("default", {})
+    add("maps trained in stage 1 alone", { train_maps = false })
+    add("KL on logits, a fifth", { kl = 0.2 })
+    add("window dropped 1 in 5", { window_drop = 0.2 })
+    add("4 layers kept by search", { keep_search = 4 })
+    add("norm-preserving map", { map = "hedgehog_norm" })
+    add("gated map", { map = "hedgehog_gated" })
+    add("1 sink", { sinks = 1 })
+    add("no transfer", { transfer = false })
+    add("no transfer, no fade", { transfer = false, fade = 0 })
+end
 
 local cells
 if args.table ~= "none" then
@@ -111,6 +131,11 @@ sweep.run { recipe = args.recipe, cells = cells, fixed = fixed, seeds = args.see
 local columns = { { "teacher_ppl", "teacher" }, { "swapped_ppl", "swapped" }, { "transfer_ppl", "transfer" },
                   { "lora_ppl", "LoRA" },
                   { "window_only_ppl", "window only" } }
+for _, c in ipairs(cells) do
+    if c.values.long_ppl then
+        columns[6], columns[7] = { "long_ppl", "long rows" }, { "long_window_only_ppl", "window only" }
+    end
+end
 if args.metric ~= "lora_ppl" then columns[#columns + 1] = { args.metric, args.metric } end
 local keys = {}
 for i, c in ipairs(columns) do keys[i] = c[1] end

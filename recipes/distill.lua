@@ -19,6 +19,7 @@ local function distill(d) -- d: defaults of the arguments
         { "records", d.records or 0, "records of the data to read; 0: all", min = 0 },
         { "hold_out", d.hold_out or 0.05, "records held out: a number, or a share below 1" },
         { "eval_rows", d.eval_rows or 16, "held-out rows that the table's perplexities are measured on", min = 1 },
+        { "long_seq", d.long_seq or 0, "the result is measured on held-out rows of so many tokens too; 0: no", min = 0 },
         { "transfer_steps", d.transfer_steps or 0, "updates of the first stage; 0: by epochs", min = 0 },
         { "lora_steps", d.lora_steps or 0, "updates of the second stage; 0: by epochs", min = 0 },
         { "epochs", d.epochs or 2, "passes over the data a stage, when steps do not say" },
@@ -60,11 +61,16 @@ local function distill(d) -- d: defaults of the arguments
 
     local teacher = lc.load(args.model, { dtype = args.dtype, device = args.device }):freeze()
     log.say("%s", tostring(teacher))
-    local data = lc.data(args.data, { model = teacher, seq = args.seq, hold_out = args.hold_out,
-                                      limit = args.records > 0 and args.records or nil })
+    local function rows_of(seq)
+        return lc.data(args.data, { model = teacher, seq = seq, hold_out = args.hold_out,
+                                    limit = args.records > 0 and args.records or nil })
+    end
+    local data = rows_of(args.seq)
     log.say("%s", tostring(data))
     local student = lc.linearize(teacher, recipe.student(args))
-    local shown = report.new { args = args, teacher = teacher, student = student, data = data }
+    local long = args.long_seq > 1 and
+        rows_of(args.long_seq).held:list(math.max(1, math.floor(args.eval_rows * args.seq / args.long_seq))) or nil
+    local shown = report.new { args = args, teacher = teacher, student = student, data = data, long = long }
     local function optimizer(lr) return lc.optim.named(args.optim, { lr = lr, weight_decay = args.weight_decay }) end
     local function steps_or_epochs(n) return n > 0 and n or nil, n == 0 and args.epochs or nil end
 
