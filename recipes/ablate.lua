@@ -4,6 +4,7 @@
 --   lolcats ablate --table 13 --seeds 0,1,2 -- --model smollm2 --data chitchat --seq 512
 --   lolcats ablate --sweep window=16,64 --sweep rank=4,8,16 -- --model DIR --data FILE.json
 --   lolcats ablate --table 16 --tiny
+--   lolcats ablate --table beyond -- --data alpaca.json --seq 512 --long_seq 2048     what each improvement brings
 local lc = require "lolcats"
 local files, plot, sweep, log = lc.files, lc.plot, require "lolcats.sweep", require "lolcats.log"
 local tables = require "lolcats.paper_tables"
@@ -11,7 +12,7 @@ local tables = require "lolcats.paper_tables"
 local args = lc.args {
     "Run a recipe many times with different arguments and compare: a sweep, or a table of the paper.",
     { "table", "none", "a table of the paper: 1 transfer or not, 3 blocks, 6 components, 11 rank, 12 projections, 13 window, " ..
-      "16 length of transfer", { "none", unpack(tables.names()) } },
+      "16 length of transfer; or beyond: what goes beyond it, one by one", { "none", unpack(tables.names()) } },
     { "sweep", {}, "NAME=VALUE,VALUE,..; several make a grid" },
     { "recipe", "distill", "what is run" },
     { "steps", 200, "updates a stage, from which a table's lengths follow", min = 1 },
@@ -55,14 +56,16 @@ sweep.run { recipe = args.recipe, cells = cells, fixed = fixed, seeds = args.see
 
 -- The table, the plot, the values.
 local columns = { { "teacher_ppl", "teacher" }, { "swapped_ppl", "swapped" }, { "transfer_ppl", "transfer" },
-                  { "lora_ppl", "LoRA" }, { "window_only_ppl", "window only" } }
+                  { "lora_ppl", "LoRA" }, { "window_only_ppl", "window only" },
+                  { "long_ppl", "long rows" }, { "long_window_only_ppl", "window only" } }
 for _, name in ipairs(args.tasks) do columns[#columns + 1] = { name, name } end
 if #args.tasks > 1 then columns[#columns + 1] = { "mean_accuracy", "mean" } end
 if args.text ~= "" then columns[#columns + 1] = { "text_ppl", "other text" } end
 if not sweep.has(columns, args.metric) then columns[#columns + 1] = { args.metric, args.metric } end
 local text = sweep.table(cells, columns)
 print(text)
-local how = { title = chosen and ("Table %s: %s"):format(args.table, chosen.title) or "sweep of " .. sweep.names(axes),
+local title = chosen and chosen.title or "sweep of " .. sweep.names(axes)
+local how = { title = args.table:match "%d" and ("Table %s: %s"):format(args.table, title) or title,
               metric = args.metric, label = sweep.label(columns, args.metric),
               xlabel = chosen and chosen.xlabel or not chosen and axes[#axes].name or nil }
 files.write(args.out .. "/ablate.svg", sweep.svg(cells, how))
@@ -71,4 +74,4 @@ files.write(args.out .. "/table.txt", text .. "\n")
 files.write(args.out .. "/results.csv", sweep.csv(cells, columns))
 print(("\nPerplexity on held-out rows%s%s; %s/table.txt, results.csv, ablate.svg"):format(
     #args.seeds > 1 and ", mean and deviation over seeds" or "",
-    chosen and "; paper: " .. chosen.paper or "", args.out))
+    chosen and chosen.paper and "; paper: " .. chosen.paper or "", args.out))

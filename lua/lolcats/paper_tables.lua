@@ -1,6 +1,6 @@
 -- paper_tables.lua: tables of the LoLCATs paper as sweeps of recipes/ablate.lua: which runs each has, and what the paper
--- found in their place, to compare shapes with; its models, data and lengths are others. Lengths follow from N, the
--- updates of a stage.
+-- found in their place, to compare shapes with; its models, data and lengths are others. And a table of what goes beyond
+-- it. Lengths follow from N, the updates of a stage.
 local M = {}
 
 local MAPS = { { "T2R", "t2r" }, { "Hedgehog", "hedgehog" } }
@@ -90,7 +90,31 @@ M["16"] = { title = "length of attention transfer; then 10 times N updates of Lo
     return out
 end }
 
+-- The reference's recipe, distill_smollm2's default, and the default with one thing changed.
+local BEYOND = {
+    { "the reference's", { schedule = "constant", transfer_lr = 1e-2, lora_lr = 1e-4, train_maps = false, fade = 0 } },
+    { "default", {} },
+    { "maps trained in stage 1 alone", { train_maps = false } },
+    { "KL on logits, a fifth", { kl = 0.2 } },
+    { "window dropped 1 in 5", { window_drop = 0.2 } },
+    { "4 layers kept by search", { keep_search = 4 } },
+    { "norm-preserving map", { map = "hedgehog_norm" } },
+    { "gated map", { map = "hedgehog_gated" } },
+    { "1 sink", { sinks = 1 } },
+    { "no transfer", { transfer = false } },
+    { "no transfer, no fade", { transfer = false, fade = 0 } },
+}
+M.beyond = { title = "what goes beyond the reference", cells = function(N)
+    local out = {}
+    for i, row in ipairs(BEYOND) do
+        local t = {}
+        for k, v in pairs(row[2]) do t[k] = v end
+        out[i] = { label = row[1], recipe = "distill_smollm2", args = both(N, t) }
+    end
+    return out
+end }
+
 --- Names of the tables, in order.
-function M.names() return { "1", "3", "6", "11", "12", "13", "16" } end
+function M.names() return { "1", "3", "6", "11", "12", "13", "16", "beyond" } end
 
 return M
