@@ -33,7 +33,8 @@ local function context_of(row, args)
 end
 
 --- A report. o: args (out, seq, window, eval_rows, sample, prompt, seed, model, data, map, device), teacher, student,
---- data, long (held-out rows of another length that the result is measured on too). .held are the rows that perplexities are measured on, .watched the few to look at while training.
+--- data, long (held-out rows of another length that the result is measured on too). .held are the rows that
+--- perplexities are measured on, .watched the few to look at while training.
 function M.new(o)
     local args = o.args
     if not o.data.held then lc.fail("hold_out is 0: there is nothing to measure perplexity on") end
