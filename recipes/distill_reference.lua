@@ -124,8 +124,8 @@ local function distill(d)
 
     -- 1. Attention transfer.
     if args.load_distill_checkpoint then
-        checkpoint.load(student, args.load_distill_checkpoint == "default" and paths.distill or
-                        args.load_distill_checkpoint)
+        checkpoint.load_all(student, args.load_distill_checkpoint == "default" and paths.distill or
+                            args.load_distill_checkpoint)
     end
     local function save_maps(file, values, step)
         checkpoint.save(student, file, { step = step, ["distill/eval/loss"] = values.loss }, args.format, "maps")
@@ -133,6 +133,11 @@ local function distill(d)
     if blocks then
         checkpoint.load(student, blocks.folder)
         save_maps(paths.distill, blocks, blocks.step)
+        for _, b in ipairs(args.format == "pt" and blocks.blocks or {}) do -- as the scripts for blocks name them
+            local file = names.block(args.checkpoint_dir .. "/" .. paths.names.distill, b.first - 1, b.last - 1,
+                                     #student.layers)
+            checkpoint.save(student, file, { step = b.step, ["distill/eval/loss"] = b.loss }, "pt", "maps", b)
+        end
     elseif trains_first then
         local s = stage.train {
             name = "distill", out = folder(paths.distill), tree = first, student = student,

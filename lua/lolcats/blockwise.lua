@@ -59,9 +59,10 @@ function M.drop_model(model)
 end
 
 --- A block-wise run. opts: model (folder, GGUF file or Hub id), out, data (rows of lc.data), layers (a block, 1),
---- student (options of lc.linearize), transfer and lora (tables: steps or epochs, lr, schedule, clip, eval_every;
---- transfer also mse, xent; lora also rank, alpha, targets, dropout, objective "output" or "attention"; lora = false:
---- no second stage), inputs ("disk", "memory", "recompute"), shard (rows that are moved through a block at a time, 16),
+--- student (options of lc.linearize), transfer and lora (tables: steps or epochs, optim (a name: adamw), optim_options,
+--- lr, weight_decay, schedule (a name, or {name =, ...} as a configuration has it), clip, eval_every; transfer also
+--- mse, xent; lora also rank, alpha, targets, dropout, objective "output" or "attention"; lora = false: no second
+--- stage), inputs ("disk", "memory", "recompute"), shard (rows that are moved through a block at a time, 16),
 --- keep_inputs, batch, accumulate, eval_rows (held-out rows looked at, 8), dtype, device, seed. :train() does all that
 --- is left to do.
 function M.new(opts)
@@ -140,12 +141,17 @@ local function student_options(self, block)
 end
 
 local function optimizer(how, lr)
-    return lc.adamw { lr = how.lr or lr, weight_decay = how.weight_decay or 0 }
+    local opts = {}
+    for k, v in pairs(how.optim_options or {}) do opts[k] = v end
+    opts.lr, opts.weight_decay = how.lr or lr, how.weight_decay or 0
+    return lc.optim.named(how.optim or "adamw", opts)
 end
 
 local function run_of(self, name, how, params, lr, data, evaluate)
+    local schedule = how.schedule or "constant"
+    if type(schedule) == "table" then schedule = lc.optim.named_schedule(schedule.name, schedule) end
     return lc.run {
-        name = name, out = self.out, data = data, params = params, optim = optimizer(how, lr), schedule = how.schedule or "constant",
+        name = name, out = self.out, data = data, params = params, optim = optimizer(how, lr), schedule = schedule,
         clip = how.clip, max_steps = how.steps, epochs = not how.steps and (how.epochs or 1) or nil, batch = self.opts.batch or 1,
         accumulate = self.opts.accumulate or 1, eval = evaluate, eval_every = how.eval_every or 100, metric = "loss",
         load_best = how.load_best, seed = self.seed, quiet = self.opts.quiet, save_seconds = how.save_seconds,

@@ -75,6 +75,28 @@ function M.load(student, path)
     return taken
 end
 
+--- The files of a block-wise first stage (...-in=000-out=008_distill.pt) that belong together with one of them, in order;
+--- any other path alone.
+function M.files_of(path)
+    local head, tail = path:match "^(.*%-in=)%d+%-out=%d+(_distill[_%d]*%.pt)$"
+    if not head then return { path } end
+    local out, dir, stem = {}, files.dirname(path), files.basename(head)
+    for _, name in ipairs(files.list(dir)) do
+        if name:sub(1, #stem) == stem and name:sub(#stem + 1):match "^%d+%-out=%d+(.*)$" == tail then
+            out[#out + 1] = dir .. "/" .. name
+        end
+    end
+    table.sort(out)
+    return out
+end
+
+--- Loads a checkpoint as M.load does; where it is a block's, those of all blocks.
+function M.load_all(student, path)
+    local taken = 0
+    for _, file in ipairs(M.files_of(path)) do taken = taken + M.load(student, file) end
+    return taken
+end
+
 --- Sorts a list of adapter tensors as modules stand in the reference: a projection's A, then its B.
 function M.in_order(list)
     local place = {}
@@ -91,8 +113,9 @@ function M.in_order(list)
 end
 
 --- Writes what was trained. values: step and the metric. format: "pt", or "folder" (student:save). what: "maps" (maps
---- and window factors that were trained), or "trained" (adapters and whatever else is trained now).
-function M.save(student, path, values, format, what)
+--- and window factors that were trained), or "trained" (adapters and whatever else is trained now). block ({first =,
+--- last =}, layers from 1): only the maps of these layers, which then count from 0, as in a block's file.
+function M.save(student, path, values, format, what, block)
     path = M.fits(path)
     files.make_dirs(files.dirname(path))
     if format ~= "pt" or not path:match "%.pt$" then -- the scripts for many GPUs name folders
@@ -102,7 +125,11 @@ function M.save(student, path, values, format, what)
     local list = {}
     if what == "maps" then
         for _, p in ipairs(student:map_params()) do
-            if p.tensor.requires_grad then list[#list + 1] = { name = p.name, tensor = p.tensor:detach() } end
+            local at = block and tonumber(p.name:match "layers%.(%d+)%.") + 1
+            if p.tensor.requires_grad and (not block or at >= block.first and at <= block.last) then
+                local name = block and p.name:gsub("layers%.%d+%.", ("layers.%d."):format(at - block.first)) or p.name
+                list[#list + 1] = { name = name, tensor = p.tensor:detach() }
+            end
         end
     else
         for _, p in ipairs(trained(student)) do
@@ -168,11 +195,11 @@ function M.open(path, opts)
     end
     local student = lc.linearize(base, options)
     if path:match "_distill[_%d]*%.pt$" then
-        M.load(student, path)
+        M.load_all(student, path)
         return student:use_linear()
     end
     local first = opts.distill or first_stage(path)
-    if first then M.load(student, first) else log.say("%s: no file of the first stage beside it", path) end
+    if first then M.load_all(student, first) else log.say("%s: no file of the first stage beside it", path) end
     student:use_linear()
     local found, experiment = pcall(configs.load, "experiment", about.finetune, dir)
     local lora = found and configs.lora_options(experiment) or nil

@@ -177,7 +177,8 @@ end
 --- The copy of a checkpoint that belongs to an update.
 function M.periodic(path, step) return replace(path, ".pt", ("_%d.pt"):format(step)) end
 
---- The file of a block of layers (first and last, from 0) of a model of n layers.
+--- The file of a block of layers (first and last, from 0) of a model of n layers; path: CHECKPOINT_DIR/NAME, for the
+--- scripts for blocks have no folder of the model's.
 function M.block(path, first, last, n)
     local form = "%0" .. #tostring(n) .. "d"
     return (path:gsub("_distill%.pt$", "") .. ("-in=" .. form .. "-out=" .. form .. "_distill.pt"):format(first, last))

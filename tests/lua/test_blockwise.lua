@@ -106,6 +106,23 @@ t.test("both stages learn; the other objective and kept layers work", function()
     t.errors(function() blockwise.new(options("no", { layer = 2 })) end, "no option 'layer'")
 end)
 
+t.test("every kind of student, optimizer and schedule; stitched, it is the same", function()
+    for i, student in ipairs { { window = 4, kind = "sliding", sinks = 2, affine = true, window_factor = 1 },
+                               { window = 0, kind = "linear", map = "t2r", init = "kaiming", tie_qk = true },
+                               { window = 4, kernel = "adapter", train_window_factor = false } } do
+        local bw = blockwise.new(options("kind" .. i, {
+            student = student, layers = 3, transfer = { steps = 3, lr = 1e-3, optim = "sgd", optim_options = { momentum = 0.9 },
+                                                        schedule = { name = "cosine_warmup", num_warmup_steps = 1 } },
+            lora = { steps = 2, optim = "adafactor", lr = 1e-2, rank = 2, targets = { "q_proj", "o_proj" },
+                     schedule = { name = "reduce_lr_on_plateau", patience = 1, min_lr = 0 } },
+        }))
+        local held = bw.data.held:list(2)
+        local loaded = lc.load(bw:train(), { base = model_folder(5) })
+        t.close({ bw:perplexity(held).ppl }, { lc.no_grad(eval.perplexity_rows, loaded, held).ppl }, 1e-5)
+        for k, v in pairs(student) do t.eq(loaded.settings[k], v, k) end
+    end
+end)
+
 t.test("stopped anywhere, it goes on to the same result", function()
     for _, kind in ipairs { "disk", "recompute" } do
         local stops = { { 1, "transfer", 5 }, { 1, "lora", 3 }, { 2, "lora", 9 }, { 3, "transfer", 1 } }

@@ -116,6 +116,15 @@ t.test("the first stage in blocks", function()
     local f = files.open_tensors(root .. "/b/checkpoints/" .. M .. "/" .. fits(first .. "_distill.pt"))
     t.eq(#f:names(), 6)
     f:close()
+    -- a file a block, under the names of the scripts for blocks; named one of them, all of them are loaded
+    local last = root .. "/b/checkpoints/" .. first .. "-in=1-out=1_distill.pt"
+    f = files.open_tensors(last)
+    t.eq(#f:names(), 3)
+    t.ok(table.concat(f:names(), " "):find("model.layers.0.self_attn.feature_map_k.mlp.layer", 1, true))
+    f:close()
+    status, _, err = distill("b", BOTH .. " --max_steps 2 --no_init_eval --load_distill_checkpoint '" .. last .. "'")
+    t.eq(status, 0, err)
+    t.ok(err:match "in=0%-out=0_distill.pt: 3 tensors loaded.*in=1%-out=1_distill.pt: 3 tensors loaded", err)
 end)
 
 t.test("names of the scripts for many GPUs, with folders in them", function()
