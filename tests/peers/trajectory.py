@@ -17,7 +17,6 @@ import torch.nn.functional as F  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AttentionInterface, AutoModelForCausalLM  # noqa: E402
-from transformers.models.llama import modeling_llama  # noqa: E402
 
 
 class Maps(torch.nn.Module):
@@ -87,7 +86,7 @@ def in_double(model):
         angles = torch.cat([angles, angles], -1)
         return angles.cos(), angles.sin()
 
-    modeling_llama.LlamaRMSNorm.forward, modeling_llama.LlamaRotaryEmbedding.forward = norm, rotary
+    type(model.model.norm).forward, type(model.model.rotary_emb).forward = norm, rotary
     return model.double()
 
 
@@ -178,7 +177,11 @@ def main(folder, limit):
         tuned.double()
 
     def learn(ids, labels, share):
-        loss = tuned(input_ids=ids, labels=labels, use_cache=False).loss
+        if s["dtype"] == "f64":  # transformers' own loss rounds the logits to float32
+            logits = tuned(input_ids=ids, use_cache=False).logits
+            loss = F.cross_entropy(logits[0, :-1], labels[0, 1:])
+        else:
+            loss = tuned(input_ids=ids, labels=labels, use_cache=False).loss
         (loss * share).backward()
         return loss.item()
 
