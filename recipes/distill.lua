@@ -19,6 +19,7 @@ local function distill(d) -- d: defaults of the arguments
         { "records", d.records or 0, "records of the data to read; 0: all", min = 0 },
         { "hold_out", d.hold_out or 0.05, "records held out: a number, or a share below 1" },
         { "eval_rows", d.eval_rows or 16, "held-out rows that the table's perplexities are measured on", min = 1 },
+        { "long_seq", d.long_seq or 0, "the result is measured on held-out rows of so many tokens too; 0: no", min = 0 },
         { "transfer_steps", d.transfer_steps or 0, "updates of the first stage; 0: by epochs", min = 0 },
         { "lora_steps", d.lora_steps or 0, "updates of the second stage; 0: by epochs", min = 0 },
         { "epochs", d.epochs or 2, "passes over the data a stage, when steps do not say" },
@@ -43,6 +44,8 @@ local function distill(d) -- d: defaults of the arguments
         { "transfer", d.transfer ~= false, "first stage: maps learn to copy attention; --no-transfer leaves it out" },
         { "train_maps", d.train_maps or false, "the second stage trains maps and window factors too" },
         -- beyond the reference
+        { "fade", d.fade or 0, "the linear part starts at 1/500 of its weight; without transfer it comes in over this share of " ..
+          "the updates", min = 0, max = 1 },
         { "keep_search", d.keep_search or 0, "after transfer, so many layers get their softmax back: the costliest, as measured",
           min = 0 },
         { "kl", d.kl or 0, "share of the second stage's loss that is the divergence from the teacher's distribution",
@@ -58,15 +61,29 @@ local function distill(d) -- d: defaults of the arguments
 
     local teacher = lc.load(args.model, { dtype = args.dtype, device = args.device }):freeze()
     log.say("%s", tostring(teacher))
-    local data = lc.data(args.data, { model = teacher, seq = args.seq, hold_out = args.hold_out,
-                                      limit = args.records > 0 and args.records or nil })
+    local function rows_of(seq)
+        return lc.data(args.data, { model = teacher, seq = seq, hold_out = args.hold_out,
+                                    limit = args.records > 0 and args.records or nil })
+    end
+    local data = rows_of(args.seq)
     log.say("%s", tostring(data))
     local student = lc.linearize(teacher, recipe.student(args))
-    local shown = report.new { args = args, teacher = teacher, student = student, data = data }
+    local long = args.long_seq > 1 and
+        rows_of(args.long_seq).held:list(math.max(1, math.floor(args.eval_rows * args.seq / args.long_seq))) or nil
+    local shown = report.new { args = args, teacher = teacher, student = student, data = data, long = long }
     local function optimizer(lr) return lc.optim.named(args.optim, { lr = lr, weight_decay = args.weight_decay }) end
     local function steps_or_epochs(n) return n > 0 and n or nil, n == 0 and args.epochs or nil end
 
+    -- Swapped in as it starts, the linear part wrecks the model. The first stage trains it whole all the same, since each
+    -- layer learns by itself from true hidden states; without that stage it comes in while the second trains it.
+    local function fade(run)
+        local n = args.window > 0 and args.fade * (run and run.updates or 1) or 0
+        local done = run and run.step or 0
+        student:fade(done < n and 500 ^ (done / n - 1) or 1)
+    end
+
     shown:measure "teacher"
+    fade()
     shown:measure "swapped"
 
     local function drop_windows(run)
@@ -98,7 +115,10 @@ local function distill(d) -- d: defaults of the arguments
         end
         shown:measure("transfer", run)
     end
-    if args.transfer then transfer_stage() end
+    if args.transfer then
+        student:fade(1)
+        transfer_stage()
+    end
 
     student:draw_windows(0)
     if args.keep_search > 0 then
@@ -121,19 +141,21 @@ local function distill(d) -- d: defaults of the arguments
         optim = optimizer(args.lora_lr), schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
         max_steps = max_steps, epochs = epochs, accumulate = args.accumulate, seed = args.seed, fresh = args.fresh,
         eval_every = args.eval_every, eval = function()
+            student:fade(1)
             local r = eval.perplexity_rows(student, shown.watched)
             return { loss = r.loss, ppl = r.ppl }
         end,
     }
     for batch in run:steps() do
         drop_windows(run)
+        if not args.transfer then fade(run) end
         if args.kl > 0 then
             run:backward((student:distill_loss(batch.ids, batch.labels, { ce = 1 - args.kl, kl = args.kl })))
         else
             run:learn(student, batch.ids, batch.labels)
         end
     end
-    student:draw_windows(0)
+    student:draw_windows(0):fade(1)
     shown:measure("lora", run)
     student:save(args.out .. "/student")
     shown:print()

@@ -1,5 +1,6 @@
--- plot.lua: line charts of training curves: an SVG file that a browser shows, and dots of Braille in the terminal. A series is
--- {name =, x = {...}, y = {...}}; points that are no number leave a gap.
+-- plot.lua: charts: an SVG file that a browser shows, and dots of Braille in the terminal. Lines, for training curves
+-- and sweeps over a number: a series is {name =, x = {...}, y = {...}, dev = {...}}; points that are no number leave a
+-- gap, dev is a deviation up and down. Rows, for values that have names instead of numbers.
 local log = require "lolcats.log"
 local lc = require "lolcats"
 
@@ -12,10 +13,29 @@ local function range(series, key)
     local low, high = math.huge, -math.huge
     for _, s in ipairs(series) do
         for i, v in ipairs(s[key]) do
-            if finite(v) and finite(s.y[i]) and finite(s.x[i]) then low, high = math.min(low, v), math.max(high, v) end
+            if finite(v) and finite(s.y[i]) and finite(s.x[i]) then
+                local dev = key == "y" and s.dev and s.dev[i] or 0
+                low, high = math.min(low, v - dev), math.max(high, v + dev)
+            end
         end
     end
     return low, high
+end
+
+-- Texts of an axis' ticks, with as many figures as keep them apart.
+local function tick_texts(ticks)
+    local out
+    for _, form in ipairs { false, "%.5g", "%.6g", "%.8g", "%.12g" } do
+        local seen, same = {}, false
+        out = {}
+        for i, v in ipairs(ticks) do
+            out[i] = form and form:format(v) or log.number(v)
+            same = same or seen[out[i]]
+            seen[out[i]] = true
+        end
+        if not same then break end
+    end
+    return out
 end
 
 -- Round steps (1, 2, 5 times a power of ten) that give about `want` ticks.
@@ -63,16 +83,26 @@ local function axis(low, high, logarithmic, want)
     return { at = function(v) return (v - low + pad) / (high - low + 2 * pad) end, ticks = linear_ticks(low, high, want) }
 end
 
+local function is_log(wish, low, high)
+    if wish == nil then wish = low > 0 and high / low > 20 end
+    return wish and low > 0
+end
+
 -- The scale of y: as asked, or logarithmic when all values are positive and span more than a factor of 20.
 local function axes(series, opts)
     local x0, x1 = range(series, "x")
     local y0, y1 = range(series, "y")
-    local logarithmic = opts.log
-    if logarithmic == nil then logarithmic = y0 > 0 and y1 / y0 > 20 end
-    if logarithmic and y0 <= 0 then logarithmic = false end
-    local ax = axis(x0, x1, false, 6)
-    local span = x1 - x0
-    ax.at = function(v) return span > 0 and (v - x0) / span or 0.5 end
+    for _, line in ipairs(opts.lines or {}) do y0, y1 = math.min(y0, line.value), math.max(y1, line.value) end
+    local logarithmic = is_log(opts.log, y0, y1)
+    local ax = axis(x0, x1, opts.xlog and x0 > 0, 6)
+    if opts.xlog and x0 > 0 then
+        x0, x1 = math.log(x0), math.log(x1)
+        ax.at = function(v) return x1 > x0 and (math.log(v) - x0) / (x1 - x0) or 0.5 end
+    else
+        local span = x1 - x0
+        ax.at = function(v) return span > 0 and (v - x0) / span or 0.5 end
+    end
+    ax.ticks = opts.xticks or ax.ticks
     return ax, axis(y0, y1, logarithmic, 5), logarithmic
 end
 
@@ -123,7 +153,20 @@ local function thin(s)
     return { name = s.name, x = x, y = y, points = s.points }
 end
 
---- An SVG chart as text. opts: title, xlabel, ylabel, log (y axis; by itself when the values span more than 20 times), width, height.
+local function writer()
+    local out = {}
+    return out, function(fmt, ...) out[#out + 1] = fmt:format(...) end
+end
+
+local function open_svg(put, w, h, left, title)
+    put('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" font-family="system-ui, sans-serif" font-size="12">',
+        w, h, w, h)
+    put('<rect width="%d" height="%d" fill="#ffffff"/>', w, h)
+    if title then put('<text x="%d" y="24" font-size="15" font-weight="600" fill="#222">%s</text>', left, escape(title)) end
+end
+
+--- An SVG chart of lines, as text. opts: title, xlabel, ylabel, log (y axis; by itself when the values span more than 20
+--- times), xlog, xticks (values), lines (a list of {name =, value =} that stand level across the chart), width, height.
 function M.svg(series, opts)
     opts = opts or {}
     local w, h = opts.width or 760, opts.height or 420
@@ -131,19 +174,22 @@ function M.svg(series, opts)
     local ax, ay, logarithmic = axes(series, opts)
     local function px(v) return left + ax.at(v) * (w - left - right) end
     local function py(v) return h - bottom - ay.at(v) * (h - top - bottom) end
-    local out = {}
-    local function put(fmt, ...) out[#out + 1] = fmt:format(...) end
-    put('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" font-family="system-ui, sans-serif" font-size="12">',
-        w, h, w, h)
-    put('<rect width="%d" height="%d" fill="#ffffff"/>', w, h)
-    if opts.title then put('<text x="%d" y="24" font-size="15" font-weight="600" fill="#222">%s</text>', left, escape(opts.title)) end
-    for _, v in ipairs(ay.ticks) do
+    local out, put = writer()
+    open_svg(put, w, h, left, opts.title)
+    local texts = tick_texts(ay.ticks)
+    for i, v in ipairs(ay.ticks) do
         put('<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" stroke="#e4e4e4"/>', left, w - right, py(v), py(v))
-        put('<text x="%d" y="%.1f" text-anchor="end" fill="#555">%s</text>', left - 8, py(v) + 4, escape(log.number(v)))
+        put('<text x="%d" y="%.1f" text-anchor="end" fill="#555">%s</text>', left - 8, py(v) + 4, escape(texts[i]))
     end
-    for _, v in ipairs(ax.ticks) do
+    texts = tick_texts(ax.ticks)
+    for i, v in ipairs(ax.ticks) do
         put('<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="#999"/>', px(v), px(v), h - bottom, h - bottom + 5)
-        put('<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%s</text>', px(v), h - bottom + 19, escape(log.number(v)))
+        put('<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%s</text>', px(v), h - bottom + 19, escape(texts[i]))
+    end
+    for _, line in ipairs(opts.lines or {}) do
+        local y = py(line.value)
+        put('<line x1="%d" x2="%d" y1="%.1f" y2="%.1f" stroke="#777" stroke-dasharray="5 4"/>', left, w - right, y, y)
+        put('<text x="%d" y="%.1f" fill="#777">%s</text>', left + 6, y - 5, escape(line.name))
     end
     put('<path d="M%d %dV%dH%d" fill="none" stroke="#999"/>', left, top, h - bottom, w - right)
     put('<text x="%.1f" y="%d" text-anchor="middle" fill="#333">%s</text>', (left + w - right) / 2, h - 12, escape(opts.xlabel or "step"))
@@ -162,7 +208,13 @@ function M.svg(series, opts)
         end
         if s.points or #s.x <= 30 then
             for k = 1, #s.x do
-                if finite(s.x[k]) and finite(s.y[k]) then put('<circle cx="%.1f" cy="%.1f" r="2.8" fill="%s"/>', px(s.x[k]), py(s.y[k]), color) end
+                if finite(s.x[k]) and finite(s.y[k]) then
+                    local x, y, dev = px(s.x[k]), s.y[k], s.dev and s.dev[k]
+                    put('<circle cx="%.1f" cy="%.1f" r="2.8" fill="%s"/>', x, py(y), color)
+                    if dev then
+                        put('<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" stroke="%s"/>', x, x, py(y - dev), py(y + dev), color)
+                    end
+                end
             end
         end
     end
@@ -178,6 +230,70 @@ function M.svg(series, opts)
             COLORS[(i - 1) % #COLORS + 1])
         put('<text x="%d" y="%d" fill="#333">%s</text>', w - right - box + 28, y + 3, escape(s.name or ""))
     end
+    out[#out + 1] = "</svg>\n"
+    return table.concat(out, "\n")
+end
+
+-- At least two percent from end to end, so that what is as good as equal looks it.
+local function widened(low, high)
+    local lack = 0.02 * math.max(math.abs(low), math.abs(high)) - (high - low)
+    if lack > 0 and lack < math.huge then return low - lack / 2, high + lack / 2 end
+    return low, high
+end
+
+--- An SVG chart of rows, as text: each item {label =, value =, dev =} a dot on a line of its own, with its value beside
+--- it. opts: title, xlabel, log (by itself when the values span more than 20 times), lines (a list of {name =, value =}
+--- that stand upright), width.
+function M.rows(items, opts)
+    opts = opts or {}
+    local low, high, longest = math.huge, -math.huge, 0
+    for _, it in ipairs(items) do
+        longest = math.max(longest, log.characters(it.label))
+        if finite(it.value) then
+            low, high = math.min(low, it.value - (it.dev or 0)), math.max(high, it.value + (it.dev or 0))
+        end
+    end
+    for _, line in ipairs(opts.lines or {}) do low, high = math.min(low, line.value), math.max(high, line.value) end
+    low, high = widened(low, high)
+    local logarithmic = is_log(opts.log, low, high)
+    local ax = axis(low, high, logarithmic, 6)
+    local left = math.min(300, 24 + 7 * longest)
+    local w, row, right, bottom = opts.width or math.max(760, left + 500), 26, 96, 52
+    local top = (opts.title and 44 or 20) + (opts.lines and #opts.lines > 0 and 14 or 0)
+    local h = top + row * #items + 8 + bottom
+    local function px(v) return left + ax.at(v) * (w - left - right) end
+    local out, put = writer()
+    open_svg(put, w, h, 16, opts.title)
+    local texts = tick_texts(ax.ticks)
+    for i, v in ipairs(ax.ticks) do
+        put('<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="#e4e4e4"/>', px(v), px(v), top, h - bottom)
+        put('<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%s</text>', px(v), h - bottom + 19, escape(texts[i]))
+    end
+    put('<path d="M%d %dV%dH%d" fill="none" stroke="#999"/>', left, top, h - bottom, w - right)
+    for _, line in ipairs(opts.lines or {}) do
+        local x = px(line.value)
+        put('<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="#777" stroke-dasharray="5 4"/>', x, x, top, h - bottom)
+        put('<text x="%.1f" y="%d" text-anchor="middle" fill="#777">%s</text>', x, top - 5, escape(line.name))
+    end
+    for i, it in ipairs(items) do
+        local y = top + row * (i - 0.5) + 4
+        put('<text x="%d" y="%.1f" text-anchor="end" fill="#333">%s</text>', left - 10, y + 4, escape(it.label))
+        if finite(it.value) then
+            local x = px(it.value)
+            put('<line x1="%d" x2="%.1f" y1="%.1f" y2="%.1f" stroke="%s" stroke-opacity="0.35"/>', left, x, y, y, COLORS[1])
+            if it.dev then
+                put('<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" stroke="%s" stroke-width="3" stroke-opacity="0.5"/>',
+                    px(it.value - it.dev), px(it.value + it.dev), y, y, COLORS[1])
+            end
+            put('<circle cx="%.1f" cy="%.1f" r="4" fill="%s"/>', x, y, COLORS[1])
+            put('<text x="%.1f" y="%.1f" fill="#333">%s</text>', math.max(x, it.dev and px(it.value + it.dev) or x) + 9, y + 4,
+                escape(it.text or log.number(it.value)))
+        else
+            put('<text x="%d" y="%.1f" fill="#d1495b">failed</text>', left + 9, y + 4)
+        end
+    end
+    put('<text x="%.1f" y="%d" text-anchor="middle" fill="#333">%s%s</text>', (left + w - right) / 2, h - 12,
+        escape(opts.xlabel or ""), logarithmic and " (log)" or "")
     out[#out + 1] = "</svg>\n"
     return table.concat(out, "\n")
 end
@@ -229,8 +345,8 @@ function M.terminal(series, opts)
             end
         end
     end
-    local marks = {}
-    for _, v in ipairs(ay.ticks) do marks[math.floor((1 - ay.at(v)) * (rows - 1) + 0.5)] = log.number(v) end
+    local marks, texts = {}, tick_texts(ay.ticks)
+    for i, v in ipairs(ay.ticks) do marks[math.floor((1 - ay.at(v)) * (rows - 1) + 0.5)] = texts[i] end
     local out = {}
     if opts.title then out[1] = (" "):rep(label + 1) .. opts.title .. (logarithmic and "  (log scale)" or "") end
     for r = 0, rows - 1 do
@@ -254,6 +370,24 @@ function M.terminal(series, opts)
         names[#names + 1] = opts.color and ("\27[%dm━━\27[0m %s"):format(ANSI[(i - 1) % #ANSI + 1], name) or name
     end
     out[#out + 1] = (" "):rep(label + 1) .. table.concat(names, "   ")
+    return table.concat(out, "\n")
+end
+
+--- Rows as lines of text: each item {label =, value =, text =} a bar from the smallest value's place on. opts: width.
+function M.terminal_rows(items, opts)
+    local low, high, longest, out = math.huge, -math.huge, 0, {}
+    for _, it in ipairs(items) do
+        longest = math.max(longest, log.characters(it.label))
+        if finite(it.value) then low, high = math.min(low, it.value), math.max(high, it.value) end
+    end
+    low, high = widened(low, high)
+    local ax = axis(low, high, is_log(nil, low, high), 5)
+    local room = math.max(10, math.min(opts and opts.width or log.width(1), 100) - longest - 14)
+    for i, it in ipairs(items) do
+        local bar = finite(it.value) and ("━"):rep(math.max(1, math.floor(ax.at(it.value) * room + 0.5))) or ""
+        out[i] = ("%s%s  %s %s"):format((" "):rep(longest - log.characters(it.label)), it.label, bar,
+                                        finite(it.value) and (it.text or log.number(it.value)) or "failed")
+    end
     return table.concat(out, "\n")
 end
 

@@ -33,13 +33,14 @@ local function context_of(row, args)
 end
 
 --- A report. o: args (out, seq, window, eval_rows, sample, prompt, seed, model, data, map, device), teacher, student,
---- data. .held are the rows that perplexities are measured on, .watched the few to look at while training.
+--- data, long (held-out rows of another length that the result is measured on too). .held are the rows that
+--- perplexities are measured on, .watched the few to look at while training.
 function M.new(o)
     local args = o.args
     if not o.data.held then lc.fail("hold_out is 0: there is nothing to measure perplexity on") end
     local self = setmetatable({ args = args, teacher = o.teacher, student = o.student, stages = {},
                                 results = lc.train.results(args.out), held = o.data.held:list(args.eval_rows),
-                                watched = o.data.held:list(math.min(4, args.eval_rows)) }, Report)
+                                watched = o.data.held:list(math.min(4, args.eval_rows)), long = o.long }, Report)
     self.context = context_of(self.held[1], args)
     return self
 end
@@ -70,6 +71,14 @@ function Report:measure(stage, run)
             return model:window_only(eval.perplexity_rows, model, self.held).ppl
         end)
     end
+    if self.long and stage == "lora" then
+        self:once("long_ppl", function() return eval.perplexity_rows(model, self.long).ppl end)
+        if self.student.settings.window > 0 then
+            self:once("long_window_only_ppl", function()
+                return model:window_only(eval.perplexity_rows, model, self.long).ppl
+            end)
+        end
+    end
     if self.args.sample > 0 and model.tokenizer then self:once(text, function() return self:sample(model) end) end
 end
 
@@ -90,6 +99,10 @@ function Report:print()
     print(log.table(rows, { "", "perplexity", "window only", "tokens/s", "peak memory" }))
     print(("\nPerplexity on %d held-out rows of %d tokens of %s. Window only: the linear part switched off.")
         :format(#self.held, args.seq, args.data))
+    if r.long_ppl then
+        print(("On %d held-out rows of %d tokens: %s, window only %s."):format(#self.long, args.long_seq, number(r.long_ppl),
+              number(r.long_window_only_ppl)))
+    end
     if args.sample == 0 or not self.teacher.tokenizer then return end
     local prompt = args.prompt
     if prompt == "" then
@@ -114,6 +127,7 @@ function Report:write()
         held_out_rows = #self.held, teacher_ppl = r.teacher_ppl, swapped_ppl = r.swapped_ppl,
         transfer_ppl = r.transfer_ppl, lora_ppl = r.lora_ppl, window_only_ppl = r.window_only_ppl,
         swapped_window_ppl = r.swapped_window_ppl, transfer_window_ppl = r.transfer_window_ppl,
+        long_ppl = r.long_ppl, long_window_only_ppl = r.long_window_only_ppl,
         transfer_tok_s = transfer.tok_s, lora_tok_s = lora.tok_s, transfer_steps = transfer.updates,
         lora_steps = lora.updates, transfer_seconds = transfer.seconds, lora_seconds = lora.seconds,
         peak_rss_mb = math.max(transfer.peak_rss_mb or 0, lora.peak_rss_mb or 0),
