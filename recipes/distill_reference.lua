@@ -187,6 +187,10 @@ local function distill(d)
         }
         report.finetune, report.finetune_steps = s.best and s.best.value, s.updates
         save(paths.finetune, { loss = s.best and s.best.value or s.held_out.loss }, s.best and s.best.step or s.updates)
+        if args.format == "pt" and options and student.lora and (args.enable_fsdp or blocks) then
+            checkpoint.save_combined(student, names.combined(paths.names, blocks and {
+                final = second_name, no_distill = args.no_distill, step = s.best and s.best.step or s.updates }))
+        end
         sample "fine-tuned"
     end
 

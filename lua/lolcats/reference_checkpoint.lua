@@ -257,6 +257,22 @@ function M.open(path, opts)
     return student
 end
 
+--- Writes all that both stages learned into one file, as the scripts for many GPUs do: a plain dict with PEFT's names.
+function M.save_combined(student, path)
+    local list = {}
+    local function put(name, tensor)
+        list[#list + 1] = { name = "base_model.model." .. name, tensor = tensor:detach(), at = #list }
+    end
+    for _, p in ipairs(student:map_params()) do put(p.name, p.tensor) end
+    local adapters, maps = {}, list
+    list = adapters
+    for _, p in ipairs(lora.parameters(student)) do
+        put(p.name:gsub("^base_model%.model%.", ""):gsub("%.lora_([AB])%.weight$", ".lora_%1.default.weight"), p.tensor)
+    end
+    for _, e in ipairs(M.in_order(adapters)) do maps[#maps + 1] = e end
+    files.save_tensors(M.fits(path), maps)
+end
+
 --- Writes a saved student's folder as the reference's .pt files: STEM_distill.pt with maps and window factors, and
 --- STEM_ft.pt with adapters, where it has some. Returns their paths.
 function M.export(dir, stem)
