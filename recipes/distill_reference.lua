@@ -2,7 +2,7 @@
 --   lolcats distill --model_config distill_llama3_1_8b_lk_smd_wtk64_fd64_w01 \
 --     --distill_config distill_alpaca_clean_xent0_mse1000_lr1e-2 --finetune_config finetune_lora_qkvo_alpaca_clean --lk_zero_init
 local lc = require "lolcats"
-local configs, files, log = lc.configs, lc.files, require "lolcats.log"
+local configs, files, log, cli = lc.configs, lc.files, require "lolcats.log", require "lolcats.cli"
 local flags_of, names, stage = require "lolcats.reference_flags", require "lolcats.run_name",
     require "lolcats.train.stage"
 local trainers, datasets, checkpoint = require "lolcats.train.trainers", require "lolcats.data.reference",
@@ -24,6 +24,7 @@ local function distill(d)
         { "clip", d.clip or 0, "largest gradient norm; 0: as the experiment says", min = 0 },
         { "format", d.format or "pt", "of checkpoints: the reference's .pt, or folders of our own",
           { "pt", "folder" } },
+        { "student", d.student or "", "folder that the student is written to in the end, for chat, eval and so on" },
         { "fresh", false, "start over instead of going on" },
         unpack(flags_of.rows()),
     }
@@ -33,6 +34,7 @@ local function distill(d)
     end
     local args = lc.args(rows)
     if d.prepare then d.prepare(args) end
+    if args.device:match "^%d+$" then args.device = "cuda:" .. args.device end -- as the scripts for blocks have it
     local flags, compat = flags_of.check(args), args.compat == "reference"
     lc.manual_seed(args.seed)
 
@@ -44,10 +46,17 @@ local function distill(d)
         if first then first.optimizer[k] = v end
     end
     local loads_first = args.load_distill_checkpoint and not args.resume_distill
-    local trains_first = first and first.trainer.name and not loads_first and not args.no_distill
+    local options = configs.linearize_options(model_tree) -- nil: the model keeps its softmax attention
+    if options and compat then options.compat = "reference" end
+    if first and not options then log.say "softmax attention has nothing to learn from softmax: no first stage" end
+    local trains_first = options and first and first.trainer.name and not loads_first and not args.no_distill
     local paths = names.paths(flags, trains_first and first.trainer or nil, { fsdp = args.enable_fsdp })
     local second
     local second_name = args.final_finetune_config or args.finetune_config
+    if args.resume_finetune and not second_name and args.load_finetune_checkpoint then -- its name says which it was
+        second_name = configs.full_name("experiment", names.parse(args.load_finetune_checkpoint).finetune or "",
+                                        args.config_dir) or cli.usage "--resume-finetune needs --finetune-config"
+    end
     if second_name then
         local over = flags
         if flags.max_finetune_steps then
@@ -80,8 +89,6 @@ local function distill(d)
     -- The model and its student.
     local path, dtype = model_tree.model.pretrained_model_name_or_path, args.dtype ~= "" and args.dtype or
         model_tree.model.torch_dtype
-    local options = configs.linearize_options(model_tree)
-    if options and compat then options.compat = "reference" end
     -- of lc.run's own files
     local function folder(file) return checkpoint.fits((file:gsub("_%a+%.pt$", "") .. ".run")) end
     local function load_data(tree, name, model)
@@ -157,7 +164,12 @@ local function distill(d)
 
     -- 2. Low-rank repair.
     if second or args.load_finetune_checkpoint then
-        local lora, train = configs.lora_options(second or { finetune = { method = "lora" } })
+        local lora, train
+        if second then
+            lora, train = configs.lora_options(second)
+        else
+            lora = checkpoint.lora_of(args.load_finetune_checkpoint, args.config_dir)
+        end
         if options then student:use_linear { keep_training = train } end
         if lora then student:add_lora(lora) end
         if args.load_finetune_checkpoint then checkpoint.load(student, args.load_finetune_checkpoint) end
@@ -175,6 +187,10 @@ local function distill(d)
         }
         report.finetune, report.finetune_steps = s.best and s.best.value, s.updates
         save(paths.finetune, { loss = s.best and s.best.value or s.held_out.loss }, s.best and s.best.step or s.updates)
+        if args.format == "pt" and options and student.lora and (args.enable_fsdp or blocks) then
+            checkpoint.save_combined(student, names.combined(paths.names, blocks and {
+                final = second_name, no_distill = args.no_distill, step = s.best and s.best.step or s.updates }))
+        end
         sample "fine-tuned"
     end
 
@@ -188,6 +204,10 @@ local function distill(d)
         if not data.test then lc.fail("the data set %s has no prompts to answer", tree.dataset.name) end
         report.rouge = trainers.score_answers(student, data.test, { max_new = d.max_new, limit = d.answers })
         print(files.to_json({ ["final/eval"] = report.rouge }, { indent = 2 }))
+    end
+    if args.student ~= "" then
+        if not student.save then lc.fail("--student: the model keeps its softmax attention; there is no student") end
+        student:save(args.student)
     end
     if trains_first then print("--attn_mlp_checkpoint_path " .. checkpoint.fits(paths.distill)) end
     if second then print("--finetune_checkpoint_path " .. checkpoint.fits(paths.finetune)) end
