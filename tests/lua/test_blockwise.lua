@@ -129,7 +129,7 @@ t.test("hidden states in a folder of their own, which another model or other dat
     t.ok(text(bw:train()) == first)
     t.ok(not files.exists(root .. "/outside/hidden") and files.exists(hidden .. "/blockwise.json"))
     blockwise.new(options("outside2", { hidden = hidden, lora = false })) -- other training on the same inputs
-    t.errors(function() blockwise.new(options("outside3", { hidden = hidden, dtype = "bf16" })) end, "elsewhere holds another .*dtype: f32 there, bf16 here")
+    t.errors(function() blockwise.new(options("outside3", { hidden = hidden, dtype = "bf16" })) end, "elsewhere holds another .*dtype: \"f32\" there, \"bf16\" here")
     t.errors(function() blockwise.new(options("outside", { hidden = hidden, seed = 3 })) end, "outside holds another .*seed: 0 there, 3 here")
 end)
 
