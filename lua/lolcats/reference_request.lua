@@ -39,6 +39,19 @@ local function limit(tree, n)
     t.max_steps = t.max_steps and t.max_steps > 0 and math.min(t.max_steps, most) or most
 end
 
+-- A token for gated models goes to the Hub alone, not into the run's folder.
+local function use_token(args, model)
+    local token = args.huggingface_token or model.model.huggingface_token
+    if not token then return end
+    require("lolcats.hub.web").use_token(token, args.huggingface_token and "--huggingface_token" or "the configuration")
+    local run = cli.current
+    if run then
+        run.values.huggingface_token = nil
+        for i, word in ipairs(run.argv) do run.argv[i] = word == token and "..." or word:gsub("(token=).*", "%1...") end
+    end
+    args.huggingface_token, model.model.huggingface_token = nil, nil
+end
+
 --- What args (of lc.args with the rows of reference_flags) ask for: {model = the configuration, options = of
 --- lc.linearize, or nil where attention stays softmax; first, second = experiments, or nil; second_name; trains_first;
 --- compat; paths; path, dtype = of the model; chunk; load() = the model, frozen; folder(checkpoint) = of its run}.
@@ -46,6 +59,7 @@ function M.read(args)
     local flags = flags_of.check(args)
     local out = { compat = args.compat == "reference" }
     local model = configs.override_model(configs.load("model", args.model_config, args.config_dir), flags)
+    use_token(args, model)
     local first = args.distill_config and
         configs.override_experiment(configs.load("experiment", args.distill_config, args.config_dir), flags) or nil
     for k, v in pairs(first and model.optimizer or {}) do first.optimizer[k] = v end
