@@ -55,6 +55,7 @@ sweep.run { recipe = args.recipe, cells = cells, fixed = fixed, seeds = args.see
             after = after }
 
 -- The table, the plot, the values.
+sweep.check(cells, args.metric)
 local columns = { { "teacher_ppl", "teacher" }, { "swapped_ppl", "swapped" }, { "transfer_ppl", "transfer" },
                   { "lora_ppl", "LoRA" }, { "window_only_ppl", "window only" },
                   { "long_ppl", "long rows" }, { "long_window_only_ppl", "window only" } }

@@ -64,6 +64,20 @@ function M.find(kind, name, dir)
               dir and (" (looked in %s/%s, then among the program's own)"):format(dir, kind) or "")
 end
 
+--- The name of a configuration under which M.find has it: as given, or with its folder where a single one ends in it (a
+--- checkpoint's name may have lost the folder); nil where there is none.
+function M.full_name(kind, name, dir)
+    local found
+    for _, other in ipairs(M.names(kind, dir)) do
+        if other == name then return other end
+        if other:match "[^/]+$" == name then
+            if found then return nil end
+            found = other
+        end
+    end
+    return found
+end
+
 local function without_nulls(v)
     if v == files.null then return nil end
     if type(v) ~= "table" then return v end

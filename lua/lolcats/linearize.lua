@@ -394,6 +394,16 @@ function M.load(dir, opts)
     end
     local base = opts.base or about.base
     if not base then lc.fail("%s does not say what it was made from; give the base model as base =", dir) end
+    if type(base) == "string" and not opts.base and not base:match "^/" and not files.exists(base) then
+        local above = dir -- a path that counts from a folder in which the program is not now
+        for _ = 1, 8 do
+            above = above .. "/.."
+            if files.exists(above .. "/" .. base) then
+                base = above .. "/" .. base
+                break
+            end
+        end
+    end
     if type(base) == "string" then
         local ok, found = pcall(require("lolcats.hub").resolve, base)
         if not ok then

@@ -197,6 +197,18 @@ function M.has(columns, key)
     return false
 end
 
+--- An error where no cell has a value under a key.
+function M.check(cells, key)
+    local seen, names = {}, {}
+    for _, cell in ipairs(cells) do
+        for k in pairs(cell.values) do
+            if not seen[k] then seen[k], names[#names + 1] = true, k end
+        end
+    end
+    table.sort(names)
+    if not seen[key] then lc.fail("--metric: no run measured '%s'; they have %s", key, table.concat(names, ", ")) end
+end
+
 --- What a column says of a key.
 function M.label(columns, key)
     for _, c in ipairs(columns) do
