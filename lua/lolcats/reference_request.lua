@@ -64,7 +64,7 @@ function M.read(args)
         configs.override_experiment(configs.load("experiment", args.distill_config, args.config_dir), flags) or nil
     for k, v in pairs(first and model.optimizer or {}) do first.optimizer[k] = v end
     local options = configs.linearize_options(model)
-    if options and out.compat then options.compat = "reference" end
+    if options and args.compat ~= "none" then options.compat = args.compat end
     if first and not options then log.say "softmax attention has nothing to learn from softmax: no first stage" end
     local loads = args.load_distill_checkpoint and not args.resume_distill
     out.trains_first = options and first and first.trainer.name and not loads and not args.no_distill

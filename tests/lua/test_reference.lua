@@ -199,6 +199,7 @@ t.test("what is wrong with a command line", function()
     says(("--model_config %s --resume_finetune --load_finetune_checkpoint x.pt "):format(M) .. COMMON, "needs --finetune-config")
     says(BOTH .. " --load_distill_checkpoint no/such.pt", "there is no checkpoint no/such.pt")
     says(BOTH .. " --optim lion", "there is no optimizer 'lion'")
+    says(BOTH .. " --compat all", "takes one of none, reference, terrace, rope")
     says(BOTH .. " --attention_type lolcats_lama", "did you mean 'lolcats_llama'")
 end)
 
