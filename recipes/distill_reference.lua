@@ -16,8 +16,8 @@ local function distill(d)
         d.doc or "Linearize a model by the reference's configurations: attention transfer, LoRA, evaluation.",
         { "data", d.data or "", "file with the records, instead of the data set that the experiments name" },
         { "config_dir", d.config_dir or "configs", "folder with model/ and experiment/ of your own; looked in first" },
-        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so",
-          { "none", "reference" } },
+        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so; terrace, rope: the model " ..
+          "alone, in this one thing", { "none", "reference", "terrace", "rope" } },
         { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
         { "dtype", d.dtype or "", "of the frozen weights; without it the configuration's",
           { "", "f32", "bf16", "f16", "f64" } },

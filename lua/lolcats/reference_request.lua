@@ -39,6 +39,19 @@ local function limit(tree, n)
     t.max_steps = t.max_steps and t.max_steps > 0 and math.min(t.max_steps, most) or most
 end
 
+-- A token for gated models goes to the Hub alone, not into the run's folder.
+local function use_token(args, model)
+    local token = args.huggingface_token or model.model.huggingface_token
+    if not token then return end
+    require("lolcats.hub.web").use_token(token, args.huggingface_token and "--huggingface_token" or "the configuration")
+    local run = cli.current
+    if run then
+        run.values.huggingface_token = nil
+        for i, word in ipairs(run.argv) do run.argv[i] = word == token and "..." or word:gsub("(token=).*", "%1...") end
+    end
+    args.huggingface_token, model.model.huggingface_token = nil, nil
+end
+
 --- What args (of lc.args with the rows of reference_flags) ask for: {model = the configuration, options = of
 --- lc.linearize, or nil where attention stays softmax; first, second = experiments, or nil; second_name; trains_first;
 --- compat; paths; path, dtype = of the model; chunk; load() = the model, frozen; folder(checkpoint) = of its run}.
@@ -46,11 +59,12 @@ function M.read(args)
     local flags = flags_of.check(args)
     local out = { compat = args.compat == "reference" }
     local model = configs.override_model(configs.load("model", args.model_config, args.config_dir), flags)
+    use_token(args, model)
     local first = args.distill_config and
         configs.override_experiment(configs.load("experiment", args.distill_config, args.config_dir), flags) or nil
     for k, v in pairs(first and model.optimizer or {}) do first.optimizer[k] = v end
     local options = configs.linearize_options(model)
-    if options and out.compat then options.compat = "reference" end
+    if options and args.compat ~= "none" then options.compat = args.compat end
     if first and not options then log.say "softmax attention has nothing to learn from softmax: no first stage" end
     local loads = args.load_distill_checkpoint and not args.resume_distill
     out.trains_first = options and first and first.trainer.name and not loads and not args.no_distill
