@@ -174,6 +174,43 @@ local function open_svg(put, w, h, left, title)
     end
 end
 
+-- The legend, on a background of its own, in the corner that covers the fewest points: the upper right where it can.
+local function put_legend(put, series, px, py, frame)
+    local longest = 0
+    for _, s in ipairs(series) do longest = math.max(longest, log.characters(s.name or "")) end
+    local w, h, best = longest * 7 + 40, 18 * #series + 8, nil
+    local left, right, top, bottom = frame[1] + 8, frame[2] - w - 6, frame[3] + 4, frame[4] - h - 6
+    for _, at in ipairs { { right, top }, { left, top }, { right, bottom }, { left, bottom } } do
+        local covered = 0
+        local function count(x, y)
+            local inside = x > at[1] - 6 and x < at[1] + w + 12 and y > at[2] - 6 and y < at[2] + h + 6
+            covered = covered + (inside and 1 or 0)
+        end
+        for _, s in ipairs(series) do
+            for i = 1, #s.x - 1 do -- a line, at a few places
+                if finite(s.y[i]) and finite(s.y[i + 1]) then
+                    local x0, y0, x1, y1 = px(s.x[i]), py(s.y[i]), px(s.x[i + 1]), py(s.y[i + 1])
+                    for k = 0, 1, 0.125 do count(x0 + k * (x1 - x0), y0 + k * (y1 - y0)) end
+                end
+            end
+            for i, dev in pairs(s.dev or {}) do
+                count(px(s.x[i]), py(s.y[i] - dev))
+                count(px(s.x[i]), py(s.y[i] + dev))
+            end
+            if #s.x == 1 and finite(s.y[1]) then count(px(s.x[1]), py(s.y[1])) end
+        end
+        if not best or covered < best.covered then best = { covered = covered, x = at[1], y = at[2] } end
+    end
+    put('<rect x="%d" y="%d" width="%d" height="%d" fill="#ffffff" fill-opacity="0.85" stroke="#ddd"/>', best.x,
+        best.y, w, h)
+    for i, s in ipairs(series) do
+        local y = best.y + 18 * i - 5
+        put('<line x1="%d" x2="%d" y1="%d" y2="%d" stroke="%s" stroke-width="2.5"/>', best.x + 8, best.x + 28, y - 1,
+            y - 1, COLORS[(i - 1) % #COLORS + 1])
+        put('<text x="%d" y="%d" fill="#333">%s</text>', best.x + 34, y + 3, escape(s.name or ""))
+    end
+end
+
 --- An SVG chart of lines, as text. opts: title, xlabel, ylabel, log (y axis; by itself when the values span more than
 --- 20 times), xlog, xticks (values), lines (a list of {name =, value =} that stand level across the chart), width,
 --- height.
@@ -229,18 +266,7 @@ function M.svg(series, opts)
             end
         end
     end
-    -- legend in the upper right corner, on a background of its own
-    local longest = 0
-    for _, s in ipairs(series) do longest = math.max(longest, log.characters(s.name or "")) end
-    local box = longest * 7 + 40
-    put('<rect x="%d" y="%d" width="%d" height="%d" fill="#ffffff" fill-opacity="0.85" stroke="#ddd"/>',
-        w - right - box - 6, top + 4, box, 18 * #series + 8)
-    for i, s in ipairs(series) do
-        local y = top + 4 + 18 * i - 5
-        put('<line x1="%d" x2="%d" y1="%d" y2="%d" stroke="%s" stroke-width="2.5"/>', w - right - box + 2,
-            w - right - box + 22, y - 1, y - 1, COLORS[(i - 1) % #COLORS + 1])
-        put('<text x="%d" y="%d" fill="#333">%s</text>', w - right - box + 28, y + 3, escape(s.name or ""))
-    end
+    put_legend(put, series, px, py, { left, w - right, top, h - bottom })
     out[#out + 1] = "</svg>\n"
     return table.concat(out, "\n")
 end
