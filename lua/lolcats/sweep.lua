@@ -80,9 +80,9 @@ end
 
 -- Runs one command unless its summary is there already; returns the summary, or nil and why.
 local function run_one(recipe, words, folder, o, plain)
-    local parts = { quote(program.path), recipe }
+    local parts = { recipe }
     for _, word in ipairs(words) do parts[#parts + 1] = quote(word) end
-    local command = table.concat(parts, " ")
+    local command = table.concat(parts, " ") -- wherever the program is
     local told, summary = folder .. "/command", folder .. "/summary.json"
     local same = files.exists(told) and files.read(told) == command
     if same and files.exists(summary) and not o.fresh then return files.read_json(summary) end
@@ -90,7 +90,8 @@ local function run_one(recipe, words, folder, o, plain)
     if (not same or o.fresh) and files.exists(summary) then files.remove(summary) end
     files.write(told, command)
     local again = (not same or o.fresh) and not plain and " --fresh" or ""
-    local status = os.execute(("%s%s > %s 2>&1 < /dev/null"):format(command, again, quote(folder .. "/log")))
+    local status = os.execute(("%s %s%s > %s 2>&1 < /dev/null"):format(quote(program.path), command, again,
+            quote(folder .. "/log")))
     if status ~= 0 or not files.exists(summary) then
         local last = ""
         for line in files.read(folder .. "/log"):gmatch "[^\r\n]+" do
