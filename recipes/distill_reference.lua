@@ -97,8 +97,12 @@ local function distill(d)
             hold_out = d.hold_out or (name:match "^llama3_1_" and 500 or 200),
         })
     end
+    -- the reference trains in the dtype of the weights
+    local rounded = compat and (dtype == "bf16" or dtype == "bfloat16")
+    local first_lora = options and configs.first_lora_options(model_tree)
     local blocks -- what the first stage learned block by block, before the whole model is in memory
     if args.layers_per_model and trains_first and options then
+        if first_lora then lc.fail("attention.peft: adapters of the first stage are not for blocks of layers") end
         local top = lc.load(path, { dtype = dtype, part = { first = 1, last = 0 } })
         blocks = stage.in_blocks { tree = first, model = path, out = folder(paths.distill),
                                    data = load_data(first, args.distill_config, top),
@@ -130,12 +134,13 @@ local function distill(d)
     local report = {}
 
     -- 1. Attention transfer.
+    if first_lora then student:add_lora(first_lora) end
     if args.load_distill_checkpoint then
         checkpoint.load_all(student, args.load_distill_checkpoint == "default" and paths.distill or
                             args.load_distill_checkpoint)
     end
     local function save_maps(file, values, step)
-        checkpoint.save(student, file, { step = step, ["distill/eval/loss"] = values.loss }, args.format, "maps")
+        checkpoint.save(student, file, { step = step, ["distill/eval/loss"] = values.loss }, args.format, first_lora and "trained" or "maps")
     end
     if blocks then
         checkpoint.load(student, blocks.folder)
@@ -150,7 +155,7 @@ local function distill(d)
             name = "distill", out = folder(paths.distill), tree = first, student = student,
             params = student:trainable(),
             data = load_data(first, args.distill_config, teacher),
-            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, fresh = args.fresh,
+            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, rounded = rounded, fresh = args.fresh,
             chunk = chunk,
             save = function(step, values) save_maps(names.periodic(paths.distill, step), values, step) end,
         }
@@ -160,6 +165,7 @@ local function distill(d)
     elseif not args.load_distill_checkpoint then
         log.say "no distillation"
     end
+    if first_lora then student:merge_first_lora() end
     if options then sample "linearized" end
 
     -- 2. Low-rank repair.
@@ -181,7 +187,7 @@ local function distill(d)
         local s = stage.train {
             name = "ft", out = folder(paths.finetune), tree = second, student = student, params = student:trainable(),
             data = load_data(second, second_name, teacher),
-            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat,
+            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, rounded = rounded,
             csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh,
             chunk = chunk, save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
         }
