@@ -67,6 +67,9 @@ local function distill(d) -- d: defaults of the arguments
     end
     local data = rows_of(args.seq)
     log.say("%s", tostring(data))
+    if args.keep_search >= #teacher.layers then
+        lc.fail("--keep_search %d leaves none of %d layers to linearize", args.keep_search, #teacher.layers)
+    end
     local student = lc.linearize(teacher, recipe.student(args))
     local long = args.long_seq > 1 and
         rows_of(args.long_seq).held:list(math.max(1, math.floor(args.eval_rows * args.seq / args.long_seq))) or nil

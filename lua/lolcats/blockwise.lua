@@ -21,7 +21,7 @@ Blockwise.__index = Blockwise
 local KNOWN = {
     model = true, out = true, data = true, layers = true, student = true, transfer = true, lora = true, inputs = true, dtype = true,
     device = true, seed = true, shard = true, keep_inputs = true, quiet = true, batch = true, accumulate = true, stop_after = true,
-    eval_rows = true, fresh = true,
+    eval_rows = true, fresh = true, hidden = true,
 }
 
 local function check(opts)
@@ -62,8 +62,8 @@ end
 --- student (options of lc.linearize), transfer and lora (tables: steps or epochs, optim (a name: adamw), optim_options,
 --- lr, weight_decay, schedule (a name, or {name =, ...} as a configuration has it), clip, eval_every; transfer also
 --- mse, xent; lora also rank, alpha, targets, dropout, objective "output" or "attention"; lora = false: no second
---- stage), inputs ("disk", "memory", "recompute"), shard (rows that are moved through a block at a time, 16),
---- keep_inputs, batch, accumulate, eval_rows (held-out rows looked at, 8), dtype, device, seed. :train() does all that
+--- stage), inputs ("disk", "memory", "recompute"), hidden (folder of those on disk: OUT/hidden), shard (rows that are
+--- moved through a block at a time, 16), keep_inputs, batch, accumulate, eval_rows (held-out rows looked at, 8), dtype, device, seed. :train() does all that
 --- is left to do.
 function M.new(opts)
     check(opts)
@@ -79,27 +79,40 @@ function M.new(opts)
         self.blocks[#self.blocks + 1] = { first = first, last = math.min(n, first + size - 1) }
     end
     files.make_dirs(self.out .. "/blocks")
-    local request = files.parse_json(files.to_json(self:request()), "request")
-    local path = self.out .. "/blockwise.json"
     if opts.fresh then self:forget() end
-    if files.exists(path) then
-        local have = files.read_json(path)
-        if files.to_json(have) ~= files.to_json(request) then
-            lc.fail("%s holds another block-wise run (%s against %s); start over with fresh, or take another folder", self.out,
-                    files.to_json(have), files.to_json(request))
-        end
-    else
-        files.write_json(path, request)
+    self:claim(self.out, self:request(), "start over with fresh, or take another folder")
+    if opts.hidden then
+        files.make_dirs(opts.hidden)
+        self:claim(opts.hidden, self:inputs(), "take another folder for hidden states, or empty it")
     end
     self.streams = streams.new(self)
     return self
 end
 
-function Blockwise:request()
+-- Notes in a folder what it is for; an error where it is for something else.
+function Blockwise:claim(dir, request, advice)
+    local path, wanted = dir .. "/blockwise.json", files.to_json(request)
+    if not files.exists(path) then return files.write(path, wanted .. "\n") end
+    for key, v in pairs(files.parse_json(wanted, "request")) do
+        local have = files.read_json(path)[key]
+        if files.to_json(have) ~= files.to_json(v) then
+            lc.fail("%s holds another block-wise run (%s: %s there, %s here); %s", dir, key, files.to_json(have), files.to_json(v), advice)
+        end
+    end
+end
+
+-- What hidden states depend on.
+function Blockwise:inputs()
     local o = self.opts
-    return { format = "lolcats-blockwise", version = 1, model = o.model, layers = o.layers or 1, student = o.student or {},
-             transfer = o.transfer or {}, lora = o.lora == nil and {} or o.lora, seed = self.seed, batch = o.batch or 1,
-             accumulate = o.accumulate or 1, data = o.data.describe and o.data:describe() or o.data.rows }
+    return { format = "lolcats-blockwise", version = 1, model = o.model, layers = o.layers or 1, dtype = o.dtype or "f32",
+             eval_rows = o.eval_rows or 8, data = o.data.describe and o.data:describe() or o.data.rows }
+end
+
+function Blockwise:request()
+    local o, out = self.opts, self:inputs()
+    out.student, out.transfer, out.lora = o.student or {}, o.transfer or {}, o.lora == nil and {} or o.lora
+    out.seed, out.batch, out.accumulate = self.seed, o.batch or 1, o.accumulate or 1
+    return out
 end
 
 -- Forgets what earlier runs left in the folder.

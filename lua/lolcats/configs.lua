@@ -160,6 +160,8 @@ function M.load(kind, name, dir)
     if type(tree) ~= "table" or tree == files.null or #tree > 0 then
         lc.fail("%s: a map of blocks was expected", path)
     end
+    local a = tree.attention
+    if type(a) == "table" and a.learned_kernel == files.null then a.learned_kernel = "none" end -- not: as usual
     tree = without_nulls(tree)
     for _, key in ipairs(unknown_keys(kind, tree)) do
         require("lolcats.log").say("%s: the key %s has no meaning", path, key)
@@ -219,7 +221,8 @@ end
 
 -- ---- what the keys mean ---------------------------------------------------------------------------------------------
 --- Options of lc.linearize for a model configuration; nil when its attention stays softmax. What an attention_type
---- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel (null: none).
+--- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel
+--- (none, or null in a file: nothing is learned).
 function M.linearize_options(tree)
     local a = tree.attention
     local found = require("lolcats.attention_types").find(a.attention_type)

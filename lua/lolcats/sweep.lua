@@ -285,15 +285,30 @@ local function spread(series)
     return #list <= 12 and list or nil, #list > 2 and list[1] > 0 and list[#list] / list[1] >= 16
 end
 
+-- The teacher's value as a line across a plot of perplexities, or, where it would press the cells together, in words.
+local function teacher_of(cells, metric)
+    local teacher, low, high = nil, math.huge, -math.huge
+    for _, cell in ipairs(cells) do
+        teacher = teacher or (cell.values.teacher_ppl or {})[1]
+        if cell.values[metric] then
+            local m = mean(cell.values[metric])
+            low, high = math.min(low, m), math.max(high, m)
+        end
+    end
+    if not teacher or not metric:match "_ppl$" or metric == "text_ppl" or metric:match "^long" then return {}, "" end
+    local near = 1.5 * math.max(high - low, 0.02 * high)
+    if teacher >= low - near and teacher <= high + near then return { { name = "teacher", value = teacher } }, "" end
+    return {}, (" (teacher: %s)"):format(log.number(teacher))
+end
+
 local function plotted(cells, how, lines, rows)
-    local series, teacher = M.series(cells, how.metric), nil
-    local marks = {}
-    for _, cell in ipairs(cells) do teacher = teacher or (cell.values.teacher_ppl or {})[1] end
-    if teacher and how.metric:match "_ppl$" and how.metric ~= "text_ppl" then marks[1] = { name = "teacher", value = teacher } end
-    if not series then return rows(items(cells, how.metric), { title = how.title, xlabel = how.label, lines = marks }) end
+    local series = M.series(cells, how.metric)
+    local marks, note = teacher_of(cells, how.metric)
+    local label = how.label .. note
+    if not series then return rows(items(cells, how.metric), { title = how.title, xlabel = label, lines = marks }) end
     local ticks, logarithmic = spread(series)
     if #series == 1 then series[1].name = how.label end
-    return lines(series, { title = how.title, xlabel = how.xlabel or "", ylabel = how.label, lines = marks, xticks = ticks,
+    return lines(series, { title = how.title, xlabel = how.xlabel or "", ylabel = label, lines = marks, xticks = ticks,
                            xlog = logarithmic })
 end
 

@@ -36,8 +36,9 @@ local SECOND = FIRST .. "-dcs=160-bs=1-gas=2-nte=2-ms=4-se=0-re=0"
 local function fits(name) return require("lolcats.reference_checkpoint").fits(name) end
 
 t.test("both stages: files under the reference's names, its results file, its checkpoints", function()
-    local status, out, err = distill("a", BOTH .. " --max_steps 4 --eval_steps 2 --max_new_tokens 5")
+    local status, out, err = distill("a", BOTH .. " --max_steps 4 --eval_steps 2 --max_new_tokens 5 --huggingface_token hf_secret")
     t.eq(status, 0, err)
+    t.ok(os.execute(("grep -rq hf_secret '%s/a'"):format(root)) ~= 0, "a token is written nowhere")
     local dir = root .. "/a/checkpoints/" .. M .. "/"
     local csv = files.read(root .. "/a/results/" .. M .. "/" .. fits(SECOND .. "_ft.csv"))
     local head, one, two = csv:match "^([^\n]*)\n([^\n]*)\n([^\n]*)\n$"
@@ -198,6 +199,7 @@ t.test("what is wrong with a command line", function()
     says(("--model_config %s --resume_finetune --load_finetune_checkpoint x.pt "):format(M) .. COMMON, "needs --finetune-config")
     says(BOTH .. " --load_distill_checkpoint no/such.pt", "there is no checkpoint no/such.pt")
     says(BOTH .. " --optim lion", "there is no optimizer 'lion'")
+    says(BOTH .. " --compat all", "takes one of none, reference, terrace, rope")
     says(BOTH .. " --attention_type lolcats_lama", "did you mean 'lolcats_llama'")
 end)
 

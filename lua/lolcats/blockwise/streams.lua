@@ -43,12 +43,16 @@ local function ids_of(self, s, i)
     return (s == 0 and self.data.held or self.data):row(i).ids
 end
 
-local function path(self, b, s) return ("%s/hidden/b%02d/%05d.safetensors"):format(self.owner.out, b, s) end
+local function folder(self, b)
+    return ("%s/b%02d"):format(self.owner.opts.hidden or self.owner.out .. "/hidden", b)
+end
+
+local function path(self, b, s) return ("%s/%05d.safetensors"):format(folder(self, b), s) end
 
 local function name_of(i) return ("row%07d"):format(i) end
 
 local function write_shard(self, b, s, rows)
-    files.make_dirs(("%s/hidden/b%02d"):format(self.owner.out, b))
+    files.make_dirs(folder(self, b))
     local tensors = {}
     for i, x in pairs(rows) do tensors[name_of(i)] = x end
     files.save_tensors(path(self, b, s), tensors, { format = "lolcats-hidden" })

@@ -119,7 +119,7 @@ function M.train(o)
 end
 
 --- The first stage with the memory of one block of layers. o: tree, model (path), out, data ({train =, validation =}),
---- layers (a block), inputs, student (options of lc.linearize), dtype, device, seed, clip, fresh. Returns {folder = of
+--- layers (a block), inputs, hidden (folder of these), student (options of lc.linearize), dtype, device, seed, clip, fresh. Returns {folder = of
 --- the student, loss =, step =, blocks = {{first =, last =, loss =, step =}, ..}}, layers from 1.
 function M.in_blocks(o)
     local t, length, optimizer = o.tree.trainer, configs.length(o.tree), configs.optimizer(o.tree)
@@ -142,7 +142,7 @@ function M.in_blocks(o)
                      optim_options = optimizer.opts, lr = optimizer.lr, weight_decay = optimizer.opts.weight_decay,
                      schedule = schedule, clip = clip_of(o), mse = t.mse_factor, xent = xent,
                      eval_every = length.eval_every },
-        inputs = o.inputs, eval_rows = watched, dtype = o.dtype, device = o.device, seed = o.seed,
+        inputs = o.inputs, hidden = o.hidden, eval_rows = watched, dtype = o.dtype, device = o.device, seed = o.seed,
         fresh = o.fresh,
     }
     local out = { folder = run:train(), loss = 0, step = 0, blocks = run.blocks }
