@@ -131,7 +131,8 @@ local function distill(d)
         local s = stage.train {
             name = "ft", out = wish.folder(paths.finetune), tree = second, student = student,
             params = student:trainable(), data = load_data(second, wish.second_name, teacher), seed = args.seed,
-            clip = clip, compat = compat, rounded = wish.rounded, csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh,
+            clip = clip, compat = compat, rounded = wish.rounded,
+            csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh,
             chunk = wish.chunk, save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
         }
         report.finetune, report.finetune_steps = s.best and s.best.value, s.updates
