@@ -1,6 +1,6 @@
 -- distill_reference.lua: the reference's own command line: linearize by its configurations, flags, names and paths.
 --   lolcats distill --model_config distill_llama3_1_8b_lk_smd_wtk64_fd64_w01 \
---     --distill_config distill_alpaca_clean_xent0_mse1000_lr1e-2 --finetune_config finetune_lora_qkvo_alpaca_clean --lk_zero_init
+--     --distill_config distill_alpaca_clean_xent0_mse1000_lr1e-2 --finetune_config finetune_lora_qkvo_alpaca_clean
 local lc = require "lolcats"
 local configs, files, log = lc.configs, lc.files, require "lolcats.log"
 local flags_of, request, names = require "lolcats.reference_flags", require "lolcats.reference_request",
@@ -8,16 +8,23 @@ local flags_of, request, names = require "lolcats.reference_flags", require "lol
 local stage, trainers, datasets, checkpoint = require "lolcats.train.stage", require "lolcats.train.trainers",
     require "lolcats.data.reference", require "lolcats.reference_checkpoint"
 
-local PROMPT = "\nSummarize this dialog:\nTom: Did the parcel come?\nIda: Yes, at noon. It is far bigger than I thought.\nTom: That is the desk. " ..
-               "Can you leave it in the hall?\nIda: It blocks the door, so Max and I carried it to the shed.\n---\nSummary:"
+local PROMPT = [[
+
+Summarize this dialog:
+Tom: Did the parcel come?
+Ida: Yes, at noon. It is far bigger than I thought.
+Tom: That is the desk. Can you leave it in the hall?
+Ida: It blocks the door, so Max and I carried it to the shed.
+---
+Summary:]]
 
 local function distill(d)
     local rows = {
         d.doc or "Linearize a model by the reference's configurations: attention transfer, LoRA, evaluation.",
         { "data", d.data or "", "file with the records, instead of the data set that the experiments name" },
         { "config_dir", d.config_dir or "configs", "folder with model/ and experiment/ of your own; looked in first" },
-        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so; terrace, rope, window, flow: " ..
-          "the model alone, in this one thing", { "none", "reference", "terrace", "rope", "window", "flow" } },
+        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so; terrace, rope, window, " ..
+          "flow: the model alone, in this one thing", { "none", "reference", "terrace", "rope", "window", "flow" } },
         { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
         { "dtype", d.dtype or "", "of the frozen weights; without it the configuration's",
           { "", "f32", "bf16", "f16", "f64" } },
@@ -132,8 +139,8 @@ local function distill(d)
             name = "ft", out = wish.folder(paths.finetune), tree = second, student = student,
             params = student:trainable(), data = load_data(second, wish.second_name, teacher), seed = args.seed,
             clip = clip, compat = compat, rounded = wish.rounded,
-            csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh,
-            chunk = wish.chunk, save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
+            csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh, chunk = wish.chunk,
+            save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
         }
         report.finetune, report.finetune_steps = s.best and s.best.value, s.updates
         save(paths.finetune, { loss = s.best and s.best.value or s.held_out.loss }, s.best and s.best.step or s.updates)

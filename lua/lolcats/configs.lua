@@ -267,7 +267,8 @@ end
 function M.check_model(tree, config)
     local m = tree.model
     if m.load_in_8bit or m.load_in_4bit then
-        lc.fail("load_in_8bit and load_in_4bit are not built (in the reference neither); a quantised GGUF file loads as it is")
+        lc.fail("load_in_8bit and load_in_4bit are not built (in the reference neither); a quantised GGUF file " ..
+                "loads as it is")
     end
     if m.rope_theta and config.rope_theta and m.rope_theta ~= config.rope_theta then
         require("lolcats.log").say("the configuration has rope_theta %g, the model itself %g: the model's counts",

@@ -35,8 +35,8 @@ end
 
 local function shape(x) return table.concat(x.shape, ", ") end
 
---- The file that a checkpoint's name stands for: a path (.pt, .safetensors, a distributed checkpoint, a folder of ours),
---- or a repository of a Hub with one file of weights, or owner/name/file in one.
+--- The file that a checkpoint's name stands for: a path (.pt, .safetensors, a distributed checkpoint, a folder of
+--- ours), or a repository of a Hub with one file of weights, or owner/name/file in one.
 function M.find(path)
     for _, place in ipairs { path, (path:gsub("%.pt$", "")) } do
         if files.exists(place .. "/student.safetensors") then return place .. "/student.safetensors" end
@@ -54,7 +54,8 @@ function M.find(path)
             if name:match "^[^/]+%.pt$" or name:match "^[^/]+%.safetensors$" then found[#found + 1] = name end
         end
         if #found ~= 1 then
-            lc.fail("%s holds %d checkpoints; name one, as in %s/FILE: %s", path, #found, path, table.concat(found, ", "))
+            lc.fail("%s holds %d checkpoints; name one, as in %s/FILE: %s", path, #found, path,
+                    table.concat(found, ", "))
         end
         return found
     end)[1]
@@ -93,8 +94,8 @@ function M.load(student, path)
     return taken
 end
 
---- The files of a block-wise first stage (...-in=000-out=008_distill.pt) that belong together with one of them, in order;
---- any other path alone.
+--- The files of a block-wise first stage (...-in=000-out=008_distill.pt) that belong together with one of them, in
+--- order; any other path alone.
 function M.files_of(path)
     local head, tail = path:match "^(.*%-in=)%d+%-out=%d+(_distill[_%d]*%.pt)$"
     if not head then return { path } end
@@ -195,8 +196,8 @@ local function first_stage(path)
 end
 
 --- The options of student:add_lora for a checkpoint: rank and projections as its tensors have them, alpha from the
---- configuration that its name names, where that has this rank; else twice the rank, as in every one of the reference's.
---- nil where it holds no adapters.
+--- configuration that its name names, where that has this rank; else twice the rank, as in every one of the
+--- reference's. nil where it holds no adapters.
 function M.lora_of(path, dir)
     local configs, f = require "lolcats.configs", files.open_tensors(M.find(path))
     local targets, seen, rank = {}, {}, nil

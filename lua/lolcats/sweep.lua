@@ -1,7 +1,7 @@
 -- sweep.lua: many runs of a recipe that differ in some arguments: each in a process and a folder of its own, so that
 -- one that fails or is killed leaves the others alone and is gone on with later; then a table and a plot of what their
--- summaries say. A cell is one of the runs: {label =, args = {name = value}, recipe = (a recipe of its own), next = (runs
--- that take its student), x =, series = (its place in a plot), paper = (what the paper found)}.
+-- summaries say. A cell is one of the runs: {label =, args = {name = value}, recipe = (a recipe of its own), next =
+-- (runs that take its student), x =, series = (its place in a plot), paper = (what the paper found)}.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local log = require "lolcats.log"
@@ -118,9 +118,9 @@ local function only(words, keep)
     return out
 end
 
--- The runs that follow a cell's first one and take its student: steps of {recipe =, args =, keep = {options of `fixed`},
--- takes = the option that names the student, plain = true where it has no --seed and no --fresh}. Their values join the
--- summary; also why one failed, if one did.
+-- The runs that follow a cell's first one and take its student: steps of {recipe =, args =, keep = {options of
+-- `fixed`}, takes = the option that names the student, plain = true where it has no --seed and no --fresh}. Their
+-- values join the summary; also why one failed, if one did.
 local function follow(cell, seed, folder, o, summary)
     local out, student = {}, folder .. "/student"
     for k, v in pairs(summary) do out[k] = v end
@@ -147,8 +147,9 @@ local function mean(list)
     return m, s > 1e-9 * math.abs(m) and s or nil -- none, too, where the seed does not matter
 end
 
---- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh, after (runs that follow every
---- cell and take its student, as a cell's next). It is an error when all of them fail. Sets cell.values = {name = {a value a seed}} and cell.problem.
+--- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh, after (runs that follow
+--- every cell and take its student, as a cell's next). It is an error when all of them fail. Sets cell.values = {name =
+--- {a value a seed}} and cell.problem.
 function M.run(o)
     local n = 0
     for i, cell in ipairs(o.cells) do
@@ -217,8 +218,8 @@ function M.label(columns, key)
     return key
 end
 
---- Table as text. columns: a list of {key, heading}; one that no cell has a value for is left out. Where cells know what
---- the paper found, that stands last.
+--- Table as text. columns: a list of {key, heading}; one that no cell has a value for is left out. Where cells know
+--- what the paper found, that stands last.
 function M.table(cells, columns)
     local rows, head, keys, paper = {}, { "" }, {}, false
     for _, c in ipairs(columns) do
@@ -272,8 +273,8 @@ local function items(cells, key)
     return out
 end
 
--- How the numbers of the cells lie: their values as ticks where they are few, and as logarithms where each is a multiple
--- of the one before.
+-- How the numbers of the cells lie: their values as ticks where they are few, and as logarithms where each is a
+-- multiple of the one before.
 local function spread(series)
     local seen, list = {}, {}
     for _, s in ipairs(series) do
@@ -312,8 +313,8 @@ local function plotted(cells, how, lines, rows)
                            xlog = logarithmic })
 end
 
---- A picture of `metric`: lines over the cells' numbers, or a row a cell where they have none. how: metric, label, title,
---- xlabel.
+--- A picture of `metric`: lines over the cells' numbers, or a row a cell where they have none. how: metric, label,
+--- title, xlabel.
 function M.svg(cells, how) return plotted(cells, how, plot.svg, plot.rows) end
 
 --- The same in the terminal.

@@ -119,8 +119,9 @@ function M.train(o)
 end
 
 --- The first stage with the memory of one block of layers. o: tree, model (path), out, data ({train =, validation =}),
---- layers (a block), inputs, hidden (folder of these), student (options of lc.linearize), dtype, device, seed, clip, fresh. Returns {folder = of
---- the student, loss =, step =, blocks = {{first =, last =, loss =, step =}, ..}}, layers from 1.
+--- layers (a block), inputs, hidden (folder of these), student (options of lc.linearize), dtype, device, seed, clip,
+--- fresh. Returns {folder = of the student, loss =, step =, blocks = {{first =, last =, loss =, step =}, ..}}, layers
+--- from 1.
 function M.in_blocks(o)
     local t, length, optimizer = o.tree.trainer, configs.length(o.tree), configs.optimizer(o.tree)
     local trainer = trainers.find(t.name)
