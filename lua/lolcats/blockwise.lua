@@ -119,16 +119,19 @@ function Blockwise:request()
     return out
 end
 
--- Forgets what earlier runs left in the folder.
+local OWN = { blocks = true, hidden = true, student = true, ["blockwise.json"] = true, ["results.json"] = true,
+              ["summary.json"] = true }
+
+-- Forgets what earlier runs left in the folder: their own files, nothing else that lies there.
 function Blockwise:forget()
-    local function clear(dir)
-        if not files.is_folder(dir) then return end
-        for _, name in ipairs(files.list(dir)) do
-            local path = dir .. "/" .. name
-            if files.is_folder(path) then clear(path) elseif name ~= ".lock" then files.remove(path) end
-        end
+    local function clear(path)
+        if not files.is_folder(path) then return files.remove(path) end
+        for _, name in ipairs(files.list(path)) do clear(path .. "/" .. name) end
     end
-    clear(self.out)
+    for _, name in ipairs(files.list(self.out)) do
+        if OWN[name] or name:match "^b%d+%-transfer$" or name:match "^b%d+%-lora$" then clear(self.out .. "/" .. name) end
+    end
+    files.make_dirs(self.out .. "/blocks")
 end
 
 --- Layers first to last of the model, frozen; how: {embed =, head =}.

@@ -123,6 +123,16 @@ t.test("every kind of student, optimizer and schedule; stitched, it is the same"
     end
 end)
 
+t.test("begun anew, it leaves alone what is not its own", function()
+    files.make_dirs(root .. "/outside-own/model")
+    files.write(root .. "/outside-own/model/notes.txt", "mine")
+    blockwise.new(options("outside-own")):train()
+    local bw = blockwise.new(options("outside-own", { layers = 3, fresh = true }))
+    t.ok(not bw:done(1) and not files.exists(root .. "/outside-own/student/student.json"))
+    t.eq(files.read(root .. "/outside-own/model/notes.txt"), "mine")
+    t.ok(bw:train())
+end)
+
 t.test("hidden states in a folder of their own, which another model or other data may not take", function()
     local hidden = root .. "/elsewhere"
     local bw = blockwise.new(options("outside", { hidden = hidden }))
