@@ -228,10 +228,6 @@ function M.linearize_options(tree)
     local found = require("lolcats.attention_types").find(a.attention_type)
     if found.options.softmax then return nil end
     local kind = found.options.kind
-    if a.peft or a.peft_config then
-        lc.fail("attention.peft: LoRA in the first stage is not built; leave it to the second")
-    end
-    if a.rotary_config then lc.fail("attention.rotary_config is not built; rotary settings are the model's own") end
     if a.decode_window_size and a.decode_window_size ~= (a.window_size or 64) then
         require("lolcats.log").say("decode_window_size %s: decoding has the window of training here, %s",
                                    tostring(a.decode_window_size), tostring(a.window_size or 64))
@@ -254,8 +250,16 @@ function M.linearize_options(tree)
         kernel = kernel ~= "untied" and kernel or nil, hidden_dim = k.hidden_dim, tie_qk = a.tie_qk_kernels or nil,
         init = k.normal_init and "normal" or k.zero_init and "identity" or "kaiming",
         window_factor = a.init_window_factor or 0, affine = a.affine_attention_factors or false, softmax_layers = keep,
-        train_window_factor = train_factor,
+        train_window_factor = train_factor, rotary = a.rotary_config,
     }
+end
+
+--- Options of student:add_lora for adapters that learn in the first stage (attention.peft or peft_config, in the form of
+--- a finetune block), or nil.
+function M.first_lora_options(tree)
+    local block = tree.attention.peft or tree.attention.peft_config
+    if not block then return nil end
+    return (M.lora_options { finetune = { method = block.method or "lora", kwargs = block.kwargs } })
 end
 
 --- What of a model block cannot be taken as it says: raises for quantised loading, tells rotary settings that the model
@@ -292,11 +296,15 @@ function M.lora_options(tree)
 end
 
 --- The optimizer of an experiment. A block without weight_decay has PyTorch's: 0.01 for AdamW, 0 for the others.
-function M.optimizer(tree)
+--- rounded: keep Adam's parameters and moments to bfloat16's digits, as the named implementation does.
+function M.optimizer(tree, rounded)
     local o = tree.optimizer or {}
     local opts = {}
     for k, v in pairs(o) do
         if k ~= "optim" and k ~= "max_optimizer_steps" then opts[k] = v end
+    end
+    if rounded and tostring(o.optim or "adamw"):match "^adam" and o.optim ~= "adamax" then
+        opts.rounded = o.optim == "adamw_torch_fused" and "fused" or "loop"
     end
     return require("lolcats.optim").named(o.optim or "adamw", opts)
 end
