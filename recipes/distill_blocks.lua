@@ -21,6 +21,8 @@ local function distill(d)
         { "transfer_steps", d.transfer_steps or 0, "updates of attention transfer a block; 0: by epochs", min = 0 },
         { "lora_steps", d.lora_steps or 0, "updates of LoRA a block; 0: by epochs", min = 0 },
         { "lora", d.lora ~= false, "second stage: LoRA on each block; --no-lora leaves it to finetune" },
+        { "objective", d.objective or "output", "what a block's LoRA is to match: what the block puts out, or the " ..
+          "output of each attention", { "output", "attention" } },
         { "epochs", d.epochs or 1, "passes over the data a stage, when steps do not say" },
         { "accumulate", d.accumulate or 8, "rows an update", min = 1 },
         { "mse", d.mse or 1000, "factor of the outputs' squared error" },
@@ -61,7 +63,8 @@ local function distill(d)
         student = recipe.student(args),
         transfer = stage(args.transfer_lr, args.transfer_steps, { mse = args.mse, xent = args.xent }),
         lora = args.lora and stage(args.lora_lr, args.lora_steps,
-                                   { rank = args.rank, alpha = args.alpha, targets = args.targets }),
+                                   { rank = args.rank, alpha = args.alpha, targets = args.targets,
+                                     objective = args.objective }),
         accumulate = args.accumulate, eval_rows = args.eval_rows, dtype = args.dtype, device = args.device,
         seed = args.seed, fresh = args.fresh,
     }

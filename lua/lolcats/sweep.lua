@@ -1,7 +1,7 @@
 -- sweep.lua: many runs of a recipe that differ in some arguments: each in a process and a folder of its own, so that
 -- one that fails or is killed leaves the others alone and is gone on with later; then a table and a plot of what their
--- summaries say. A cell is one of the runs: {label =, args = {name = value}, recipe = (a recipe of its own), next = (runs
--- that take its student), x =, series = (its place in a plot), paper = (what the paper found)}.
+-- summaries say. A cell is one of the runs: {label =, args = {name = value}, recipe = (a recipe of its own), next =
+-- (runs that take its student), x =, series = (its place in a plot), paper = (what the paper found)}.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local log = require "lolcats.log"
@@ -78,25 +78,38 @@ local function words_of(cell, seed, fixed, folder)
     return out
 end
 
+-- Is there anything of a run in a folder, beyond what was asked for and what it said?
+local function has_run(folder)
+    for _, name in ipairs(files.is_folder(folder) and files.list(folder) or {}) do
+        if name ~= "command" and name ~= "log" then return true end
+    end
+    return false
+end
+
 -- Runs one command unless its summary is there already; returns the summary, or nil and why.
 local function run_one(recipe, words, folder, o, plain)
-    local parts = { quote(program.path), recipe }
+    local parts = { recipe }
     for _, word in ipairs(words) do parts[#parts + 1] = quote(word) end
-    local command = table.concat(parts, " ")
+    local command = table.concat(parts, " ") -- wherever the program is
     local told, summary = folder .. "/command", folder .. "/summary.json"
     local same = files.exists(told) and files.read(told) == command
     if same and files.exists(summary) and not o.fresh then return files.read_json(summary) end
+    if not same and not o.fresh and not plain and has_run(folder) then
+        lc.fail("%s holds a run with other arguments:\n  %s\nstart over with --fresh, or take another --out", folder,
+                files.read(told))
+    end
     files.make_dirs(folder)
     if (not same or o.fresh) and files.exists(summary) then files.remove(summary) end
     files.write(told, command)
     local again = (not same or o.fresh) and not plain and " --fresh" or ""
-    local status = os.execute(("%s%s > %s 2>&1 < /dev/null"):format(command, again, quote(folder .. "/log")))
+    local status = os.execute(("%s %s%s > %s 2>&1 < /dev/null"):format(quote(program.path), command, again,
+            quote(folder .. "/log")))
     if status ~= 0 or not files.exists(summary) then
         local last = ""
         for line in files.read(folder .. "/log"):gmatch "[^\r\n]+" do
             if line:match "^lolcats: " or last == "" then last = line end
         end
-        if status == 2 or status == 130 * 256 or status == 130 then lc.fail("interrupted; the same command goes on") end
+        if status == 2 or status == 130 * 256 or status == 130 then lc.fail("interrupted; the same command%s goes on", o.fresh and " without --fresh" or "") end
         return nil, last
     end
     return files.read_json(summary)
@@ -118,9 +131,9 @@ local function only(words, keep)
     return out
 end
 
--- The runs that follow a cell's first one and take its student: steps of {recipe =, args =, keep = {options of `fixed`},
--- takes = the option that names the student, plain = true where it has no --seed and no --fresh}. Their values join the
--- summary; also why one failed, if one did.
+-- The runs that follow a cell's first one and take its student: steps of {recipe =, args =, keep = {options of
+-- `fixed`}, takes = the option that names the student, plain = true where it has no --seed and no --fresh}. Their
+-- values join the summary; also why one failed, if one did.
 local function follow(cell, seed, folder, o, summary)
     local out, student = {}, folder .. "/student"
     for k, v in pairs(summary) do out[k] = v end
@@ -147,8 +160,9 @@ local function mean(list)
     return m, s > 1e-9 * math.abs(m) and s or nil -- none, too, where the seed does not matter
 end
 
---- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh, after (runs that follow every
---- cell and take its student, as a cell's next). It is an error when all of them fail. Sets cell.values = {name = {a value a seed}} and cell.problem.
+--- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh, after (runs that follow
+--- every cell and take its student, as a cell's next). It is an error when all of them fail. Sets cell.values = {name =
+--- {a value a seed}} and cell.problem.
 function M.run(o)
     local n = 0
     for i, cell in ipairs(o.cells) do
@@ -197,6 +211,18 @@ function M.has(columns, key)
     return false
 end
 
+--- An error where no cell has a value under a key.
+function M.check(cells, key)
+    local seen, names = {}, {}
+    for _, cell in ipairs(cells) do
+        for k in pairs(cell.values) do
+            if not seen[k] then seen[k], names[#names + 1] = true, k end
+        end
+    end
+    table.sort(names)
+    if not seen[key] then lc.fail("--metric: no run measured '%s'; they have %s", key, table.concat(names, ", ")) end
+end
+
 --- What a column says of a key.
 function M.label(columns, key)
     for _, c in ipairs(columns) do
@@ -205,8 +231,8 @@ function M.label(columns, key)
     return key
 end
 
---- Table as text. columns: a list of {key, heading}; one that no cell has a value for is left out. Where cells know what
---- the paper found, that stands last.
+--- Table as text. columns: a list of {key, heading}; one that no cell has a value for is left out. Where cells know
+--- what the paper found, that stands last.
 function M.table(cells, columns)
     local rows, head, keys, paper = {}, { "" }, {}, false
     for _, c in ipairs(columns) do
@@ -260,8 +286,8 @@ local function items(cells, key)
     return out
 end
 
--- How the numbers of the cells lie: their values as ticks where they are few, and as logarithms where each is a multiple
--- of the one before.
+-- How the numbers of the cells lie: their values as ticks where they are few, and as logarithms where each is a
+-- multiple of the one before.
 local function spread(series)
     local seen, list = {}, {}
     for _, s in ipairs(series) do
@@ -273,20 +299,35 @@ local function spread(series)
     return #list <= 12 and list or nil, #list > 2 and list[1] > 0 and list[#list] / list[1] >= 16
 end
 
+-- The teacher's value as a line across a plot of perplexities, or, where it would press the cells together, in words.
+local function teacher_of(cells, metric)
+    local teacher, low, high = nil, math.huge, -math.huge
+    for _, cell in ipairs(cells) do
+        teacher = teacher or (cell.values.teacher_ppl or {})[1]
+        if cell.values[metric] then
+            local m = mean(cell.values[metric])
+            low, high = math.min(low, m), math.max(high, m)
+        end
+    end
+    if not teacher or not metric:match "_ppl$" or metric == "text_ppl" or metric:match "^long" then return {}, "" end
+    local near = 1.5 * math.max(high - low, 0.02 * high)
+    if teacher >= low - near and teacher <= high + near then return { { name = "teacher", value = teacher } }, "" end
+    return {}, (" (teacher: %s)"):format(log.number(teacher))
+end
+
 local function plotted(cells, how, lines, rows)
-    local series, teacher = M.series(cells, how.metric), nil
-    local marks = {}
-    for _, cell in ipairs(cells) do teacher = teacher or (cell.values.teacher_ppl or {})[1] end
-    if teacher and how.metric:match "_ppl$" and how.metric ~= "text_ppl" then marks[1] = { name = "teacher", value = teacher } end
-    if not series then return rows(items(cells, how.metric), { title = how.title, xlabel = how.label, lines = marks }) end
+    local series = M.series(cells, how.metric)
+    local marks, note = teacher_of(cells, how.metric)
+    local label = how.label .. note
+    if not series then return rows(items(cells, how.metric), { title = how.title, xlabel = label, lines = marks }) end
     local ticks, logarithmic = spread(series)
     if #series == 1 then series[1].name = how.label end
-    return lines(series, { title = how.title, xlabel = how.xlabel or "", ylabel = how.label, lines = marks, xticks = ticks,
+    return lines(series, { title = how.title, xlabel = how.xlabel or "", ylabel = label, lines = marks, xticks = ticks,
                            xlog = logarithmic })
 end
 
---- A picture of `metric`: lines over the cells' numbers, or a row a cell where they have none. how: metric, label, title,
---- xlabel.
+--- A picture of `metric`: lines over the cells' numbers, or a row a cell where they have none. how: metric, label,
+--- title, xlabel.
 function M.svg(cells, how) return plotted(cells, how, plot.svg, plot.rows) end
 
 --- The same in the terminal.

@@ -123,6 +123,26 @@ t.test("every kind of student, optimizer and schedule; stitched, it is the same"
     end
 end)
 
+t.test("begun anew, it leaves alone what is not its own", function()
+    files.make_dirs(root .. "/outside-own/model")
+    files.write(root .. "/outside-own/model/notes.txt", "mine")
+    blockwise.new(options("outside-own")):train()
+    local bw = blockwise.new(options("outside-own", { layers = 3, fresh = true }))
+    t.ok(not bw:done(1) and not files.exists(root .. "/outside-own/student/student.json"))
+    t.eq(files.read(root .. "/outside-own/model/notes.txt"), "mine")
+    t.ok(bw:train())
+end)
+
+t.test("hidden states in a folder of their own, which another model or other data may not take", function()
+    local hidden = root .. "/elsewhere"
+    local bw = blockwise.new(options("outside", { hidden = hidden }))
+    t.ok(text(bw:train()) == first)
+    t.ok(not files.exists(root .. "/outside/hidden") and files.exists(hidden .. "/blockwise.json"))
+    blockwise.new(options("outside2", { hidden = hidden, lora = false })) -- other training on the same inputs
+    t.errors(function() blockwise.new(options("outside3", { hidden = hidden, dtype = "bf16" })) end, "elsewhere holds another .*dtype: \"f32\" there, \"bf16\" here")
+    t.errors(function() blockwise.new(options("outside", { hidden = hidden, seed = 3 })) end, "outside holds another .*seed: 0 there, 3 here")
+end)
+
 t.test("stopped anywhere, it goes on to the same result", function()
     for _, kind in ipairs { "disk", "recompute" } do
         local stops = { { 1, "transfer", 5 }, { 1, "lora", 3 }, { 2, "lora", 9 }, { 3, "transfer", 1 } }

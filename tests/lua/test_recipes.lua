@@ -53,6 +53,11 @@ t.test("large models in blocks, then finetune", function()
     local s = files.read_json(root .. "/runs/finetune/summary.json")
     t.ok(s.lora_ppl < s.before_ppl and s.steps == 3)
     ok(words) -- done already
+    -- a model that is no student gets an adapter, which goes on top of it
+    local said2 = ok((words:gsub("runs/llama3_1_405b_tiny/student", "runs/llama3_1_405b_tiny/model") .. " --out runs/plain"))
+    t.ok(said2:find("runs/plain/adapter", 1, true), said2)
+    ok "merge runs/plain/adapter runs/plain/merged --base runs/llama3_1_405b_tiny/model"
+    ok "perplexity --model runs/plain/merged --text runs/llama3_1_405b_tiny/records.json --seq 64 --limit 2"
     local status, _, err = run "finetune --student runs/nowhere --data x"
     t.ok(status ~= 0 and err:find("runs/nowhere", 1, true), err)
 end)
@@ -64,7 +69,7 @@ t.test("a table of the paper: every cell, a table, a plot, values; done runs sta
         t.ok(said:find(cell, 1, true), said)
     end
     local svg = files.read(root .. "/runs/t13/ablate.svg")
-    for _, what in ipairs { "<svg", "Table 13: size and kind of the window", ">terrace<", ">teacher<", ">256<", "perplexity: LoRA" } do
+    for _, what in ipairs { "<svg", "Table 13: size and kind of the window", ">terrace<", "teacher", ">256<", "perplexity: LoRA" } do
         t.ok(svg:find(what, 1, true), what)
     end
     t.ok(said:find "sliding 4 [^\n]* 73%.3\n", "what the paper found stands beside")
@@ -74,6 +79,9 @@ t.test("a table of the paper: every cell, a table, a plot, values; done runs sta
     before.lora_ppl = 5 -- not measured again
     files.write_json(summary, before)
     t.ok(ok(words):find "sliding 4 [^\n]* 5%.000")
+    local status, _, why = run(words .. " -- --rank=2")
+    t.ok(status ~= 0 and why:find("holds a run with other arguments", 1, true), why)
+    t.ok(not ok(words .. " --fresh -- --rank=2"):find "sliding 4 [^\n]* 5%.000", "begun anew")
 end)
 
 t.test("tables whose cells have names: a row of the plot each", function()
