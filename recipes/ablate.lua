@@ -11,8 +11,9 @@ local tables = require "lolcats.paper_tables"
 
 local args = lc.args {
     "Run a recipe many times with different arguments and compare: a sweep, or a table of the paper.",
-    { "table", "none", "a table of the paper: 1 transfer or not, 3 blocks, 6 components, 11 rank, 12 projections, 13 window, " ..
-      "16 length of transfer; or beyond: what goes beyond it, one by one", { "none", unpack(tables.names()) } },
+    { "table", "none", "a table of the paper: 1 transfer or not, 3 blocks, 6 components, 11 rank, 12 projections, " ..
+      "13 window, 16 length of transfer; or beyond: what goes beyond it, one by one",
+      { "none", unpack(tables.names()) } },
     { "sweep", {}, "NAME=VALUE,VALUE,..; several make a grid" },
     { "recipe", "distill", "what is run" },
     { "steps", 200, "updates a stage, from which a table's lengths follow", min = 1 },

@@ -9,8 +9,8 @@ local eval, log = lc.eval, require "lolcats.log"
 
 local function distill(d) -- d: defaults of the arguments
     local args = lc.args {
-        d.doc or "Linearize a softmax-attention model: attention transfer, then LoRA. (With --model_config it takes the " ..
-            "reference's command line instead: lolcats distill_reference --help.)",
+        d.doc or "Linearize a softmax-attention model: attention transfer, then LoRA. (With --model_config it takes " ..
+            "the reference's command line instead: lolcats distill_reference --help.)",
         { "model", d.model or lc.required, "folder, GGUF file, Hub id in the local cache, or smollm2" },
         { "data", d.data or lc.required, ".json, .jsonl or .txt file, or chitchat (fetched once from PyPI)" },
         { "out", d.out or "runs/distill", "folder for checkpoints, logs and plots" },
@@ -19,7 +19,8 @@ local function distill(d) -- d: defaults of the arguments
         { "records", d.records or 0, "records of the data to read; 0: all", min = 0 },
         { "hold_out", d.hold_out or 0.05, "records held out: a number, or a share below 1" },
         { "eval_rows", d.eval_rows or 16, "held-out rows that the table's perplexities are measured on", min = 1 },
-        { "long_seq", d.long_seq or 0, "the result is measured on held-out rows of so many tokens too; 0: no", min = 0 },
+        { "long_seq", d.long_seq or 0, "the result is measured on held-out rows of so many tokens too; 0: no",
+          min = 0 },
         { "transfer_steps", d.transfer_steps or 0, "updates of the first stage; 0: by epochs", min = 0 },
         { "lora_steps", d.lora_steps or 0, "updates of the second stage; 0: by epochs", min = 0 },
         { "epochs", d.epochs or 2, "passes over the data a stage, when steps do not say" },
@@ -44,15 +45,16 @@ local function distill(d) -- d: defaults of the arguments
         { "transfer", d.transfer ~= false, "first stage: maps learn to copy attention; --no-transfer leaves it out" },
         { "train_maps", d.train_maps or false, "the second stage trains maps and window factors too" },
         -- beyond the reference
-        { "fade", d.fade or 0, "the linear part starts at 1/500 of its weight; without transfer it comes in over this share of " ..
-          "the updates", min = 0, max = 1 },
-        { "keep_search", d.keep_search or 0, "after transfer, so many layers get their softmax back: the costliest, as measured",
-          min = 0 },
+        { "fade", d.fade or 0, "the linear part starts at 1/500 of its weight; without transfer it comes in over " ..
+          "this share of the updates", min = 0, max = 1 },
+        { "keep_search", d.keep_search or 0,
+          "after transfer, so many layers get their softmax back: the costliest, as measured", min = 0 },
         { "kl", d.kl or 0, "share of the second stage's loss that is the divergence from the teacher's distribution",
           min = 0, max = 1 },
-        { "window_drop", d.window_drop or 0, "while training, how often a layer is purely linear: its linear part gets used",
+        { "window_drop", d.window_drop or 0,
+          "while training, how often a layer is purely linear: its linear part gets used", min = 0, max = 1 },
+        { "window_drop_from", d.window_drop_from or 0, "share of each stage that passes before that begins",
           min = 0, max = 1 },
-        { "window_drop_from", d.window_drop_from or 0, "share of each stage that passes before that begins", min = 0, max = 1 },
         { "fresh", false, "start over instead of going on" },
         d.more or {},
     }
@@ -77,8 +79,8 @@ local function distill(d) -- d: defaults of the arguments
     local function optimizer(lr) return lc.optim.named(args.optim, { lr = lr, weight_decay = args.weight_decay }) end
     local function steps_or_epochs(n) return n > 0 and n or nil, n == 0 and args.epochs or nil end
 
-    -- Swapped in as it starts, the linear part wrecks the model. The first stage trains it whole all the same, since each
-    -- layer learns by itself from true hidden states; without that stage it comes in while the second trains it.
+    -- Swapped in as it starts, the linear part wrecks the model. The first stage trains it whole all the same, since
+    -- each layer learns by itself from true hidden states; without that stage it comes in while the second trains it.
     local function fade(run)
         local n = args.window > 0 and args.fade * (run and run.updates or 1) or 0
         local done = run and run.step or 0

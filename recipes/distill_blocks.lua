@@ -21,8 +21,8 @@ local function distill(d)
         { "transfer_steps", d.transfer_steps or 0, "updates of attention transfer a block; 0: by epochs", min = 0 },
         { "lora_steps", d.lora_steps or 0, "updates of LoRA a block; 0: by epochs", min = 0 },
         { "lora", d.lora ~= false, "second stage: LoRA on each block; --no-lora leaves it to finetune" },
-        { "objective", d.objective or "output", "what a block's LoRA is to match: what the block puts out, or the output of " ..
-          "each attention", { "output", "attention" } },
+        { "objective", d.objective or "output", "what a block's LoRA is to match: what the block puts out, or the " ..
+          "output of each attention", { "output", "attention" } },
         { "epochs", d.epochs or 1, "passes over the data a stage, when steps do not say" },
         { "accumulate", d.accumulate or 8, "rows an update", min = 1 },
         { "mse", d.mse or 1000, "factor of the outputs' squared error" },

@@ -39,7 +39,8 @@ for _, name in ipairs(args.tasks) do
         tasks[#tasks + 1] = name
     end
 end
-local model = lc.load(args.model, { base = args.base ~= "" and args.base or nil, dtype = args.dtype, device = args.device })
+local model = lc.load(args.model, { base = args.base ~= "" and args.base or nil, dtype = args.dtype,
+                                    device = args.device })
 local forward = { teacher = args.teacher }
 local out = { model = args.model, tasks = files.array {} }
 

@@ -66,8 +66,8 @@ local function finetune(d)
     if student.is_student then student:save(folder) else student:save_adapter(folder) end
     print(log.table({ { "before", ("%.2f"):format(before) }, { "after", ("%.2f"):format(after) } },
                     { "", "perplexity" }))
-    print(("\nPerplexity on %d held-out rows of %d tokens of %s. It is in %s: lolcats chat --model %s"):format(#held, args.seq,
-                                                                                                    args.data, folder, folder))
+    print(("\nPerplexity on %d held-out rows of %d tokens of %s. It is in %s: lolcats chat --model %s")
+        :format(#held, args.seq, args.data, folder, folder))
     files.write_json(args.out .. "/summary.json",
                      { student = args.student, before_ppl = before, lora_ppl = after, steps = run:summary().updates })
 end

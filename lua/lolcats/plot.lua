@@ -78,9 +78,13 @@ local function axis(low, high, logarithmic, want)
         local pad = (b - a) * 0.04
         return { at = function(v) return (math.log(v) - a + pad) / (b - a + 2 * pad) end, ticks = ticks }
     end
-    if low == high then low, high = low - 0.5 * math.max(1e-9, math.abs(low)), high + 0.5 * math.max(1e-9, math.abs(high)) end
+    if low == high then
+        local half = 0.5 * math.max(1e-9, math.abs(low))
+        low, high = low - half, high + half
+    end
     local pad = (high - low) * 0.04
-    return { at = function(v) return (v - low + pad) / (high - low + 2 * pad) end, ticks = linear_ticks(low, high, want) }
+    local function at(v) return (v - low + pad) / (high - low + 2 * pad) end
+    return { at = at, ticks = linear_ticks(low, high, want) }
 end
 
 local function is_log(wish, low, high)
@@ -123,7 +127,10 @@ end
 -- ---- SVG ----------------------------------------------------------------------------------------------------------
 local COLORS = { "#2a6fbb", "#d1495b", "#2e8b57", "#8a5fb0", "#c07a00", "#4a4a4a" }
 
-local function escape(s) return (tostring(s):gsub("[&<>\"]", { ["&"] = "&amp;", ["<"] = "&lt;", [">"] = "&gt;", ['"'] = "&quot;" })) end
+local ESCAPES = { ["&"] = "&amp;", ["<"] = "&lt;", [">"] = "&gt;", ['"'] = "&quot;" }
+local function escape(s) return (tostring(s):gsub("[&<>\"]", ESCAPES)) end
+
+local BELOW = '<text x="%.1f" y="%d" text-anchor="middle" fill="%s">%s</text>'
 
 local function path_of(s, px, py)
     local out, pen = {}, "M"
@@ -159,14 +166,54 @@ local function writer()
 end
 
 local function open_svg(put, w, h, left, title)
-    put('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" font-family="system-ui, sans-serif" font-size="12">',
-        w, h, w, h)
+    put('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" width="%d" height="%d" ' ..
+        'font-family="system-ui, sans-serif" font-size="12">', w, h, w, h)
     put('<rect width="%d" height="%d" fill="#ffffff"/>', w, h)
-    if title then put('<text x="%d" y="24" font-size="15" font-weight="600" fill="#222">%s</text>', left, escape(title)) end
+    if title then
+        put('<text x="%d" y="24" font-size="15" font-weight="600" fill="#222">%s</text>', left, escape(title))
+    end
 end
 
---- An SVG chart of lines, as text. opts: title, xlabel, ylabel, log (y axis; by itself when the values span more than 20
---- times), xlog, xticks (values), lines (a list of {name =, value =} that stand level across the chart), width, height.
+-- The legend, on a background of its own, in the corner that covers the fewest points: the upper right where it can.
+local function put_legend(put, series, px, py, frame)
+    local longest = 0
+    for _, s in ipairs(series) do longest = math.max(longest, log.characters(s.name or "")) end
+    local w, h, best = longest * 7 + 40, 18 * #series + 8, nil
+    local left, right, top, bottom = frame[1] + 8, frame[2] - w - 6, frame[3] + 4, frame[4] - h - 6
+    for _, at in ipairs { { right, top }, { left, top }, { right, bottom }, { left, bottom } } do
+        local covered = 0
+        local function count(x, y)
+            local inside = x > at[1] - 6 and x < at[1] + w + 12 and y > at[2] - 6 and y < at[2] + h + 6
+            covered = covered + (inside and 1 or 0)
+        end
+        for _, s in ipairs(series) do
+            for i = 1, #s.x - 1 do -- a line, at a few places
+                if finite(s.y[i]) and finite(s.y[i + 1]) then
+                    local x0, y0, x1, y1 = px(s.x[i]), py(s.y[i]), px(s.x[i + 1]), py(s.y[i + 1])
+                    for k = 0, 1, 0.125 do count(x0 + k * (x1 - x0), y0 + k * (y1 - y0)) end
+                end
+            end
+            for i, dev in pairs(s.dev or {}) do
+                count(px(s.x[i]), py(s.y[i] - dev))
+                count(px(s.x[i]), py(s.y[i] + dev))
+            end
+            if #s.x == 1 and finite(s.y[1]) then count(px(s.x[1]), py(s.y[1])) end
+        end
+        if not best or covered < best.covered then best = { covered = covered, x = at[1], y = at[2] } end
+    end
+    put('<rect x="%d" y="%d" width="%d" height="%d" fill="#ffffff" fill-opacity="0.85" stroke="#ddd"/>', best.x,
+        best.y, w, h)
+    for i, s in ipairs(series) do
+        local y = best.y + 18 * i - 5
+        put('<line x1="%d" x2="%d" y1="%d" y2="%d" stroke="%s" stroke-width="2.5"/>', best.x + 8, best.x + 28, y - 1,
+            y - 1, COLORS[(i - 1) % #COLORS + 1])
+        put('<text x="%d" y="%d" fill="#333">%s</text>', best.x + 34, y + 3, escape(s.name or ""))
+    end
+end
+
+--- An SVG chart of lines, as text. opts: title, xlabel, ylabel, log (y axis; by itself when the values span more than
+--- 20 times), xlog, xticks (values), lines (a list of {name =, value =} that stand level across the chart), width,
+--- height.
 function M.svg(series, opts)
     opts = opts or {}
     local w, h = opts.width or 760, opts.height or 420
@@ -184,7 +231,7 @@ function M.svg(series, opts)
     texts = tick_texts(ax.ticks)
     for i, v in ipairs(ax.ticks) do
         put('<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="#999"/>', px(v), px(v), h - bottom, h - bottom + 5)
-        put('<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%s</text>', px(v), h - bottom + 19, escape(texts[i]))
+        put(BELOW, px(v), h - bottom + 19, "#555", escape(texts[i]))
     end
     for _, line in ipairs(opts.lines or {}) do
         local y = py(line.value)
@@ -192,16 +239,16 @@ function M.svg(series, opts)
         put('<text x="%d" y="%.1f" fill="#777">%s</text>', left + 6, y - 5, escape(line.name))
     end
     put('<path d="M%d %dV%dH%d" fill="none" stroke="#999"/>', left, top, h - bottom, w - right)
-    put('<text x="%.1f" y="%d" text-anchor="middle" fill="#333">%s</text>', (left + w - right) / 2, h - 12, escape(opts.xlabel or "step"))
+    put(BELOW, (left + w - right) / 2, h - 12, "#333", escape(opts.xlabel or "step"))
     if opts.ylabel then
-        put('<text transform="translate(16 %.1f) rotate(-90)" text-anchor="middle" fill="#333">%s%s</text>', (top + h - bottom) / 2,
-            escape(opts.ylabel), logarithmic and " (log)" or "")
+        put('<text transform="translate(16 %.1f) rotate(-90)" text-anchor="middle" fill="#333">%s%s</text>',
+            (top + h - bottom) / 2, escape(opts.ylabel), logarithmic and " (log)" or "")
     end
     for i, whole in ipairs(series) do
         local s, color = thin(whole), COLORS[(i - 1) % #COLORS + 1]
         local noisy = #s.x > 30 and not s.points
-        put('<path d="%s" fill="none" stroke="%s" stroke-width="%s" stroke-opacity="%s" stroke-linejoin="round"/>', path_of(s, px, py), color,
-            noisy and "1" or "1.8", noisy and "0.3" or "1")
+        put('<path d="%s" fill="none" stroke="%s" stroke-width="%s" stroke-opacity="%s" stroke-linejoin="round"/>',
+            path_of(s, px, py), color, noisy and "1" or "1.8", noisy and "0.3" or "1")
         if noisy then
             put('<path d="%s" fill="none" stroke="%s" stroke-width="2" stroke-linejoin="round"/>',
                 path_of({ x = s.x, y = smooth(s.y) }, px, py), color)
@@ -212,24 +259,14 @@ function M.svg(series, opts)
                     local x, y, dev = px(s.x[k]), s.y[k], s.dev and s.dev[k]
                     put('<circle cx="%.1f" cy="%.1f" r="2.8" fill="%s"/>', x, py(y), color)
                     if dev then
-                        put('<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" stroke="%s"/>', x, x, py(y - dev), py(y + dev), color)
+                        put('<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" stroke="%s"/>', x, x, py(y - dev),
+                            py(y + dev), color)
                     end
                 end
             end
         end
     end
-    -- legend in the upper right corner, on a background of its own
-    local longest = 0
-    for _, s in ipairs(series) do longest = math.max(longest, log.characters(s.name or "")) end
-    local box = longest * 7 + 40
-    put('<rect x="%d" y="%d" width="%d" height="%d" fill="#ffffff" fill-opacity="0.85" stroke="#ddd"/>', w - right - box - 6, top + 4, box,
-        18 * #series + 8)
-    for i, s in ipairs(series) do
-        local y = top + 4 + 18 * i - 5
-        put('<line x1="%d" x2="%d" y1="%d" y2="%d" stroke="%s" stroke-width="2.5"/>', w - right - box + 2, w - right - box + 22, y - 1, y - 1,
-            COLORS[(i - 1) % #COLORS + 1])
-        put('<text x="%d" y="%d" fill="#333">%s</text>', w - right - box + 28, y + 3, escape(s.name or ""))
-    end
+    put_legend(put, series, px, py, { left, w - right, top, h - bottom })
     out[#out + 1] = "</svg>\n"
     return table.concat(out, "\n")
 end
@@ -267,7 +304,7 @@ function M.rows(items, opts)
     local texts = tick_texts(ax.ticks)
     for i, v in ipairs(ax.ticks) do
         put('<line x1="%.1f" x2="%.1f" y1="%d" y2="%d" stroke="#e4e4e4"/>', px(v), px(v), top, h - bottom)
-        put('<text x="%.1f" y="%d" text-anchor="middle" fill="#555">%s</text>', px(v), h - bottom + 19, escape(texts[i]))
+        put(BELOW, px(v), h - bottom + 19, "#555", escape(texts[i]))
     end
     put('<path d="M%d %dV%dH%d" fill="none" stroke="#999"/>', left, top, h - bottom, w - right)
     for _, line in ipairs(opts.lines or {}) do
@@ -280,13 +317,14 @@ function M.rows(items, opts)
         put('<text x="%d" y="%.1f" text-anchor="end" fill="#333">%s</text>', left - 10, y + 4, escape(it.label))
         if finite(it.value) then
             local x = px(it.value)
-            put('<line x1="%d" x2="%.1f" y1="%.1f" y2="%.1f" stroke="%s" stroke-opacity="0.35"/>', left, x, y, y, COLORS[1])
+            put('<line x1="%d" x2="%.1f" y1="%.1f" y2="%.1f" stroke="%s" stroke-opacity="0.35"/>', left, x, y, y,
+                COLORS[1])
             if it.dev then
                 put('<line x1="%.1f" x2="%.1f" y1="%.1f" y2="%.1f" stroke="%s" stroke-width="3" stroke-opacity="0.5"/>',
                     px(it.value - it.dev), px(it.value + it.dev), y, y, COLORS[1])
             end
             put('<circle cx="%.1f" cy="%.1f" r="4" fill="%s"/>', x, y, COLORS[1])
-            put('<text x="%.1f" y="%.1f" fill="#333">%s</text>', math.max(x, it.dev and px(it.value + it.dev) or x) + 9, y + 4,
+            put('<text x="%.1f" y="%.1f" fill="#333">%s</text>', px(it.value + (it.dev or 0)) + 9, y + 4,
                 escape(it.text or log.number(it.value)))
         else
             put('<text x="%d" y="%.1f" fill="#d1495b">failed</text>', left + 9, y + 4)
@@ -338,7 +376,7 @@ function M.terminal(series, opts)
             if finite(s.x[k]) and finite(y[k]) then
                 local dx = ax.at(s.x[k]) * (columns * 2 - 1)
                 local dy = (1 - ay.at(y[k])) * (rows * 4 - 1)
-                if last_x then draw_line(set, last_x, last_y, dx, dy) else set(math.floor(dx + 0.5), math.floor(dy + 0.5)) end
+                draw_line(set, last_x or dx, last_y or dy, dx, dy)
                 last_x, last_y = dx, dy
             else
                 last_x = nil
@@ -392,8 +430,8 @@ function M.terminal_rows(items, opts)
 end
 
 -- ---- a run's curves -----------------------------------------------------------------------------------------------
---- Series from the lines of a metrics.jsonl: the values of each step, and those of evaluations (only of what is also a step's
---- value, if there is any such).
+--- Series from the lines of a metrics.jsonl: the values of each step, and those of evaluations (only of what is also a
+--- step's value, if there is any such).
 function M.read_metrics(path)
     local files = require "lolcats.files"
     local train, evals, order = {}, {}, {}
@@ -404,7 +442,8 @@ function M.read_metrics(path)
         for k, v in pairs(row.eval or row) do
             if type(v) == "number" and not skip[k] then
                 if not into[k] then
-                    into[k] = { name = row.eval and "held-out " .. k or k, x = {}, y = {}, points = row.eval and true or nil }
+                    into[k] = { name = row.eval and "held-out " .. k or k, x = {}, y = {},
+                                points = row.eval and true or nil }
                     order[#order + 1] = into[k]
                 end
                 table.insert(into[k].x, row.step)

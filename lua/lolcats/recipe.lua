@@ -1,7 +1,7 @@
--- recipe.lua: what recipes share. lc.recipe("distill"): one recipe as a function for another, which calls it with its own
--- defaults. The file is run with the word "recipe" as its argument and returns the function. It is looked for beside the
--- script, then among the program's recipes; its text goes into the run folder too. And the arguments that say what a
--- student's attentions are like.
+-- recipe.lua: what recipes share. lc.recipe("distill"): one recipe as a function for another, which calls it with its
+-- own defaults. The file is run with the word "recipe" as its argument and returns the function. It is looked for
+-- beside the script, then among the program's recipes; its text goes into the run folder too. And the arguments that
+-- say what a student's attentions are like.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local cli = require "lolcats.cli"
@@ -41,8 +41,8 @@ function M.student_rows(d)
         { "map", d.map or "hedgehog", "feature map: a built-in name, or a .lua file" },
         { "feature_dim", d.feature_dim or 0, "learned features a head; 0: the map's own", min = 0 },
         { "bias", d.bias or false, "feature maps with a bias" },
-        { "kernel", d.kernel or "own", "what the maps learn: a matrix a head, one for all heads, a small network, nothing; " ..
-          "own: as the map has it", { "own", "untied", "tied", "adapter", "none" } },
+        { "kernel", d.kernel or "own", "what the maps learn: a matrix a head, one for all heads, a small network, " ..
+          "nothing; own: as the map has it", { "own", "untied", "tied", "adapter", "none" } },
         { "init", d.init or "identity", "how those weights start", { "identity", "kaiming", "normal" } },
         { "tie_qk", d.tie_qk or false, "one map for queries and keys" },
         { "window", d.window or 64, "tokens that keep softmax attention", min = 0 },
@@ -52,7 +52,8 @@ function M.student_rows(d)
         { "affine", d.affine or false, "weights g and 1 - g of window and linear part, not g and 1; with " ..
           "--window_factor 4 it starts as the window alone" },
         { "sinks", d.sinks or 0, "first tokens that every query keeps in its window", min = 0 },
-        { "softmax_layers", d.softmax_layers or {}, "layers that keep softmax: positions from 1, negative from the end" },
+        { "softmax_layers", d.softmax_layers or {},
+          "layers that keep softmax: positions from 1, negative from the end" },
     }
 end
 

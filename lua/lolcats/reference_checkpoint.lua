@@ -35,8 +35,8 @@ end
 
 local function shape(x) return table.concat(x.shape, ", ") end
 
---- The file that a checkpoint's name stands for: a path (.pt, .safetensors, a distributed checkpoint, a folder of ours),
---- or a repository of a Hub with one file of weights, or owner/name/file in one.
+--- The file that a checkpoint's name stands for: a path (.pt, .safetensors, a distributed checkpoint, a folder of
+--- ours), or a repository of a Hub with one file of weights, or owner/name/file in one.
 function M.find(path)
     for _, place in ipairs { path, (path:gsub("%.pt$", "")) } do
         if files.exists(place .. "/student.safetensors") then return place .. "/student.safetensors" end
@@ -54,7 +54,8 @@ function M.find(path)
             if name:match "^[^/]+%.pt$" or name:match "^[^/]+%.safetensors$" then found[#found + 1] = name end
         end
         if #found ~= 1 then
-            lc.fail("%s holds %d checkpoints; name one, as in %s/FILE: %s", path, #found, path, table.concat(found, ", "))
+            lc.fail("%s holds %d checkpoints; name one, as in %s/FILE: %s", path, #found, path,
+                    table.concat(found, ", "))
         end
         return found
     end)[1]
@@ -93,8 +94,8 @@ function M.load(student, path)
     return taken
 end
 
---- The files of a block-wise first stage (...-in=000-out=008_distill.pt) that belong together with one of them, in order;
---- any other path alone.
+--- The files of a block-wise first stage (...-in=000-out=008_distill.pt) that belong together with one of them, in
+--- order; any other path alone.
 function M.files_of(path)
     local head, tail = path:match "^(.*%-in=)%d+%-out=%d+(_distill[_%d]*%.pt)$"
     if not head then return { path } end
@@ -195,8 +196,8 @@ local function first_stage(path)
 end
 
 --- The options of student:add_lora for a checkpoint: rank and projections as its tensors have them, alpha from the
---- configuration that its name names, where that has this rank; else twice the rank, as in every one of the reference's.
---- nil where it holds no adapters.
+--- configuration that its name names, where that has this rank; else twice the rank, as in every one of the
+--- reference's. nil where it holds no adapters.
 function M.lora_of(path, dir)
     local configs, f = require "lolcats.configs", files.open_tensors(M.find(path))
     local targets, seen, rank = {}, {}, nil
@@ -243,13 +244,18 @@ function M.open(path, opts)
     if type(base) == "string" then
         base = require("lolcats.models").load(base, { dtype = opts.dtype, device = opts.device })
     end
-    local student = lc.linearize(base, options)
+    local student, first_lora = lc.linearize(base, options), configs.first_lora_options(tree)
+    local function load_first(file)
+        if first_lora then student:add_lora(first_lora) end
+        M.load_all(student, file)
+        if first_lora then student:merge_first_lora() end
+    end
     if path:match "_distill[_%d]*%.pt$" then
-        M.load_all(student, path)
+        load_first(path)
         return student:use_linear()
     end
     local first = opts.distill or first_stage(path)
-    if first then M.load_all(student, first) elseif not has_maps(path) then
+    if first then load_first(first) elseif not has_maps(path) then
         log.say("%s: no file of the first stage beside it", path)
     end
     student:use_linear():add_lora(M.lora_of(path, dir) or lc.fail("%s holds no adapters", path))

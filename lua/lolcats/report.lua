@@ -100,8 +100,8 @@ function Report:print()
     print(("\nPerplexity on %d held-out rows of %d tokens of %s. Window only: the linear part switched off.")
         :format(#self.held, args.seq, args.data))
     if r.long_ppl then
-        print(("On %d held-out rows of %d tokens: %s, window only %s."):format(#self.long, args.long_seq, number(r.long_ppl),
-              number(r.long_window_only_ppl)))
+        print(("On %d held-out rows of %d tokens: %s, window only %s.")
+            :format(#self.long, args.long_seq, number(r.long_ppl), number(r.long_window_only_ppl)))
     end
     if args.sample == 0 or not self.teacher.tokenizer then return end
     local prompt = args.prompt
@@ -123,8 +123,8 @@ function Report:write()
     local r, args = self.results.values, self.args
     local transfer, lora = self.stages.transfer or {}, self.stages.lora or {}
     local summary = {
-        model = args.model, data = args.data, map = args.map, window = args.window, seq = args.seq, device = args.device,
-        held_out_rows = #self.held, teacher_ppl = r.teacher_ppl, swapped_ppl = r.swapped_ppl,
+        model = args.model, data = args.data, map = args.map, window = args.window, seq = args.seq,
+        device = args.device, held_out_rows = #self.held, teacher_ppl = r.teacher_ppl, swapped_ppl = r.swapped_ppl,
         transfer_ppl = r.transfer_ppl, lora_ppl = r.lora_ppl, window_only_ppl = r.window_only_ppl,
         swapped_window_ppl = r.swapped_window_ppl, transfer_window_ppl = r.transfer_window_ppl,
         long_ppl = r.long_ppl, long_window_only_ppl = r.long_window_only_ppl,

@@ -1,7 +1,7 @@
 -- sweep.lua: many runs of a recipe that differ in some arguments: each in a process and a folder of its own, so that
 -- one that fails or is killed leaves the others alone and is gone on with later; then a table and a plot of what their
--- summaries say. A cell is one of the runs: {label =, args = {name = value}, recipe = (a recipe of its own), next = (runs
--- that take its student), x =, series = (its place in a plot), paper = (what the paper found)}.
+-- summaries say. A cell is one of the runs: {label =, args = {name = value}, recipe = (a recipe of its own), next =
+-- (runs that take its student), x =, series = (its place in a plot), paper = (what the paper found)}.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local log = require "lolcats.log"
@@ -78,25 +78,38 @@ local function words_of(cell, seed, fixed, folder)
     return out
 end
 
+-- Is there anything of a run in a folder, beyond what was asked for and what it said?
+local function has_run(folder)
+    for _, name in ipairs(files.is_folder(folder) and files.list(folder) or {}) do
+        if name ~= "command" and name ~= "log" then return true end
+    end
+    return false
+end
+
 -- Runs one command unless its summary is there already; returns the summary, or nil and why.
 local function run_one(recipe, words, folder, o, plain)
-    local parts = { quote(program.path), recipe }
+    local parts = { recipe }
     for _, word in ipairs(words) do parts[#parts + 1] = quote(word) end
-    local command = table.concat(parts, " ")
+    local command = table.concat(parts, " ") -- wherever the program is
     local told, summary = folder .. "/command", folder .. "/summary.json"
     local same = files.exists(told) and files.read(told) == command
     if same and files.exists(summary) and not o.fresh then return files.read_json(summary) end
+    if not same and not o.fresh and not plain and has_run(folder) then
+        lc.fail("%s holds a run with other arguments:\n  %s\nstart over with --fresh, or take another --out", folder,
+                files.read(told))
+    end
     files.make_dirs(folder)
     if (not same or o.fresh) and files.exists(summary) then files.remove(summary) end
     files.write(told, command)
     local again = (not same or o.fresh) and not plain and " --fresh" or ""
-    local status = os.execute(("%s%s > %s 2>&1 < /dev/null"):format(command, again, quote(folder .. "/log")))
+    local status = os.execute(("%s %s%s > %s 2>&1 < /dev/null"):format(quote(program.path), command, again,
+            quote(folder .. "/log")))
     if status ~= 0 or not files.exists(summary) then
         local last = ""
         for line in files.read(folder .. "/log"):gmatch "[^\r\n]+" do
             if line:match "^lolcats: " or last == "" then last = line end
         end
-        if status == 2 or status == 130 * 256 or status == 130 then lc.fail("interrupted; the same command goes on") end
+        if status == 2 or status == 130 * 256 or status == 130 then lc.fail("interrupted; the same command%s goes on", o.fresh and " without --fresh" or "") end
         return nil, last
     end
     return files.read_json(summary)
@@ -118,9 +131,9 @@ local function only(words, keep)
     return out
 end
 
--- The runs that follow a cell's first one and take its student: steps of {recipe =, args =, keep = {options of `fixed`},
--- takes = the option that names the student, plain = true where it has no --seed and no --fresh}. Their values join the
--- summary; also why one failed, if one did.
+-- The runs that follow a cell's first one and take its student: steps of {recipe =, args =, keep = {options of
+-- `fixed`}, takes = the option that names the student, plain = true where it has no --seed and no --fresh}. Their
+-- values join the summary; also why one failed, if one did.
 local function follow(cell, seed, folder, o, summary)
     local out, student = {}, folder .. "/student"
     for k, v in pairs(summary) do out[k] = v end
@@ -147,8 +160,9 @@ local function mean(list)
     return m, s > 1e-9 * math.abs(m) and s or nil -- none, too, where the seed does not matter
 end
 
---- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh, after (runs that follow every
---- cell and take its student, as a cell's next). It is an error when all of them fail. Sets cell.values = {name = {a value a seed}} and cell.problem.
+--- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh, after (runs that follow
+--- every cell and take its student, as a cell's next). It is an error when all of them fail. Sets cell.values = {name =
+--- {a value a seed}} and cell.problem.
 function M.run(o)
     local n = 0
     for i, cell in ipairs(o.cells) do
@@ -217,8 +231,8 @@ function M.label(columns, key)
     return key
 end
 
---- Table as text. columns: a list of {key, heading}; one that no cell has a value for is left out. Where cells know what
---- the paper found, that stands last.
+--- Table as text. columns: a list of {key, heading}; one that no cell has a value for is left out. Where cells know
+--- what the paper found, that stands last.
 function M.table(cells, columns)
     local rows, head, keys, paper = {}, { "" }, {}, false
     for _, c in ipairs(columns) do
@@ -272,8 +286,8 @@ local function items(cells, key)
     return out
 end
 
--- How the numbers of the cells lie: their values as ticks where they are few, and as logarithms where each is a multiple
--- of the one before.
+-- How the numbers of the cells lie: their values as ticks where they are few, and as logarithms where each is a
+-- multiple of the one before.
 local function spread(series)
     local seen, list = {}, {}
     for _, s in ipairs(series) do
@@ -312,8 +326,8 @@ local function plotted(cells, how, lines, rows)
                            xlog = logarithmic })
 end
 
---- A picture of `metric`: lines over the cells' numbers, or a row a cell where they have none. how: metric, label, title,
---- xlabel.
+--- A picture of `metric`: lines over the cells' numbers, or a row a cell where they have none. how: metric, label,
+--- title, xlabel.
 function M.svg(cells, how) return plotted(cells, how, plot.svg, plot.rows) end
 
 --- The same in the terminal.

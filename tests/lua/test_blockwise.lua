@@ -109,7 +109,8 @@ end)
 t.test("every kind of student, optimizer and schedule; stitched, it is the same", function()
     for i, student in ipairs { { window = 4, kind = "sliding", sinks = 2, affine = true, window_factor = 1 },
                                { window = 0, kind = "linear", map = "t2r", init = "kaiming", tie_qk = true },
-                               { window = 4, kernel = "adapter", train_window_factor = false } } do
+                               { window = 4, kernel = "adapter", train_window_factor = false },
+                               { window = 4, map = "performer" }, { window = 4, map = "cosformer" } } do
         local bw = blockwise.new(options("kind" .. i, {
             student = student, layers = 3, transfer = { steps = 3, lr = 1e-3, optim = "sgd", optim_options = { momentum = 0.9 },
                                                         schedule = { name = "cosine_warmup", num_warmup_steps = 1 } },
@@ -121,6 +122,16 @@ t.test("every kind of student, optimizer and schedule; stitched, it is the same"
         t.close({ bw:perplexity(held).ppl }, { lc.no_grad(eval.perplexity_rows, loaded, held).ppl }, 1e-5)
         for k, v in pairs(student) do t.eq(loaded.settings[k], v, k) end
     end
+end)
+
+t.test("begun anew, it leaves alone what is not its own", function()
+    files.make_dirs(root .. "/outside-own/model")
+    files.write(root .. "/outside-own/model/notes.txt", "mine")
+    blockwise.new(options("outside-own")):train()
+    local bw = blockwise.new(options("outside-own", { layers = 3, fresh = true }))
+    t.ok(not bw:done(1) and not files.exists(root .. "/outside-own/student/student.json"))
+    t.eq(files.read(root .. "/outside-own/model/notes.txt"), "mine")
+    t.ok(bw:train())
 end)
 
 t.test("hidden states in a folder of their own, which another model or other data may not take", function()

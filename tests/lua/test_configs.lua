@@ -154,11 +154,15 @@ t.test("there are no other files, and every one can be read by name", function()
             n = n + 1
             t.ok(seen[name], name .. " is not in the table")
             local kind, rest = name:match "^(%a+)/(.+)$"
-            if kind ~= "scaled" then t.ok(configs.load(kind, rest).model or configs.load(kind, rest).dataset) end
+            if kind == "scaled" then
+                kind, rest = rest:match "^(%a+)/(.+)$"
+                rest = "scaled/" .. rest
+            end
+            t.ok(configs.load(kind, rest).model or configs.load(kind, rest).dataset)
         end
     end
     t.eq(n, 59)
-    t.eq(#configs.names "model", 26)
+    t.eq(#configs.names "model", 27)
     t.eq(#configs.names "experiment", 32)
 end)
 
@@ -176,6 +180,13 @@ t.test("names: suggestions, folders of one's own, files", function()
     t.eq(tree.trainer, { name = "default_lm" })
     t.eq(configs.load("experiment", dir .. "/experiment/mine/a.yaml").dataset.name, "alpaca_clean")
     t.ok(table.concat(configs.names("experiment", dir), " "):find("mine/a", 1, true))
+    files.make_dirs(dir .. "/model")
+    files.write(dir .. "/model/bare.yaml", "model: {}\nattention: {attention_type: lolcats_llama, learned_kernel: null, window_size: null}\n")
+    tree = configs.load("model", "bare", dir)
+    t.eq({ tree.attention.learned_kernel, tree.attention.window_size, configs.linearize_options(tree).kernel }, { "none", nil, "none" })
+    t.eq({ configs.full_name("model", "bare", dir), configs.full_name("experiment", "a", dir), configs.full_name("model", "bar", dir),
+           configs.full_name("experiment", "rp_finetune_llama_40b_qv_hparams") },
+         { "bare", "mine/a", nil, "llama3_1_405b/rp_finetune_llama_40b_qv_hparams" })
     files.write(dir .. "/experiment/bad.yaml", "- 1\n")
     t.errors(configs.load, "a map of blocks", "experiment", "bad", dir)
     files.write(dir .. "/experiment/bad.yaml", "dataset: {}\n")
@@ -252,7 +263,7 @@ t.test("every configuration can be used: attention, optimizer, schedule, trainer
             end)
         end
     end
-    t.eq(linear, 22)
+    t.eq(linear, 23)
     for _, name in ipairs(configs.names "experiment") do
         local e = configs.load("experiment", name)
         t.ok(configs.optimizer(e).lr > 0 and configs.schedule(e) and configs.length(e), name)

@@ -65,7 +65,8 @@ for _, name in ipairs(files.list(folder)) do
         local ok, problem = pcall(lc.scope, run, name)
         if not ok then
             failed = failed + 1
-            print("FAIL  " .. name .. " " .. files.read(folder .. "/" .. name .. "/case.json"):sub(1, 300) .. ": " .. tostring(problem))
+            local about = files.read(folder .. "/" .. name .. "/case.json"):sub(1, 300)
+            print(("FAIL  %s %s: %s"):format(name, about, tostring(problem)))
         end
     end
 end
