@@ -18,7 +18,7 @@ local HOT = { "gemv_one", "gemv_denseI13__nv_bfloat16Li1", "decode_many", "decod
               "13forward_kernelILi%d+ELi%d+ELi64", "14forward_kernelILi%d+ELi%d+ELi64", "keys_tile_kernelILi%d+ELi%d+ELi64",
               "queries_tile_kernelILi%d+ELi%d+ELi64", "segment_sums_kernel", "norm_rowsI13__nv_bfloat16", "norm_back_rowsI13__nv_bfloat16",
               "rope_rowsI13__nv_bfloat16", "swiglu_vectors", "swiglu_row13__nv_bfloat16", "adamw_vectors", "lce_rows", "tiles_forward",
-              "tiles_gq", "tiles_gkv", "add_vectors" }
+              "tiles_gq", "tiles_gkv", "add_vectors", "add_lists", "adapters_kernelI13__nv_bfloat16Li%d+", "adapter_gradsI13__nv_bfloat16Li[123]E" }
 
 -- Where bytes on the stack are known: calls of hybrid attention that are not the usual one (its window, map, both signs, no skip and no
 -- bias have an instance of their own, ..ELb1EE), 128 features of 64 inputs, four keys at a time in decoding, norms of rows above 8,192.
