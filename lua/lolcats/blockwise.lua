@@ -194,7 +194,7 @@ local function transfer(self, b, student, data, held)
         return sum
     end)
     for batch in run:steps() do
-        local loss = loss_of(batch.hidden, { scale = 1 / run.accumulate, mse = how.mse, xent = how.xent })
+        local loss = loss_of(batch.hidden, { scale = 1 / run.accumulate, mse = how.mse, xent = how.xent, wait = false })
         run:log { loss = loss * run.accumulate }
         if self.opts.stop_after and self.opts.stop_after(b, "transfer", run) then return nil end
     end

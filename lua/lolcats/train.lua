@@ -291,14 +291,13 @@ end
 --- Backward of loss / accumulate, and the loss into the log.
 function Run:backward(loss)
     if not lc.is_tensor(loss) or loss:numel() ~= 1 then lc.fail("run:backward: a loss of one element is needed") end
-    local v = loss:item()
-    self:log { loss = v }
+    self:log { loss = loss }
     if self.accumulate > 1 then loss = loss * (1 / self.accumulate) end
     loss:backward()
-    return v
 end
 
---- Loss and backward of a model's next tokens in one, as steps that a device may record; the loss into the log.
+--- Loss and backward of a model's next tokens in one, as steps that a device may record; the loss into the log. Returns it as
+--- a tensor, which the next step may write anew.
 function Run:learn(model, ids, labels)
     local loss = model:learn(ids, labels, 1 / self.accumulate, false)
     self:log { loss = loss }
