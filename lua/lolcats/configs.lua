@@ -34,14 +34,15 @@ function M.names(kind, dir)
     end
     for _, path in ipairs(program.files()) do
         local name = path:match("^recipes/configs/" .. kind .. "/(.+)%.yaml$")
-        if name then add(name) end
+        local scaled = path:match("^recipes/configs/scaled/" .. kind .. "/(.+)%.yaml$")
+        if name or scaled then add(name or "scaled/" .. scaled) end
     end
     table.sort(out)
     return out
 end
 
---- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; or a file's
---- path.
+--- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; scaled/NAME for
+--- the one of the branch for large models, where both have the name; or a file's path.
 function M.find(kind, name, dir)
     if not KINDS[kind] then lc.fail("configs: a kind is 'model' or 'experiment', not '%s'", tostring(kind)) end
     if type(name) ~= "string" or name == "" then lc.fail("configs: the name of a %s configuration is missing", kind) end
@@ -50,7 +51,8 @@ function M.find(kind, name, dir)
                             name:match "%.yaml$" and name or false } do
         if path and files.is_file(path) then return files.read(path), path end
     end
-    local path = ("recipes/configs/%s/%s.yaml"):format(kind, short)
+    local scaled = short:match "^scaled/(.+)$" -- the other branch's file, where both have one of that name
+    local path = ("recipes/configs/%s%s/%s.yaml"):format(scaled and "scaled/" or "", kind, scaled or short)
     local text = not short:find("..", 1, true) and program.source(path)
     if text then return text, path end
     local names = M.names(kind, dir)

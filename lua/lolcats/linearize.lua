@@ -355,24 +355,28 @@ function Student:transfer_losses(x, opts, ids)
         local losses = lc.zeros({ #self.layers }, { dtype = self.fine, device = self.device })
         local x = type(x) == "function" and x() or x:alias()
         for i = 1, last do
-            local before = x
-            x = lc.scope(self.transfer_layer, self, self.layers[i], x, ctx, losses, i == last,
-                         { mse = mse * scale / n, xent = xent * scale / n, opts = opts })
-            before:drop()
+            local layer = self.layers[i]
+            local attended = lc.scope(self.transfer_layer, self, layer, x, ctx, losses, i == last,
+                                      { mse = mse * scale / n, xent = xent * scale / n, opts = opts })
+            x:drop() -- before the MLP, whose memory is the most
+            if attended then
+                x = lc.scope(self.mlp, self, layer, attended, ctx)
+                attended:drop()
+            end
         end
         return losses
     end)
 end
 
--- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the layer.
+-- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the attention.
 function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
     local opts = how.opts
     local normed = self:norm_in(layer, x)
     local q, k, v = self:qkv(layer, normed, ctx)
-    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window,
-                   seen = 0 }
-    local y = attention.softmax(q, k, v, call)
     local a = layer.student
+    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index, window = layer.window, seen = 0 }
+    if a and a.map.custom then call.hidden = normed else normed:drop() end
+    local y = attention.softmax(q, k, v, call)
     if a then
         local generic = a.generic
         a.generic = opts.plain or generic
@@ -388,7 +392,7 @@ function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
         a.generic = generic
     end
     if is_last then return nil end -- nothing reads what follows the last pair
-    return self:finish(layer, x, y, ctx)
+    return self:attended(layer, x, y, ctx)
 end
 
 --- Both stages on texts longer than memory: long.lua. Backward runs inside; they return the loss as a number.

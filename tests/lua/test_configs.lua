@@ -154,11 +154,15 @@ t.test("there are no other files, and every one can be read by name", function()
             n = n + 1
             t.ok(seen[name], name .. " is not in the table")
             local kind, rest = name:match "^(%a+)/(.+)$"
-            if kind ~= "scaled" then t.ok(configs.load(kind, rest).model or configs.load(kind, rest).dataset) end
+            if kind == "scaled" then
+                kind, rest = rest:match "^(%a+)/(.+)$"
+                rest = "scaled/" .. rest
+            end
+            t.ok(configs.load(kind, rest).model or configs.load(kind, rest).dataset)
         end
     end
     t.eq(n, 59)
-    t.eq(#configs.names "model", 26)
+    t.eq(#configs.names "model", 27)
     t.eq(#configs.names "experiment", 32)
 end)
 
@@ -261,7 +265,7 @@ t.test("every configuration can be used: attention, optimizer, schedule, trainer
             end)
         end
     end
-    t.eq(linear, 22)
+    t.eq(linear, 23)
     for _, name in ipairs(configs.names "experiment") do
         local e = configs.load("experiment", name)
         t.ok(configs.optimizer(e).lr > 0 and configs.schedule(e) and configs.length(e), name)
