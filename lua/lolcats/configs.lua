@@ -64,6 +64,20 @@ function M.find(kind, name, dir)
               dir and (" (looked in %s/%s, then among the program's own)"):format(dir, kind) or "")
 end
 
+--- The name of a configuration under which M.find has it: as given, or with its folder where a single one ends in it (a
+--- checkpoint's name may have lost the folder); nil where there is none.
+function M.full_name(kind, name, dir)
+    local found
+    for _, other in ipairs(M.names(kind, dir)) do
+        if other == name then return other end
+        if other:match "[^/]+$" == name then
+            if found then return nil end
+            found = other
+        end
+    end
+    return found
+end
+
 local function without_nulls(v)
     if v == files.null then return nil end
     if type(v) ~= "table" then return v end
@@ -146,6 +160,8 @@ function M.load(kind, name, dir)
     if type(tree) ~= "table" or tree == files.null or #tree > 0 then
         lc.fail("%s: a map of blocks was expected", path)
     end
+    local a = tree.attention
+    if type(a) == "table" and a.learned_kernel == files.null then a.learned_kernel = "none" end -- not: as usual
     tree = without_nulls(tree)
     for _, key in ipairs(unknown_keys(kind, tree)) do
         require("lolcats.log").say("%s: the key %s has no meaning", path, key)
@@ -205,16 +221,13 @@ end
 
 -- ---- what the keys mean ---------------------------------------------------------------------------------------------
 --- Options of lc.linearize for a model configuration; nil when its attention stays softmax. What an attention_type
---- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel (null: none).
+--- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel
+--- (none, or null in a file: nothing is learned).
 function M.linearize_options(tree)
     local a = tree.attention
     local found = require("lolcats.attention_types").find(a.attention_type)
     if found.options.softmax then return nil end
     local kind = found.options.kind
-    if a.peft or a.peft_config then
-        lc.fail("attention.peft: LoRA in the first stage is not built; leave it to the second")
-    end
-    if a.rotary_config then lc.fail("attention.rotary_config is not built; rotary settings are the model's own") end
     if a.decode_window_size and a.decode_window_size ~= (a.window_size or 64) then
         require("lolcats.log").say("decode_window_size %s: decoding has the window of training here, %s",
                                    tostring(a.decode_window_size), tostring(a.window_size or 64))
@@ -237,8 +250,16 @@ function M.linearize_options(tree)
         kernel = kernel ~= "untied" and kernel or nil, hidden_dim = k.hidden_dim, tie_qk = a.tie_qk_kernels or nil,
         init = k.normal_init and "normal" or k.zero_init and "identity" or "kaiming",
         window_factor = a.init_window_factor or 0, affine = a.affine_attention_factors or false, softmax_layers = keep,
-        train_window_factor = train_factor,
+        train_window_factor = train_factor, rotary = a.rotary_config,
     }
+end
+
+--- Options of student:add_lora for adapters that learn in the first stage (attention.peft or peft_config, in the form of
+--- a finetune block), or nil.
+function M.first_lora_options(tree)
+    local block = tree.attention.peft or tree.attention.peft_config
+    if not block then return nil end
+    return (M.lora_options { finetune = { method = block.method or "lora", kwargs = block.kwargs } })
 end
 
 --- What of a model block cannot be taken as it says: raises for quantised loading, tells rotary settings that the model
@@ -246,7 +267,8 @@ end
 function M.check_model(tree, config)
     local m = tree.model
     if m.load_in_8bit or m.load_in_4bit then
-        lc.fail("load_in_8bit and load_in_4bit are not built (in the reference neither); a quantised GGUF file loads as it is")
+        lc.fail("load_in_8bit and load_in_4bit are not built (in the reference neither); a quantised GGUF file " ..
+                "loads as it is")
     end
     if m.rope_theta and config.rope_theta and m.rope_theta ~= config.rope_theta then
         require("lolcats.log").say("the configuration has rope_theta %g, the model itself %g: the model's counts",
@@ -274,11 +296,15 @@ function M.lora_options(tree)
 end
 
 --- The optimizer of an experiment. A block without weight_decay has PyTorch's: 0.01 for AdamW, 0 for the others.
-function M.optimizer(tree)
+--- rounded: keep Adam's parameters and moments to bfloat16's digits, as the named implementation does.
+function M.optimizer(tree, rounded)
     local o = tree.optimizer or {}
     local opts = {}
     for k, v in pairs(o) do
         if k ~= "optim" and k ~= "max_optimizer_steps" then opts[k] = v end
+    end
+    if rounded and tostring(o.optim or "adamw"):match "^adam" and o.optim ~= "adamax" then
+        opts.rounded = o.optim == "adamw_torch_fused" and "fused" or "loop"
     end
     return require("lolcats.optim").named(o.optim or "adamw", opts)
 end

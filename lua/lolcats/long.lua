@@ -166,6 +166,9 @@ end
 --- activations of a chunk it needs the teacher's keys and values of the text so far.
 function M.transfer(student, ids, opts)
     opts = opts or {}
+    if require("lolcats.transfer_whole").needed(student) then
+        lc.fail("adapters that learn in the first stage, and compat = 'flow', are not for training in chunks")
+    end
     local how = { mse = opts.mse or 1000, xent = opts.xent or 0, backward = opts.backward ~= false, each = {}, last = 0 }
     if how.mse == 0 and how.xent == 0 then lc.fail("transfer: mse and xent are both 0; there is no loss") end
     local n = 0
