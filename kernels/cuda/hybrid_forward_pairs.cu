@@ -47,9 +47,11 @@ template <int D, int F, int IN> struct pair_tiles {
     __device__ __forceinline__ float *stage_z() const { return (float *)z(); }
     __device__ __forceinline__ bf16 *ones() const { return base + ONES; } /* [8][64] */
     __device__ __forceinline__ bf16 *z() const { return ones() + 512; }
-    __device__ __forceinline__ row_source *sources() const { return (row_source *)(base + HALVES); } /* of q, k, v */
+    /* What is seldom needed, so that registers are left for what is: of keys, of values; the block's segment. */
+    __device__ __forceinline__ row_source *sources() const { return (row_source *)(base + HALVES); }
+    __device__ __forceinline__ segment *own() const { return (segment *)(sources() + 2); }
 };
-static_assert(3 * sizeof(row_source) <= 256, "room for the sources");
+static_assert(2 * sizeof(row_source) + sizeof(segment) <= 256, "room for the rest");
 
 /* Rows before the first token: 0, with a denominator that harms nobody. By 256 threads. */
 __device__ __forceinline__ void put_padding(const hybrid &a, const segment &g, const hybrid_out &o) {
@@ -76,7 +78,7 @@ template <bool OLD> __device__ __forceinline__ void mask_block(float (&x)[8][4])
         }
 }
 
-template <int D, int F, int IN> struct pair_worker {
+template <int D, int F, int IN, bool USUAL> struct pair_worker {
     typedef features<F, IN> M;
     const hybrid &a;
     const hybrid_out &o;
@@ -90,9 +92,14 @@ template <int D, int F, int IN> struct pair_worker {
         copy_commit();
     }
 
+    __device__ __forceinline__ bool windowed() const { return USUAL || a.window; }
+    __device__ __forceinline__ bool terrace() const { return USUAL || a.kind == KIND_TERRACE; }
+    __device__ __forceinline__ bool ready() const { return !USUAL && a.map == MAP_NONE; }
+    __device__ __forceinline__ int map() const { return USUAL ? (int)MAP_SOFTMAX_DIM : a.map; }
+
     /* Features of the block of keys to their tile, of the queries to fq, scores of blocks c - 1 and c. */
     __device__ __forceinline__ void inputs(int c, uint32_t (&fq)[F / 16][4], float (&before)[8][4], float (&here)[8][4]) {
-        int block = a.window ? c - 1 : c;
+        int block = windowed() ? c - 1 : c;
         float in_k[IN / 8][4], in_q[IN / 8][4];
         const bf16 *q = t.queries(group), *k = t.keys(block);
         group_begin(); /* whether wanted or not: products behind a branch would not run side by side with other work */
@@ -102,11 +109,11 @@ template <int D, int F, int IN> struct pair_worker {
         group_commit();
         group_wait<1>();
         group_hold(in_k);
-        if (a.map != MAP_NONE) {
+        if (!ready()) {
             uint32_t fk[F / 16][4];
-            if (bias_k != 0) M::add(in_k, bias_k);
-            if (IN == D && a.skip) M::add_rows(in_k, k);
-            M::map(a, in_k, 1, fk);
+            if (!USUAL && bias_k != 0) M::add(in_k, bias_k);
+            if (!USUAL && IN == D && a.skip) M::add_rows(in_k, k);
+            M::map(a, map(), in_k, 1, fk);
             M::keep_rows(fk, g.at.k_min - block * CHUNK, g.absorb_end - block * CHUNK);
             M::put(t.phi(group), fk);
         }
@@ -118,10 +125,10 @@ template <int D, int F, int IN> struct pair_worker {
         group_commit();
         group_wait<1>();
         group_hold(in_q);
-        if (a.map != MAP_NONE) {
-            if (bias_q != 0) M::add(in_q, bias_q);
-            if (IN == D && a.skip) M::add_rows(in_q, q);
-            M::map(a, in_q, lambda, fq);
+        if (!ready()) {
+            if (!USUAL && bias_q != 0) M::add(in_q, bias_q);
+            if (!USUAL && IN == D && a.skip) M::add_rows(in_q, q);
+            M::map(a, map(), in_q, lambda, fq);
         } else {
             groups_meet(V_LOADED + group, 2); /* ready features came with them */
             M::read(t.weights(group), lambda, fq);
@@ -139,7 +146,7 @@ template <int D, int F, int IN> struct pair_worker {
         mask_block<false>(here);
         bool prev = c * CHUNK > g.at.k_min;
         if (!prev) set_all(before, -INFINITY);
-        else if (a.kind != KIND_TERRACE) mask_block<true>(before);
+        else if (!terrace()) mask_block<true>(before);
         float by = a.scale32 * LC_LOG2E, top[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -222,7 +229,7 @@ template <int D, int F, int IN> struct pair_worker {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int row = group_row() + 8 * half, p = c * CHUNK + row;
-            float sum = den[half] + (a.window ? 0 : a.eps32), by = inverse(sum);
+            float sum = den[half] + (windowed() ? 0 : a.eps32), by = inverse(sum);
             bool there = c < g.c1 && p >= g.at.p0 && p < g.at.p1;
             bf16 *to = base + row * (int)o.y.s[2] + l4 * 8;
             if (o.z.p && there && !l4) *o.z.row<float>(g.b, g.h, p + g.at.shift) = sum;
@@ -246,21 +253,21 @@ template <int D, int F, int IN> struct pair_worker {
         {
             float before[8][4], here[8][4];
             inputs(c, fq, before, here);
-            if (a.window) window_weights(c, before, here, sum);
+            if (windowed()) window_weights(c, before, here, sum);
             else {
                 set_all(here, 0), set_all(before, 0);
                 no_window(c);
             }
-            if (a.map != MAP_NONE) groups_meet(V_LOADED + group, 2);
-            if (!a.window) linear_weights(fq, here, sum);
-            else if (a.kind == KIND_SLIDING && c * CHUNK > g.at.k_min) linear_weights(fq, before, sum);
+            if (!ready()) groups_meet(V_LOADED + group, 2);
+            if (!windowed()) linear_weights(fq, here, sum);
+            else if (!terrace() && c * CHUNK > g.at.k_min) linear_weights(fq, before, sum);
             as_fragments<64>(p_before, before);
             as_fragments<64>(p_here, here);
         }
         float y[D / 8][4];
         group_begin();
         group_product_new<D, CHUNK, CHUNK, ACROSS_K>(y, p_here, t.values(c), 0);
-        if (a.window) group_product<D, CHUNK, CHUNK, ACROSS_K>(y, p_before, t.values(c - 1), 0);
+        if (windowed()) group_product<D, CHUNK, CHUNK, ACROSS_K>(y, p_before, t.values(c - 1), 0);
         group_commit();
         groups_meet(STATE_READY + group, 2);
         group_product<D, F, F, ACROSS_K>(y, fq, t.state(), 0);
@@ -282,7 +289,7 @@ template <int D, int F, int IN> struct pair_worker {
 };
 
 /* ---- the loader -------------------------------------------------------------------------------------------------------- */
-template <int D, int F, int IN> struct pair_loader {
+template <int D, int F, int IN, bool USUAL> struct pair_loader {
     const hybrid &a;
     const carried &s;
     const segment &g;
@@ -295,8 +302,8 @@ template <int D, int F, int IN> struct pair_loader {
     /* And ready features, of the keys that chunk c's group would make and of its queries. */
     __device__ __forceinline__ void load_values(int c, int group) {
         if (c < g.c1) load_tile<D>(t.values(c), t.sources()[1], c * CHUNK);
-        int block = a.window ? c - 1 : c;
-        if (a.map == MAP_NONE && block < g.c1) {
+        int block = USUAL || a.window ? c - 1 : c;
+        if (!USUAL && a.map == MAP_NONE && block < g.c1) {
             row_source f = key_source(a, s, g, 2);
             f.to = min(f.to, g.absorb_end);
             load_tile<F>(t.phi(group), f, block * CHUNK);
@@ -327,7 +334,7 @@ template <int D, int F, int IN> struct pair_loader {
     /* Chunks up to end - 1, an even number of them. */
     __device__ __forceinline__ void walk(group_state<D, F> &st, int end) {
         begin_values();
-        int back = a.window ? 1 : 0;
+        int back = USUAL || a.window ? 1 : 0;
         copy_wait<2>();
         tell(QK_LOADED), tell(QK_LOADED + 1);
         st.put(t.state(), t.z());
@@ -387,14 +394,16 @@ __device__ __forceinline__ void stage_parts(const pair_tiles<D, F, IN> &t, const
     groups_arrive(QK_FREE, 3); /* nobody is at its own use yet */
 }
 
-/* Grid [b][segments][h]. parts [b * h][segments][PART]: what the sum kernel left. */
-template <int D, int F, int IN>
+/* Grid [b][segments][h]. parts [b * h][segments][PART]: what the sum kernel left. USUAL: Hedgehog's map of the inputs, terrace. */
+template <int D, int F, int IN, bool USUAL>
 __global__ void __launch_bounds__(PAIR_THREADS, 1) pairs_kernel(hybrid a, carried c, hybrid_out o, int segments, const float *parts) {
 #if PAIRS_HERE
     LC_SHARED(shared);
     int rest = blockIdx.x / a.h, h = blockIdx.x % a.h, group = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
-    segment g = segment_at(a, c, rest / segments, rest % segments, h, segments, threadIdx.x == 0 && h == 0 && rest % segments == 0);
     pair_tiles<D, F, IN> t = {(bf16 *)shared};
+    if (threadIdx.x == 0) *t.own() = segment_at(a, c, rest / segments, rest % segments, h, segments, h == 0 && rest % segments == 0);
+    __syncthreads();
+    const segment &g = *t.own();
     bool last = c.state && g.s == segments - 1;
     int end = g.c1; /* one more where keys of the last block enter the state */
     if (last && a.window && g.absorb_end > (g.c1 - 1) * CHUNK) end++;
@@ -404,7 +413,8 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1) pairs_kernel(hybrid a, carrie
     parts += (int64_t)(g.b * a.h + g.h) * segments * group_state<D, F>::PART;
     if (group < LOADER) {
         float gamma = hybrid_gamma<float>(a, g.h);
-        pair_worker<D, F, IN> w = {a, o, g, t, group, log2f(gamma), hybrid_lambda(a, gamma), bias_of<float>(a.bq, a.bq_dtype, g.h), bias_of<float>(a.bk, a.bk_dtype, g.h)};
+        pair_worker<D, F, IN, USUAL> w = {a, o, g, t, group, log2f(gamma), hybrid_lambda(a, gamma), bias_of<float>(a.bq, a.bq_dtype, g.h),
+                                          bias_of<float>(a.bk, a.bk_dtype, g.h)};
         if (g.c0 >= g.c1) {
             put_padding(a, g, o);
             return;
@@ -424,7 +434,7 @@ __global__ void __launch_bounds__(PAIR_THREADS, 1) pairs_kernel(hybrid a, carrie
         return;
     }
     if (g.c0 >= g.c1) return;
-    pair_loader<D, F, IN> w = {a, c, g, t};
+    pair_loader<D, F, IN, USUAL> w = {a, c, g, t};
     w.begin();
     group_state<D, F> st;
     st.clear();
@@ -490,7 +500,7 @@ template <int D, int F, int IN> __global__ void __launch_bounds__(PAIR_THREADS, 
             group_hold(in);
             if (bias != 0) M::add(in, bias);
             if (IN == D && a.skip) M::add_rows(in, t.keys(place));
-            M::map(a, in, 1, f);
+            M::map(a, a.map, in, 1, f);
             M::keep_rows(f, g.at.k_min - block * CHUNK, to - block * CHUNK);
             M::put(t.phi(place), f);
             shared_fence();
@@ -579,8 +589,11 @@ template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &
         if (allow_shared(pairs_sum_kernel<D, F, IN>, ST::BYTES)) return LC_K_DEVICE;
         LC_LAUNCH((pairs_sum_kernel<D, F, IN>), heads * (segments - 1), PAIR_THREADS, ST::BYTES, a, s, segments, parts);
     }
-    if (allow_shared(pairs_kernel<D, F, IN>, T::BYTES)) return LC_K_DEVICE;
-    launch_pairs(segments > 1, pairs_kernel<D, F, IN>, heads * segments, T::BYTES, a, s, hybrid_results(k), segments, (const float *)parts);
+    auto kernel = pairs_kernel<D, F, IN, false>;
+    if constexpr (F == 2 * IN)
+        if (a.map == MAP_SOFTMAX_DIM && a.window && a.kind == KIND_TERRACE && !a.skip && !a.bq && !a.bk) kernel = pairs_kernel<D, F, IN, true>;
+    if (allow_shared(kernel, T::BYTES)) return LC_K_DEVICE;
+    launch_pairs(segments > 1, kernel, heads * segments, T::BYTES, a, s, hybrid_results(k), segments, (const float *)parts);
     return s.state && a.window ? hybrid_remember(k, a, s) : LC_K_OK;
 }
 

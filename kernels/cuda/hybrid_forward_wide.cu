@@ -54,7 +54,8 @@ template <class T> __device__ __forceinline__ wide_rows<T> rows_of(const hybrid 
     const rows4 &v = which == 0 ? a.k : which == 1 ? a.v : which == 2 ? a.mk : which == 3 ? a.q : a.mq;
     int head = which < 2 ? w.h / a.group : which == 2 ? w.h / a.mk_group : w.h;
     bool keys = which < 3;
-    wide_rows<T> r = {v.row<T>(w.b, head, w.at.shift), v.s[2], NULL, 0, 2 * a.window, which == 2 || which == 4 ? a.F : a.d, keys ? w.at.k_min : w.at.p0, w.at.p1};
+    wide_rows<T> r = {v.row<T>(w.b, head, w.at.shift), v.s[2], NULL, 0, 2 * a.window, which == 2 || which == 4 ? a.F : a.d,
+                      keys ? w.at.k_min : w.at.p0, w.at.p1};
     if (keys && c.cache && w.at.p0 > 0) {
         r.cached = w.at.p0;
         r.cache = (const float *)c.cache + w.at.slot * c.slot_elements + cached_at(a, which, head, 0);
@@ -82,7 +83,9 @@ template <int M> __device__ __forceinline__ void multiply(float (&acc)[4][4 * M]
     }
 }
 /* Rows p .. p + 63, STEP columns from e on, to [STEP][row] turned over; a thread has 4 of a row. */
-template <class T> __device__ __forceinline__ float4 take_turned(const wide_rows<T> &s, int p, int e) { return s.at(p + (int)threadIdx.x / 4, e + threadIdx.x % 4 * 4); }
+template <class T> __device__ __forceinline__ float4 take_turned(const wide_rows<T> &s, int p, int e) {
+    return s.at(p + (int)threadIdx.x / 4, e + threadIdx.x % 4 * 4);
+}
 __device__ __forceinline__ void put_turned(float *to, int row, float4 v) {
     to += threadIdx.x % 4 * 4 * row + threadIdx.x / 4;
     to[0] = v.x, to[row] = v.y, to[2 * row] = v.z, to[3 * row] = v.w;
@@ -95,7 +98,8 @@ struct wide_tiles { /* shared memory */
 };
 
 /* Features of rows p .. p + 63, [F][ROW]; with the inputs of the map on their way in the same place. Ends with a barrier. */
-template <class T> __device__ __forceinline__ void make_features(const hybrid &a, const wide_rows<T> &rows, const wide_rows<T> &ready, const rows4 &m, float bias, int h, int p, const wide_tiles &t, float *to) {
+template <class T> __device__ __forceinline__ void make_features(const hybrid &a, const wide_rows<T> &rows, const wide_rows<T> &ready, const rows4 &m, float bias,
+                                              int h, int p, const wide_tiles &t, float *to) {
     if (a.map == MAP_NONE) {
         for (int i = threadIdx.x; i < CHUNK * a.F / 4; i += WIDE_THREADS) {
             int r = i / (a.F / 4), e = i % (a.F / 4) * 4;
@@ -212,7 +216,8 @@ template <class T, int M> __global__ void __launch_bounds__(WIDE_THREADS, 2) wid
 #pragma unroll
             for (int m = 0; m < M; m++)
                 if (f0 + r4 + i < a.F && 64 * m + n4 < a.d)
-                    *(float4 *)(part + (int64_t)(f0 + r4 + i) * a.d + 64 * m + n4) = make_float4(acc[i][4 * m], acc[i][4 * m + 1], acc[i][4 * m + 2], acc[i][4 * m + 3]);
+                    *(float4 *)(part + (int64_t)(f0 + r4 + i) * a.d + 64 * m + n4) =
+                        make_float4(acc[i][4 * m], acc[i][4 * m + 1], acc[i][4 * m + 2], acc[i][4 * m + 3]);
     }
 }
 

@@ -99,11 +99,11 @@ template <int F, int IN> struct features {
                 x[n][2 * i] += v.x, x[n][2 * i + 1] += v.y;
             }
     }
-    /* The features, clamped, times `by`, of inputs x, as fragments. */
-    static __device__ __forceinline__ void map(const hybrid &a, float (&x)[N][4], float by, uint32_t (&to)[F / 16][4]) {
+    /* The features by map `which`, clamped, times `by`, of inputs x, as fragments. */
+    static __device__ __forceinline__ void map(const hybrid &a, int which, float (&x)[N][4], float by, uint32_t (&to)[F / 16][4]) {
         uint32_t least = pack2<bf16>(a.feature_eps32 * by, a.feature_eps32 * by);
-        if (!BOTH && (a.map == MAP_RELU || a.map == MAP_POS_ELU)) {
-            bool relu = a.map == MAP_RELU;
+        if (!BOTH && (which == MAP_RELU || which == MAP_POS_ELU)) {
+            bool relu = which == MAP_RELU;
 #pragma unroll
             for (int n = 0; n < N; n++) {
                 float y[4];
@@ -134,7 +134,7 @@ template <int F, int IN> struct features {
         }
 #pragma unroll
         for (int s = 0; s < (BOTH ? 2 : 1); s++) top[s][0] = quad_max(top[s][0]), top[s][1] = quad_max(top[s][1]);
-        bool whole = a.map == MAP_EXP_DIM;
+        bool whole = which == MAP_EXP_DIM;
 #pragma unroll
         for (int half = 0; half < 2; half++)
 #pragma unroll
