@@ -59,6 +59,7 @@ end
 function M.read(args)
     local flags = flags_of.check(args)
     local out = { compat = args.compat == "reference" }
+    flags.model_config = flags.model_config:gsub("^scaled/", "") -- names are those of that branch
     local model = configs.override_model(configs.load("model", args.model_config, args.config_dir), flags)
     use_token(args, model)
     local first = args.distill_config and
