@@ -28,7 +28,7 @@ Student.__tostring = llama.Model.__tostring
 local KNOWN = { map = true, window = true, kind = true, feature_dim = true, window_factor = true, affine = true,
                 skip = true, bias = true, full = true, init = true, softmax_layers = true, train_window_factor = true,
                 map_options = true, compat = true, attention = true, kernel = true, hidden_dim = true, tie_qk = true,
-                precision = true, sinks = true, rotary = true }
+                precision = true, sinks = true, rotary = true, feature_eps = true, eps = true }
 
 local function settings(teacher, opts)
     for k in pairs(opts) do
@@ -42,6 +42,10 @@ local function settings(teacher, opts)
     local kind = opts.kind or (opts.window == 0 and "linear") or "terrace"
     if not KINDS[kind] then lc.fail("kind: 'terrace', 'sliding', 'linear' or 'scale', not '%s'", tostring(kind)) end
     if opts.precision and opts.precision ~= "bf16" then lc.fail("precision: 'bf16' or nothing, not '%s'", tostring(opts.precision)) end
+    for _, k in ipairs { "eps", "feature_eps" } do
+        local v = opts[k]
+        if v ~= nil and (type(v) ~= "number" or not (v >= 0)) then lc.fail("%s: a number of at least 0, got %s", k, tostring(v)) end
+    end
     local s = opts.sinks
     if s and (type(s) ~= "number" or s < 0 or s % 1 ~= 0) then lc.fail("sinks: a number of tokens, got %s", tostring(s)) end
     if s and s > 0 and (kind == "linear" or kind == "scale" or opts.compat) then
@@ -143,7 +147,8 @@ end
 --- ("identity", "kaiming", "normal"), window_factor, affine, softmax_layers (positions of layers that keep their
 --- softmax attention), train_window_factor, precision, map_options (plain values that a map finds as self.options),
 --- compat ("reference", or some of "terrace,rope,window,flow": quirks of the reference that published checkpoints and
---- figures have; see QUIRKS), rotary (frequencies of the linearized layers' own: see own_rotary).
+--- figures have; see QUIRKS), rotary (frequencies of the linearized layers' own: see own_rotary), feature_eps (no feature is
+--- smaller), eps (beside the sum of purely linear weights), both 1e-12.
 function M.linearize(teacher, opts)
     opts = opts or {}
     if type(teacher) ~= "table" or not teacher.layers then
@@ -159,7 +164,7 @@ function M.linearize(teacher, opts)
     local quirks = quirks_of(opts.compat)
     local map = maps.resolve(opts.map, { feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias,
                                          skip = opts.skip, init = opts.init, kernel = opts.kernel,
-                                         hidden_dim = opts.hidden_dim })
+                                         hidden_dim = opts.hidden_dim, feature_eps = opts.feature_eps })
     teacher:freeze()
     local student = setmetatable(teacher:share(), Student)
     student.is_student, student.teacher, student.map = true, teacher, map
@@ -170,7 +175,7 @@ function M.linearize(teacher, opts)
         if not keep[i] then
             local fq = map:instance(h, d, how)
             local a = { map = map, fq = fq, fk = opts.tie_qk and fq or map:instance(h, d, how, fq), kind = kind, window = window,
-                        affine = opts.affine or false, precision = opts.precision,
+                        affine = opts.affine or false, precision = opts.precision, eps = opts.eps,
                         sinks = opts.sinks and opts.sinks > 0 and opts.sinks or nil, compat = quirks.terrace and kind == "terrace" or nil }
             if window > 0 then
                 local value = opts.window_factor or START_FACTOR
@@ -187,7 +192,7 @@ function M.linearize(teacher, opts)
         softmax_layers = opts.softmax_layers, train_window_factor = opts.train_window_factor,
         map_options = opts.map_options, compat = opts.compat, attention = opts.attention, kernel = opts.kernel,
         hidden_dim = opts.hidden_dim, tie_qk = opts.tie_qk, precision = opts.precision, sinks = opts.sinks,
-        rotary = opts.rotary,
+        rotary = opts.rotary, feature_eps = opts.feature_eps, eps = opts.eps,
     }
     student.is_long = named and named.long or nil
     if named and named.note then require("lolcats.log").say("%s: %s", named.name, named.note) end
@@ -350,24 +355,28 @@ function Student:transfer_losses(x, opts, ids)
         local losses = lc.zeros({ #self.layers }, { dtype = self.fine, device = self.device })
         local x = type(x) == "function" and x() or x:alias()
         for i = 1, last do
-            local before = x
-            x = lc.scope(self.transfer_layer, self, self.layers[i], x, ctx, losses, i == last,
-                         { mse = mse * scale / n, xent = xent * scale / n, opts = opts })
-            before:drop()
+            local layer = self.layers[i]
+            local attended = lc.scope(self.transfer_layer, self, layer, x, ctx, losses, i == last,
+                                      { mse = mse * scale / n, xent = xent * scale / n, opts = opts })
+            x:drop() -- before the MLP, whose memory is the most
+            if attended then
+                x = lc.scope(self.mlp, self, layer, attended, ctx)
+                attended:drop()
+            end
         end
         return losses
     end)
 end
 
--- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the layer.
+-- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the attention.
 function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
     local opts = how.opts
     local normed = self:norm_in(layer, x)
     local q, k, v = self:qkv(layer, normed, ctx)
-    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window,
-                   seen = 0 }
-    local y = attention.softmax(q, k, v, call)
     local a = layer.student
+    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index, window = layer.window, seen = 0 }
+    if a and a.map.custom then call.hidden = normed else normed:drop() end
+    local y = attention.softmax(q, k, v, call)
     if a then
         local generic = a.generic
         a.generic = opts.plain or generic
@@ -383,7 +392,7 @@ function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
         a.generic = generic
     end
     if is_last then return nil end -- nothing reads what follows the last pair
-    return self:finish(layer, x, y, ctx)
+    return self:attended(layer, x, y, ctx)
 end
 
 --- Both stages on texts longer than memory: long.lua. Backward runs inside; they return the loss as a number.
