@@ -109,6 +109,47 @@ local function gradients(list, loss)
     return out
 end
 
+-- Rows that were worked out with the reference's own functions, to six digits: inputs and weights are sines.
+t.test("worked examples of both windows and of the reference's terrace", function()
+    local function sines(rows, columns, a, b, c)
+        local out = {}
+        for i = 1, rows do
+            out[i] = {}
+            for j = 1, columns do out[i][j] = math.sin(a * (i - 1) + b * (j - 1) + c) end
+        end
+        return lc.tensor(out, F64)
+    end
+    local function rows(n, kind, compat)
+        local map = maps.builtin("softmax_dim", { feature_dim = 2 })
+        local a = { map = map, kind = kind, window = 2, compat = compat,
+                    factors = lc.full({ 1, 1, 1, 1 }, -2.1972245773362196, F64) }
+        for side, x in pairs { q = { 0.9, 0.4, 0.2 }, k = { 0.5, 1.1, 0.6 } } do
+            local inst = setmetatable({}, map.meta)
+            inst.layer = sines(4, 2, unpack(x)):reshape(1, 4, 2)
+            a["f" .. side] = inst
+        end
+        local function input(c) return sines(n, 4, 0.7, 1.3, c):reshape(1, 1, n, 4) end
+        return attention.hybrid(a, input(0.1), input(0.5), input(0.9), { seen = 0 }):reshape(n, 4)
+    end
+    local function row(x, i, want) t.close(x:select(1, i), want, 2e-6) end
+    local x = rows(2, "terrace", true)
+    row(x, 1, { 0.783327, 0.808497, -0.350783, -0.996165 })
+    row(x, 2, { 0.894866, 0.514881, -0.619405, -0.846262 })
+    row(rows(2, "sliding"), 2, { 0.895283, 0.513783, -0.620410, -0.845701 })
+    for _, compat in ipairs { false, true } do -- a multiple of the window: both agree
+        x = rows(6, "terrace", compat)
+        row(x, 3, { 0.855657, 0.150905, -0.774923, -0.565488 })
+        row(x, 5, { 0.790708, 0.365675, -0.595073, -0.684037 })
+        row(x, 6, { 0.705960, 0.358514, -0.514156, -0.633586 })
+    end
+    x = rows(5, "terrace", true)
+    row(x, 4, { 0.753629, 0.581830, -0.442352, -0.818487 })
+    row(x, 5, { 0.638384, 0.457876, -0.393421, -0.668356 })
+    x = rows(6, "sliding")
+    row(x, 4, { 0.862559, 0.430100, -0.632456, -0.768462 })
+    row(x, 6, { 0.578915, -0.125142, -0.645866, -0.220395 })
+end)
+
 t.test("the fused op's gradients at the lengths where its panels end, with a bias", function()
     local h, d, f = 2, 6, 5
     for _, o in ipairs { { kind = "linear", window = 0 }, { kind = "sliding", window = 1 },
