@@ -41,8 +41,8 @@ function M.names(kind, dir)
     return out
 end
 
---- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; scaled/NAME for
---- the one of the branch for large models, where both have the name; or a file's path.
+--- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; scaled/NAME
+--- for the one of the branch for large models, where both have the name; or a file's path.
 function M.find(kind, name, dir)
     if not KINDS[kind] then lc.fail("configs: a kind is 'model' or 'experiment', not '%s'", tostring(kind)) end
     if type(name) ~= "string" or name == "" then lc.fail("configs: the name of a %s configuration is missing", kind) end
@@ -222,6 +222,9 @@ function M.override_model(tree, flags)
 end
 
 -- ---- what the keys mean ---------------------------------------------------------------------------------------------
+-- An eps that is not what it is anyway.
+local function unusual(eps) return eps ~= 1e-12 and eps or nil end
+
 --- Options of lc.linearize for a model configuration; nil when its attention stays softmax. What an attention_type
 --- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel
 --- (none, or null in a file: nothing is learned).
@@ -252,12 +255,13 @@ function M.linearize_options(tree)
         kernel = kernel ~= "untied" and kernel or nil, hidden_dim = k.hidden_dim, tie_qk = a.tie_qk_kernels or nil,
         init = k.normal_init and "normal" or k.zero_init and "identity" or "kaiming",
         window_factor = a.init_window_factor or 0, affine = a.affine_attention_factors or false, softmax_layers = keep,
-        train_window_factor = train_factor, rotary = a.rotary_config,
+        train_window_factor = train_factor, rotary = a.rotary_config, eps = unusual(a.eps),
+        feature_eps = unusual(f.eps),
     }
 end
 
---- Options of student:add_lora for adapters that learn in the first stage (attention.peft or peft_config, in the form of
---- a finetune block), or nil.
+--- Options of student:add_lora for adapters that learn in the first stage (attention.peft or peft_config, in the form
+--- of a finetune block), or nil.
 function M.first_lora_options(tree)
     local block = tree.attention.peft or tree.attention.peft_config
     if not block then return nil end

@@ -229,6 +229,8 @@ t.test("what the keys mean", function()
     t.eq({ o.kind, o.window, o.kernel, o.hidden_dim, o.tie_qk }, { "terrace", 64, "adapter", 32, true })
     t.eq(configs.linearize_options({ attention = { attention_type = "lolcats_llama",
                                                    learned_kernel = files.null } }).kernel, "none")
+    o = configs.linearize_options { attention = { attention_type = "lolcats_llama", eps = 1e-6, feature_map_kwargs = { eps = 1e-4 } } }
+    t.eq({ o.eps, o.feature_eps }, { 1e-6, 1e-4 })
     t.errors(configs.linearize_options, "did you mean '?lolcats_llama_window_tk'?%?",
              { attention = { attention_type = "lolcats_llama_window_tkk" } })
     local lora, train = configs.lora_options(configs.load("experiment", "finetune_lora_fqkvo_alpaca_clean"))
