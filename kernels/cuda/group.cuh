@@ -38,22 +38,22 @@ template <int N, class T> struct group_mma;
 /* A and B in shared memory, or A in registers. */
 #define LC_GROUP_MMA(N, T, TYPE, REGISTERS, A, B, TRANSPOSE, A4, B4, TRANSPOSE4, ...)                                           \
     template <> struct group_mma<N, T> {                                                                                        \
-        template <int TA, int TB> static __device__ __forceinline__ void run(float (&acc)[N / 8][4], uint64_t a, uint64_t b) {  \
+        template <int TA, int TB, int ADD> static __device__ __forceinline__ void run(float (&acc)[N / 8][4], uint64_t a, uint64_t b) { \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B          \
-                         ", 1, 1, 1, " TRANSPOSE ";" : __VA_ARGS__ : "l"(a), "l"(b), "n"(TA), "n"(TB));                         \
+                         ", " TRANSPOSE ";" : __VA_ARGS__ : "l"(a), "l"(b), "n"(ADD), "n"(TA), "n"(TB));                        \
         }                                                                                                                       \
         template <int TB> static __device__ __forceinline__ void run(float (&acc)[N / 8][4], const uint32_t (&a)[4], uint64_t b) { \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A4 "}, " B4      \
                          ", 1, 1, 1, " TRANSPOSE4 ";" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TB)); \
         }                                                                                                                       \
     };
-LC_GROUP_MMA(16, bf16, "bf16", LC_REGISTERS8, "%8", "%9", "%10, %11", "%8, %9, %10, %11", "%12", "%13", LC_ACC8(0))
-LC_GROUP_MMA(32, bf16, "bf16", LC_REGISTERS16, "%16", "%17", "%18, %19", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
-LC_GROUP_MMA(64, bf16, "bf16", LC_REGISTERS32, "%32", "%33", "%34, %35", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
-LC_GROUP_MMA(128, bf16, "bf16", LC_REGISTERS64, "%64", "%65", "%66, %67", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
-LC_GROUP_MMA(32, f16, "f16", LC_REGISTERS16, "%16", "%17", "%18, %19", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
-LC_GROUP_MMA(64, f16, "f16", LC_REGISTERS32, "%32", "%33", "%34, %35", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
-LC_GROUP_MMA(128, f16, "f16", LC_REGISTERS64, "%64", "%65", "%66, %67", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
+LC_GROUP_MMA(16, bf16, "bf16", LC_REGISTERS8, "%8", "%9", "%10, 1, 1, %11, %12", "%8, %9, %10, %11", "%12", "%13", LC_ACC8(0))
+LC_GROUP_MMA(32, bf16, "bf16", LC_REGISTERS16, "%16", "%17", "%18, 1, 1, %19, %20", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
+LC_GROUP_MMA(64, bf16, "bf16", LC_REGISTERS32, "%32", "%33", "%34, 1, 1, %35, %36", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
+LC_GROUP_MMA(128, bf16, "bf16", LC_REGISTERS64, "%64", "%65", "%66, 1, 1, %67, %68", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
+LC_GROUP_MMA(32, f16, "f16", LC_REGISTERS16, "%16", "%17", "%18, 1, 1, %19, %20", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
+LC_GROUP_MMA(64, f16, "f16", LC_REGISTERS32, "%32", "%33", "%34, 1, 1, %35, %36", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
+LC_GROUP_MMA(128, f16, "f16", LC_REGISTERS64, "%64", "%65", "%66, 1, 1, %67, %68", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
 #endif
 
 __device__ __forceinline__ void shared_fence() {
@@ -87,6 +87,14 @@ __device__ __forceinline__ void groups_meet(int number, int groups) {
     lc_emu_barrier(number, groups * 128, 0);
 #else
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(groups * 128) : "memory");
+#endif
+}
+/* The same for those who need not wait: threads of `groups` groups in all arrive or meet there. */
+__device__ __forceinline__ void groups_arrive(int number, int groups) {
+#ifdef LC_EMULATED
+    lc_emu_arrive(number, groups * 128);
+#else
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(groups * 128) : "memory");
 #endif
 }
 /* 1 / x and log2(x), within 1 ulp and 2^-21, for numbers that are normal. */
@@ -146,15 +154,17 @@ template <int N> __device__ __forceinline__ void group_hold(float (&acc)[N][4]) 
 /* How an operand's tile lies. A: ALONG_K [m][k], ACROSS_K [k][m]; B: ALONG_K [n][k], ACROSS_K [k][n]. */
 enum { ALONG_K, ACROSS_K };
 
-/* One step of 16 along k. ra, rb: rows of the tiles. Rows m .. m + 63 of A (m a multiple of 64 ACROSS_K, of 8 ALONG_K), columns n .. n + N
+/* One step of 16 along k: acc += A B, or with ADD 0 acc = A B. ra, rb: rows of the tiles. Rows m .. m + 63 of A (m a multiple of 64 ACROSS_K, of 8 ALONG_K), columns n .. n + N
  * - 1 of B (the same), k a multiple of 16. */
-template <int N, int RA, int LA, int RB, int LB, class T>
+template <int N, int RA, int LA, int RB, int LB, int ADD = 1, class T>
 __device__ __forceinline__ void group_step(float (&acc)[N / 8][4], const T *a, int m, const T *b, int n, int k) {
 #if LC_WGMMA
     int pa = LA == ALONG_K ? (k >> 6) * (RA * 64) + m * 64 + (k & 63) : (m >> 6) * (RA * 64) + k * 64;
     int pb = LB == ALONG_K ? (k >> 6) * (RB * 64) + n * 64 + (k & 63) : (n >> 6) * (RB * 64) + k * 64 + (n & 63);
-    group_mma<N, T>::template run<LA, LB>(acc, group_tile(a, 16, pa), group_tile(b, LB == ALONG_K ? 16 : RB * 128, pb));
+    group_mma<N, T>::template run<LA, LB, ADD>(acc, group_tile(a, 16, pa), group_tile(b, LB == ALONG_K ? 16 : RB * 128, pb));
 #else
+#pragma unroll
+    for (int i = 0; !ADD && i < N / 8; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
     uint32_t x[4], y[4];
     int row = m + (threadIdx.x >> 5 & 3) * 16;
     if (LA == ALONG_K) fragment_a<RA>(x, a, row, k);
@@ -176,7 +186,15 @@ __device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const T *a
     for (int k = 0; k < K; k += 16) group_step<N, RA, LA, RB, LB>(acc, a, m, b, n, k);
 }
 
-/* The same with A in registers, as fragments of the warp's 16 rows: a[k / 16]. */
+/* acc = A B over K. */
+template <int N, int K, int RA, int LA, int RB, int LB, class T>
+__device__ __forceinline__ void group_product_new(float (&acc)[N / 8][4], const T *a, int m, const T *b, int n) {
+    group_step<N, RA, LA, RB, LB, 0>(acc, a, m, b, n, 0);
+#pragma unroll
+    for (int k = 16; k < K; k += 16) group_step<N, RA, LA, RB, LB>(acc, a, m, b, n, k);
+}
+
+/* acc += A B with A in registers, as fragments of the warp's 16 rows: a[k / 16]. */
 template <int N, int K, int RB, int LB, class T>
 __device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const uint32_t (&a)[K / 16][4], const T *b, int n) {
 #pragma unroll
@@ -198,8 +216,8 @@ __device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const uint
 }
 
 /* Four registers of each of four lanes, transposed: the lane's i-th of the result is its quad's lane i's register (lane % 4). */
-__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
-    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4], int lane) {
+    bool odd = lane & 1, high = lane & 2;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
         uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? v[i] : v[i + 1], 1);
@@ -211,6 +229,7 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
         (high ? v[i] : v[i + 2]) = x;
     }
 }
+__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) { quad_transpose(v, threadIdx.x); }
 
 /* An accumulator [16][N] of a warp as fragments for the product after it. */
 template <int N, class T = bf16> __device__ __forceinline__ void as_fragments(uint32_t (&a)[N / 16][4], const float (&x)[N / 8][4]) {

@@ -370,8 +370,8 @@ template <int D, int BF, int FW, bool TRI, bool U> __global__ void __launch_boun
 template <int D, int BF, int FW, bool TRI, bool U> struct keys_launcher {
     static int launch(const gradients &o, const fast &p) {
         size_t bytes = layout<D, BF, FW>::bytes;
-        if (allow_shared(keys_tile_kernel<D, BF, FW, TRI, U>, bytes)) return LC_K_DEVICE;
-        launch_next(keys_tile_kernel<D, BF, FW, TRI, U>, dim3((unsigned)(o.a.b * o.a.h * p.segments)), THREADS, bytes, o, p);
+        if (allow_shared(keys_tile_kernel<D, BF, FW, TRI, false>, bytes)) return LC_K_DEVICE;
+        launch_next(keys_tile_kernel<D, BF, FW, TRI, false>, dim3((unsigned)(o.a.b * o.a.h * p.segments)), THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };

@@ -2,12 +2,6 @@
  * the states start from, and the sums over query heads, segments and the batch, all in a fixed order. */
 #include "hybrid_backward_tile.cuh"
 
-/* One of two, field by field: a choice of addresses would put both into memory. */
-__device__ __forceinline__ rows4 either(bool first, const rows4 &a, const rows4 &b) {
-    rows4 r = {first ? a.p : b.p, {first ? a.s[0] : b.s[0], first ? a.s[1] : b.s[1], first ? a.s[2] : b.s[2]}, first ? a.dtype : b.dtype};
-    return r;
-}
-
 /* ---- values of the queries' rows: D / 8 lanes a row, ROWS_AT_ONCE rows a thread; `blocks` a head ----------------------- */
 enum { ROWS_AT_ONCE = 4 };
 template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(gradients o, fast p, int blocks) {

@@ -54,6 +54,9 @@ int hybrid_backward_keys(const gradients &o, const fast &p);
 int hybrid_backward_rows(const gradients &o, const fast &p);
 int hybrid_backward_sums(const gradients &o, const fast &p);
 int hybrid_backward_finish(const gradients &o, const fast &p);
+/* hybrid_backward_usual_{queries,keys}.cu: the same of the usual call. */
+int usual_queries(const gradients &o, const fast &p);
+int usual_keys(const gradients &o, const fast &p);
 
 /* The table of instances: D, BF, FW (0: features are given, there are no maps); and of the usual call, whose code is the shortest: window 64
  * in a terrace, softmax features of both signs, as many as there is room for, no bias and no skip. Features whose clamp cannot be told from
@@ -99,6 +102,12 @@ template <int D, int BF, int FW> struct layout {
     static constexpr size_t bytes = shared_bytes(D, BF, FW);
 };
 
+/* One of two, field by field: a choice of addresses would put both into memory. */
+__device__ __forceinline__ rows4 either(bool first, const rows4 &a, const rows4 &b) {
+    rows4 r = {first ? a.p : b.p, {first ? a.s[0] : b.s[0], first ? a.s[1] : b.s[1], first ? a.s[2] : b.s[2]}, first ? a.dtype : b.dtype};
+    return r;
+}
+
 /* Which segment a block has. Chunks count from the first real token s0; n of them are there. */
 struct chunk_range {
     int seg, b, h, hk, s0, len, n, c0, c1;
@@ -116,14 +125,18 @@ __device__ __forceinline__ bool holds(const chunk_range &s, int chunk, int row) 
 
 /* Chunk `chunk` of one head's rows, of which base is the first real token's, into a tile [64][D]; rows that do not exist are zeros. */
 template <int D, int T = THREADS>
-__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *base, const rows4 &x, const chunk_range &s, int chunk) {
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *base, const rows4 &x, const chunk_range &s, int chunk, int tid) {
     constexpr int STEP = T / (D / 8); /* rows at a time, a multiple of 8: the place in a row stays */
-    int first = (int)(threadIdx.x / (D / 8)), col = (int)(threadIdx.x % (D / 8)) * 8;
+    int first = tid / (D / 8), col = tid % (D / 8) * 8;
     int rows = chunk < 0 ? 0 : s.len - chunk * 64, stride = (int)x.s[2];
     const bf16 *at = base + ((int64_t)chunk * (64 * stride) + (first * stride + col));
     bf16 *to = tile_at<64>(tile, first, col);
 #pragma unroll
     for (int i = 0; i < 64 / STEP; i++) copy16(to + i * STEP * 64, at + i * STEP * stride, first + i * STEP < rows);
+}
+template <int D, int T = THREADS>
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *base, const rows4 &x, const chunk_range &s, int chunk) {
+    load_tile<D, T>(tile, base, x, s, chunk, threadIdx.x);
 }
 /* Where a block's rows begin, in shared memory: a register of each thread is dearer. */
 enum { OF_Q, OF_G, OF_K, OF_V };
@@ -162,10 +175,10 @@ template <int D, int FW, int T> struct weights_piece {
         int align = m.dtype == LC_K_F32 ? 4 : 8;
         return (m.dtype == LC_K_F32 || m.dtype == LC_K_BF16) && (uintptr_t)m.p % 16 == 0 && m.s[1] % align == 0 && m.s[2] % align == 0;
     }
-    __device__ __forceinline__ void fetch(const rows4 &m, int h, int f) {
+    __device__ __forceinline__ void fetch(const rows4 &m, int h, int f, int tid) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            int at = threadIdx.x + i * T, n = at % (FW / 8) * 8;
+            int at = tid + i * T, n = at % (FW / 8) * 8;
             int64_t from = h * m.s[1] + at / (FW / 8) * m.s[2] + n;
             v[i] = make_uint4(0, 0, 0, 0);
             if (n >= f || (ALL < T && at >= ALL)) continue;
@@ -177,34 +190,37 @@ template <int D, int FW, int T> struct weights_piece {
             }
         }
     }
-    __device__ __forceinline__ void put(bf16 *tile) const {
+    __device__ __forceinline__ void put(bf16 *tile, int tid) const {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            int at = threadIdx.x + i * T;
+            int at = tid + i * T;
             if (ALL < T && at >= ALL) continue;
             *(uint4 *)tile_at<D>(tile, at / (FW / 8), at % (FW / 8) * 8) = v[i];
         }
     }
 };
-template <int D, int FW, int T = THREADS> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f) {
+template <int D, int FW, int T> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f, int tid) {
     if (weights_piece<D, FW, T>::wide(m)) {
         weights_piece<D, FW, T> w;
-        w.fetch(m, h, f), w.put(tile);
+        w.fetch(m, h, f, tid), w.put(tile, tid);
         return;
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < D * FW; i += T) {
+    for (int i = tid; i < D * FW; i += T) {
         int e = i / FW, n = i % FW;
         float v = n < f ? read_as<float>(m.p, m.dtype, h * m.s[1] + e * m.s[2] + n) : 0.f;
         *tile_at<D>(tile, e, n) = store<bf16>(v);
     }
 }
+template <int D, int FW, int T = THREADS> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f) {
+    load_weights<D, FW, T>(tile, m, h, f, threadIdx.x);
+}
 template <int D, int FW>
 __device__ __forceinline__ void load_weights(bf16 *tile_q, const rows4 &mq, bf16 *tile_k, const rows4 &mk, int h, int f) {
     if (weights_piece<D, FW, THREADS>::wide(mq) && weights_piece<D, FW, THREADS>::wide(mk)) {
         weights_piece<D, FW, THREADS> q, k;
-        q.fetch(mq, h, f), k.fetch(mk, h, f);
-        q.put(tile_q), k.put(tile_k);
+        q.fetch(mq, h, f, threadIdx.x), k.fetch(mk, h, f, threadIdx.x);
+        q.put(tile_q, threadIdx.x), k.put(tile_k, threadIdx.x);
         return;
     }
     load_weights<D, FW>(tile_q, mq, h, f), load_weights<D, FW>(tile_k, mk, h, f);

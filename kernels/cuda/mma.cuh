@@ -36,6 +36,32 @@ template <> __device__ __forceinline__ float2 unpack2<f16>(uint32_t v) {
     return __half22float2(p);
 }
 
+/* The larger of each half; NaN stays NaN. */
+__device__ __forceinline__ uint32_t at_least2(uint32_t v, uint32_t least) {
+#ifdef LC_EMULATED
+    float2 x = unpack2<bf16>(v), y = unpack2<bf16>(least);
+    return pack2<bf16>(x.x < y.x ? y.x : x.x, x.y < y.y ? y.y : x.y);
+#else
+    uint32_t r;
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(v), "r"(least));
+    return r;
+#endif
+}
+
+/* Sums of both halves, each rounded. */
+__device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
+#ifdef LC_EMULATED
+    float2 x = unpack2<bf16>(a), y = unpack2<bf16>(b);
+    return pack2<bf16>(x.x + y.x, x.y + y.y);
+#else
+    __nv_bfloat162 x, y;
+    memcpy(&x, &a, 4), memcpy(&y, &b, 4);
+    x = __hadd2(x, y);
+    memcpy(&a, &x, 4);
+    return a;
+#endif
+}
+
 __device__ __forceinline__ float exp2_fast(float x) { /* 2 ulp; 0 for -inf */
 #ifdef LC_EMULATED
     return exp2f(x);
@@ -121,6 +147,33 @@ __device__ __forceinline__ void matrix_load_t(uint32_t (&r)[4], const void *row)
 }
 #endif
 
+/* The way back of matrix_load: 16 bytes of row l & 7 of matrix l / 8 by lane l's address, from all lanes' r. */
+#ifdef LC_EMULATED
+static inline void emulated_matrix_store(void *const record[32], uint32_t) {
+    for (int lane = 0; lane < 32; lane++)
+        for (int m = 0; m < 4; m++)
+            memcpy((char *)((emulated_matrix *)record[8 * m + lane / 4])->row + lane % 4 * 4, &((emulated_matrix *)record[lane])->r[m], 4);
+}
+__device__ __forceinline__ void matrix_store(void *row, uint32_t (&r)[4]) {
+    emulated_matrix m = {(const char *)row, r, false};
+    lc_emu_collective(0xffffffffu, "stmatrix", emulated_matrix_store, &m);
+}
+#else
+__device__ __forceinline__ void matrix_store(void *row, const uint32_t (&r)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};"
+                 ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+#else
+    uint32_t at = shared_address(row), lane = threadIdx.x & 31;
+#pragma unroll
+    for (int m = 0; m < 4; m++) {
+        uint32_t to = __shfl_sync(0xffffffffu, at, 8 * m + lane / 4) + lane % 4 * 4;
+        asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(r[m]) : "memory");
+    }
+#endif
+}
+#endif
+
 /* ---- products -------------------------------------------------------------------------------------------------------- */
 /* c [16][8] += a [16][16] b [16][8]. Lane l, g = l / 4, q = l % 4: a[0..3] rows g, g + 8, g, g + 8 and columns 2q, 2q, 2q + 8, 2q + 8
  * (and the next); b0, b1 rows 2q, 2q + 8 (and the next) of column g; c[0..3] (g, 2q), (g, 2q + 1), (g + 8, 2q), (g + 8, 2q + 1). */
@@ -187,6 +240,11 @@ template <int ROWS, class T> __device__ __forceinline__ void fragment_a(uint32_t
 template <int ROWS, class T> __device__ __forceinline__ void fragment_a_t(uint32_t (&a)[4], const T *tile, int m, int k) {
     int l = threadIdx.x & 31;
     matrix_load_t(a, tile + fragment_at<ROWS>(k, m, (l & 7) + (l >> 4) * 8, l >> 3 & 1));
+}
+/* The way back of fragment_a. */
+template <int ROWS, class T> __device__ __forceinline__ void fragment_put(T *tile, int m, int k, uint32_t (&a)[4]) {
+    int l = threadIdx.x & 31;
+    matrix_store(tile + fragment_at<ROWS>(m, k, l & 15, l >> 4), a);
 }
 /* b[0], b[1]: columns n .. n + 7; b[2], b[3]: columns n + 8 .. n + 15; from a tile [n][k]. */
 template <int ROWS, class T> __device__ __forceinline__ void fragment_b(uint32_t (&b)[4], const T *tile, int n, int k) {

@@ -45,6 +45,8 @@ void lc_emu_allow_shared(const void *kernel, size_t bytes);
 
 /* Waits for `expected` threads of the block (0: all) at named barrier id. Returns how many said not 0. */
 int lc_emu_barrier(int id, int expected, int said);
+/* Counts at named barrier id as one that waits, and goes on. */
+void lc_emu_arrive(int id, int expected);
 /* Waits for the lanes of mask, then `collect` runs once for all. Mask and collect must be the same for each. */
 void lc_emu_collective(uint32_t mask, const char *what, lc_emu_collective_fn collect, void *record);
 uint32_t lc_emu_active(void);

@@ -26,6 +26,7 @@ volatile int lc_emu_recoverable;
 
 static lc_emu_thread threads[LC_EMU_THREADS];
 static uint32_t arrived[LC_EMU_THREADS / LC_EMU_WARP]; /* lanes that wait in a collective */
+static int passed[LC_EMU_BARRIERS]; /* threads that have arrived at a barrier and gone on */
 static int thread_count;
 static struct { const char *name; void (*body)(void *); void *ctx; } launch;
 static char *shared_room, *stacks;
@@ -191,6 +192,11 @@ int lc_emu_barrier(int id, int expected, int said) {
     return t->said;
 }
 
+void lc_emu_arrive(int id, int expected) {
+    if (id < 0 || id >= LC_EMU_BARRIERS) lc_emu_fail("barrier %d: a block has %d", id, LC_EMU_BARRIERS);
+    if (++passed[id] > expected) lc_emu_fail("barrier %d: more than the %d threads that it is for have arrived", id, expected);
+}
+
 void lc_emu_collective(uint32_t mask, const char *what, lc_emu_collective_fn collect, void *record) {
     lc_emu_thread *t = lc_emu_now, *warp = t - t->lane;
     uint32_t w = t->flat / LC_EMU_WARP;
@@ -272,7 +278,8 @@ static void run_warp(int w) {
 
 /* Opens the barriers that are complete; 0 if there is none and threads still wait. */
 static int open_barriers(void) {
-    int waiting[LC_EMU_BARRIERS] = {0}, said[LC_EMU_BARRIERS] = {0}, opened = 0, done = 0;
+    int waiting[LC_EMU_BARRIERS], said[LC_EMU_BARRIERS] = {0}, opened = 0, done = 0;
+    memcpy(waiting, passed, sizeof waiting);
     for (int i = 0; i < thread_count; i++) {
         const lc_emu_thread *t = &threads[i];
         if (t->state == AT_BARRIER) waiting[t->barrier]++, said[t->barrier] += t->said;
@@ -284,6 +291,7 @@ static int open_barriers(void) {
         if (t->state != AT_BARRIER || waiting[t->barrier] != t->expected) continue;
         t->said = said[t->barrier];
         t->state = RUNNABLE;
+        passed[t->barrier] = 0;
         opened = 1;
     }
     return opened;
@@ -309,6 +317,7 @@ static void run_block(void) {
         threads[i].copy_count = threads[i].copy_group = 0;
     }
     memset(arrived, 0, sizeof arrived);
+    memset(passed, 0, sizeof passed);
     for (;;) {
         int live = 0;
         permute(order, warps);
