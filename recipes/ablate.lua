@@ -4,127 +4,76 @@
 --   lolcats ablate --table 13 --seeds 0,1,2 -- --model smollm2 --data chitchat --seq 512
 --   lolcats ablate --sweep window=16,64 --sweep rank=4,8,16 -- --model DIR --data FILE.json
 --   lolcats ablate --table 16 --tiny
+--   lolcats ablate --table beyond -- --data alpaca.json --seq 512 --long_seq 2048     what each improvement brings
 local lc = require "lolcats"
 local files, plot, sweep, log = lc.files, lc.plot, require "lolcats.sweep", require "lolcats.log"
+local tables = require "lolcats.paper_tables"
 
 local args = lc.args {
     "Run a recipe many times with different arguments and compare: a sweep, or a table of the paper.",
-    { "table", "none", "a table of the paper", { "none", "1", "3", "6", "11", "12", "13", "16" } },
+    { "table", "none", "a table of the paper: 1 transfer or not, 3 blocks, 6 components, 11 rank, 12 projections, " ..
+      "13 window, 16 length of transfer; or beyond: what goes beyond it, one by one",
+      { "none", unpack(tables.names()) } },
     { "sweep", {}, "NAME=VALUE,VALUE,..; several make a grid" },
     { "recipe", "distill", "what is run" },
     { "steps", 200, "updates a stage, from which a table's lengths follow", min = 1 },
     { "seeds", { 0 }, "seeds of the runs" },
     { "metric", "lora_ppl", "value that the plot shows" },
+    { "tasks", {}, "also score every student: piqa, arc_easy, arc_challenge, winogrande" },
+    { "task_data", "", "folder of the task files" },
+    { "task_items", 0, "at most so many items a task; 0: all", min = 0 },
+    { "text", "", "also every student's perplexity of this text file" },
     { "out", "runs/ablate", "folder; every run has one below it" },
     { "tiny", false, "on a small random model with few updates: to see it run" },
     { "fresh", false, "start over instead of going on" },
     { "rest", {}, "arguments of every run, after --", positional = true },
 }
 
+-- The runs.
 local N = args.tiny and math.min(args.steps, 3) or args.steps
-local function cell(label, given, x, series) return { label = label, args = given, x = x, series = series } end
-local function both(t) -- N updates a stage
-    t.transfer_steps, t.lora_steps = t.transfer_steps or N, t.lora_steps or N
-    return t
-end
-local function untaught(t) -- no first stage: the second trains everything, twice as long
-    t.transfer, t.train_maps, t.lora_steps = false, true, 2 * N
-    return t
-end
-local MAPS = { { "T2R", "t2r" }, { "Hedgehog", "hedgehog" } }
-
-local TABLES = {}
-TABLES["1"] = function(cells) -- attention transfer or not, pure linear attention
-    for _, m in ipairs(MAPS) do
-        cells[#cells + 1] = cell(m[1] .. ", no transfer", untaught { map = m[2], window = 0 })
-        cells[#cells + 1] = cell(m[1] .. ", transfer", both { map = m[2], window = 0 })
-    end
-end
-local KEEP = {} -- what both recipes of table 3 take
-for word in ("base data seq records hold_out eval_rows dtype device accumulate clip"):gmatch "%S+" do
-    KEEP[word] = true
-end
-TABLES["3"] = function(cells) -- attention transfer of all layers at once or block by block, then LoRA on the whole
-    for _, layers in ipairs { 1000, 9, 5, 2, 1 } do
-        local c = cell(layers == 1000 and "joint" or "blocks of " .. layers,
-                       { layers = layers, transfer_steps = N, lora = false })
-        c.recipe, c.next = "distill_blocks", { recipe = "finetune", args = { steps = N }, keep = KEEP }
-        cells[#cells + 1] = c
-    end
-end
-TABLES["6"] = function(cells) -- what each component brings
-    for _, m in ipairs { MAPS[2], MAPS[1] } do
-        cells[#cells + 1] = cell(m[1] .. ": swap, finetune", untaught { map = m[2], window = 0 })
-        cells[#cells + 1] = cell(m[1] .. ": + transfer", both { map = m[2], window = 0 })
-        cells[#cells + 1] = cell(m[1] .. ": + window, transfer", both { map = m[2] })
-        cells[#cells + 1] = cell(m[1] .. ": + window, no transfer", untaught { map = m[2] })
-    end
-end
-TABLES["11"] = function(cells)
-    for _, r in ipairs { 4, 8, 16, 32, 64, 128, 256 } do
-        cells[#cells + 1] = cell("rank " .. r, both { rank = r, alpha = 2 * r }, r)
-    end
-end
-TABLES["12"] = function(cells)
-    for _, set in ipairs { "q", "k", "v", "o", "qk", "qv", "qo", "kv", "ko", "vo", "qkv", "qko", "kvo", "qkvo" } do
-        local targets = {}
-        for c in set:gmatch "." do targets[#targets + 1] = c .. "_proj" end
-        cells[#cells + 1] = cell(set, both { targets = targets })
-    end
-end
-TABLES["13"] = function(cells)
-    for _, w in ipairs { 4, 16, 64, 256 } do
-        cells[#cells + 1] = cell("sliding " .. w, both { window = w, kind = "sliding" }, w, "sliding")
-    end
-    cells[#cells + 1] = cell("terrace 64", both { window = 64, kind = "terrace" }, 64, "terrace")
-end
-TABLES["16"] = function(cells) -- length of the first stage; then 10 N updates of the second
-    for k = 0, 9 do
-        local t = both { transfer_steps = k * N, lora_steps = 10 * N }
-        if k == 0 then t.transfer, t.transfer_steps = false, nil end
-        cells[#cells + 1] = cell(("%d updates"):format(k * N), t, k * N)
-    end
-end
-
-local cells
-if args.table ~= "none" then
-    cells = {}
-    TABLES[args.table](cells)
-else
-    local axes = sweep.axes(args.sweep)
-    if #axes == 0 then lc.fail("give --sweep NAME=VALUE,.. or --table; see --help") end
-    cells = sweep.product(axes)
-end
+local chosen = tables[args.table]
+local axes = sweep.axes(args.sweep)
+if not chosen and #axes == 0 then lc.fail("give --sweep NAME=VALUE,.. or --table; see --help") end
+local cells = chosen and chosen.cells(N) or sweep.product(axes)
 local fixed = args.rest
 if args.tiny then
-    local tiny = require "lolcats.tiny"
-    local model, data = tiny.prepare(args.out, "OUT/model", "OUT/records.json", "mistral", 0)
-    fixed = { "--model=" .. model, "--data=" .. data, "--seq=96", "--hold_out=8", "--eval_rows=2", "--dtype=f32",
-              "--window=16", "--eval_every=1000", "--records=60",
-              unpack(args.rest) }
-    for _, c in ipairs(cells) do
-        if c.recipe ~= "distill_blocks" and args.recipe ~= "distill_blocks" then c.args.sample = 0 end
-    end
+    local model, data = require("lolcats.tiny").prepare(args.out, "OUT/model", "OUT/records.json", "mistral", 0,
+                                                        { initializer_range = 0.15 })
+    fixed = { "--model=" .. model, "--data=" .. data, "--seq=320", "--hold_out=20", "--eval_rows=4", "--dtype=f32",
+              "--records=120", unpack(args.rest) }
+    if args.recipe == "distill" and args.table ~= "3" then table.insert(fixed, 1, "--sample=0") end
 end
-sweep.run { recipe = args.recipe, cells = cells, fixed = fixed, seeds = args.seeds, out = args.out, fresh = args.fresh }
 
+-- What follows each of them: tasks and another text.
+local after
+if #args.tasks > 0 or args.text ~= "" then
+    local given = { tasks = #args.tasks > 0 and args.tasks or "none", text = args.text }
+    if args.task_data ~= "" then given.data = args.task_data end
+    if args.task_items > 0 then given.limit = args.task_items end
+    after = { { recipe = "eval", args = given, keep = { dtype = true, device = true }, takes = "model", plain = true } }
+end
+sweep.run { recipe = args.recipe, cells = cells, fixed = fixed, seeds = args.seeds, out = args.out, fresh = args.fresh,
+            after = after }
+
+-- The table, the plot, the values.
+sweep.check(cells, args.metric)
 local columns = { { "teacher_ppl", "teacher" }, { "swapped_ppl", "swapped" }, { "transfer_ppl", "transfer" },
-                  { "lora_ppl", "LoRA" },
-                  { "window_only_ppl", "window only" } }
-if args.metric ~= "lora_ppl" then columns[#columns + 1] = { args.metric, args.metric } end
-local keys = {}
-for i, c in ipairs(columns) do keys[i] = c[1] end
+                  { "lora_ppl", "LoRA" }, { "window_only_ppl", "window only" },
+                  { "long_ppl", "long rows" }, { "long_window_only_ppl", "window only" } }
+for _, name in ipairs(args.tasks) do columns[#columns + 1] = { name, name } end
+if #args.tasks > 1 then columns[#columns + 1] = { "mean_accuracy", "mean" } end
+if args.text ~= "" then columns[#columns + 1] = { "text_ppl", "other text" } end
+if not sweep.has(columns, args.metric) then columns[#columns + 1] = { args.metric, args.metric } end
 local text = sweep.table(cells, columns)
 print(text)
-local series = sweep.series(cells, args.metric)
-if #series > 0 then
-    local how = { title = args.table ~= "none" and "table " .. args.table or "sweep", xlabel = "",
-                  ylabel = args.metric }
-    files.write(args.out .. "/ablate.svg", plot.svg(series, how))
-    log.say("%s", plot.terminal(series,
-                                { title = args.metric, width = log.width(2), color = log.has_color(2), height = 10 }))
-end
+local title = chosen and chosen.title or "sweep of " .. sweep.names(axes)
+local how = { title = args.table:match "%d" and ("Table %s: %s"):format(args.table, title) or title,
+              metric = args.metric, label = sweep.label(columns, args.metric),
+              xlabel = chosen and chosen.xlabel or not chosen and axes[#axes].name or nil }
+files.write(args.out .. "/ablate.svg", sweep.svg(cells, how))
+log.say("\n%s", sweep.terminal(cells, how))
 files.write(args.out .. "/table.txt", text .. "\n")
-files.write(args.out .. "/results.csv", sweep.csv(cells, keys))
-print(("\nPerplexity on held-out rows%s; %s/table.txt, results.csv, ablate.svg"):format(#args.seeds > 1 and
-        ", mean and deviation over seeds" or "", args.out))
+files.write(args.out .. "/results.csv", sweep.csv(cells, columns))
+print(("\nPerplexity on held-out rows%s%s; %s/table.txt, results.csv, ablate.svg"):format(
+    #args.seeds > 1 and ", mean and deviation over seeds" or "",
+    chosen and chosen.paper and "; paper: " .. chosen.paper or "", args.out))

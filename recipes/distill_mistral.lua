@@ -6,7 +6,7 @@ local tiny = require "lolcats.tiny"
 
 lc.recipe "distill" (tiny.apply({
     doc = "Linearize Mistral-7B with the paper's settings: attention transfer, then LoRA.",
-    model = "mistralai/Mistral-7B-v0.1", data = "yahma/alpaca-cleaned", out = "runs/mistral", seq = 1024, hold_out = 200,
-    eval_rows = 32, dtype = "bf16", epochs = 2, accumulate = 8, transfer_lr = 1e-2, lora_lr = 1e-4, schedule = "plateau",
-    eval_every = 100, rank = 8, alpha = 16,
+    model = "mistralai/Mistral-7B-v0.1", data = "yahma/alpaca-cleaned", out = "runs/mistral", seq = 1024,
+    hold_out = 200, eval_rows = 32, dtype = "bf16", epochs = 2, accumulate = 8, transfer_lr = 1e-2, lora_lr = 1e-4,
+    schedule = "plateau", eval_every = 100, rank = 8, alpha = 16,
 }, "mistral", { dtype = "bf16" }))

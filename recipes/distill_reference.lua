@@ -1,29 +1,39 @@
 -- distill_reference.lua: the reference's own command line: linearize by its configurations, flags, names and paths.
 --   lolcats distill --model_config distill_llama3_1_8b_lk_smd_wtk64_fd64_w01 \
---     --distill_config distill_alpaca_clean_xent0_mse1000_lr1e-2 --finetune_config finetune_lora_qkvo_alpaca_clean --lk_zero_init
+--     --distill_config distill_alpaca_clean_xent0_mse1000_lr1e-2 --finetune_config finetune_lora_qkvo_alpaca_clean
 local lc = require "lolcats"
 local configs, files, log = lc.configs, lc.files, require "lolcats.log"
-local flags_of, names, stage = require "lolcats.reference_flags", require "lolcats.run_name",
-    require "lolcats.train.stage"
-local trainers, datasets, checkpoint = require "lolcats.train.trainers", require "lolcats.data.reference",
-    require "lolcats.reference_checkpoint"
+local flags_of, request, names = require "lolcats.reference_flags", require "lolcats.reference_request",
+    require "lolcats.run_name"
+local stage, trainers, datasets, checkpoint = require "lolcats.train.stage", require "lolcats.train.trainers",
+    require "lolcats.data.reference", require "lolcats.reference_checkpoint"
 
-local PROMPT = "\nSummarize this dialog:\nTom: Did the parcel come?\nIda: Yes, at noon. It is far bigger than I thought.\nTom: That is the desk. " ..
-               "Can you leave it in the hall?\nIda: It blocks the door, so Max and I carried it to the shed.\n---\nSummary:"
+local PROMPT = [[
+
+Summarize this dialog:
+Tom: Did the parcel come?
+Ida: Yes, at noon. It is far bigger than I thought.
+Tom: That is the desk. Can you leave it in the hall?
+Ida: It blocks the door, so Max and I carried it to the shed.
+---
+Summary:]]
 
 local function distill(d)
     local rows = {
         d.doc or "Linearize a model by the reference's configurations: attention transfer, LoRA, evaluation.",
         { "data", d.data or "", "file with the records, instead of the data set that the experiments name" },
         { "config_dir", d.config_dir or "configs", "folder with model/ and experiment/ of your own; looked in first" },
-        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so",
-          { "none", "reference" } },
+        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so; terrace, rope: the " ..
+          "model alone, in this one thing", { "none", "reference", "terrace", "rope" } },
         { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
         { "dtype", d.dtype or "", "of the frozen weights; without it the configuration's",
           { "", "f32", "bf16", "f16", "f64" } },
         { "clip", d.clip or 0, "largest gradient norm; 0: as the experiment says", min = 0 },
         { "format", d.format or "pt", "of checkpoints: the reference's .pt, or folders of our own",
           { "pt", "folder" } },
+        { "inputs", d.inputs or "disk", "with layers_per_model: where a block's inputs come from",
+          { "disk", "memory", "recompute" } },
+        { "student", d.student or "", "folder that the student is written to in the end, for chat, eval and so on" },
         { "fresh", false, "start over instead of going on" },
         unpack(flags_of.rows()),
     }
@@ -33,81 +43,32 @@ local function distill(d)
     end
     local args = lc.args(rows)
     if d.prepare then d.prepare(args) end
-    local flags, compat = flags_of.check(args), args.compat == "reference"
+    if args.device:match "^%d+$" then args.device = "cuda:" .. args.device end -- as the scripts for blocks have it
+    local wish = request.read(args)
+    local paths, options, compat = wish.paths, wish.options, wish.compat
     lc.manual_seed(args.seed)
-
-    -- What is asked for: three files, with the flags over them.
-    local model_tree = configs.override_model(configs.load("model", args.model_config, args.config_dir), flags)
-    local first = args.distill_config and
-        configs.override_experiment(configs.load("experiment", args.distill_config, args.config_dir), flags)
-    for k, v in pairs(model_tree.optimizer or {}) do
-        if first then first.optimizer[k] = v end
-    end
-    local loads_first = args.load_distill_checkpoint and not args.resume_distill
-    local trains_first = first and first.trainer.name and not loads_first and not args.no_distill
-    local paths = names.paths(flags, trains_first and first.trainer or nil, { fsdp = args.enable_fsdp })
-    local second
-    local second_name = args.final_finetune_config or args.finetune_config
-    if second_name then
-        local over = flags
-        if flags.max_finetune_steps then
-            over = setmetatable({ max_steps = flags.max_finetune_steps }, { __index = flags })
-        end
-        second = configs.override_experiment(configs.load("experiment", second_name, args.config_dir), over, true)
-        second.dataloader.batch_size = second.trainer.batch_size or 1
-        if args.finetune_lr then second.optimizer.lr = args.finetune_lr end
-        if compat and trains_first then
-            stage.quirk "the first stage's trainer settings stand over the second's"
-            for _, k in ipairs { "gradient_accumulation_steps", "num_train_epochs", "max_steps", "eval_steps",
-                                 "max_eval_batches" } do
-                if not (k == "max_steps" and flags.max_finetune_steps) then second.trainer[k] = first.trainer[k] end
-            end
-        end
-    end
-    if args.verbose then
-        print(files.to_json({ model = model_tree, distill = first, finetune = second }, { indent = 2 }))
-    end
-
-    for _, tree in ipairs { first or false, second or false } do
-        local n = args.num_train_steps
-        if tree and n and n > 0 then
-            local most = math.floor(n * tree.trainer.num_train_epochs / tree.trainer.gradient_accumulation_steps)
-            local steps = tree.trainer.max_steps
-            tree.trainer.max_steps = steps and steps > 0 and math.min(steps, most) or most
-        end
-    end
-
-    -- The model and its student.
-    local path, dtype = model_tree.model.pretrained_model_name_or_path, args.dtype ~= "" and args.dtype or
-        model_tree.model.torch_dtype
-    local options = configs.linearize_options(model_tree)
-    if options and compat then options.compat = "reference" end
-    -- of lc.run's own files
-    local function folder(file) return checkpoint.fits((file:gsub("_%a+%.pt$", "") .. ".run")) end
     local function load_data(tree, name, model)
         return datasets.load(tree.dataset, {
             model = model, source = args.data ~= "" and args.data or nil, data_dir = args.data_dir,
             hold_out = d.hold_out or (name:match "^llama3_1_" and 500 or 200),
         })
     end
+    local clip = args.clip > 0 and args.clip or nil
+
+    -- The model and its student.
     local blocks -- what the first stage learned block by block, before the whole model is in memory
-    if args.layers_per_model and trains_first and options then
-        local top = lc.load(path, { dtype = dtype, part = { first = 1, last = 0 } })
-        blocks = stage.in_blocks { tree = first, model = path, out = folder(paths.distill),
-                                   data = load_data(first, args.distill_config, top),
-                                   layers = args.layers_per_model, student = options, dtype = dtype,
-                                   device = args.device, seed = args.seed,
-                                   clip = args.clip > 0 and args.clip or nil, fresh = args.fresh }
+    if args.layers_per_model and wish.trains_first then
+        local top = lc.load(wish.path, { dtype = wish.dtype, part = { first = 1, last = 0 } })
+        blocks = stage.in_blocks { tree = wish.first, model = wish.path, out = wish.folder(paths.distill),
+                                   data = load_data(wish.first, args.distill_config, top), student = options,
+                                   layers = args.layers_per_model, inputs = args.inputs,
+                                   hidden = args.attentions_data_dir, dtype = wish.dtype, device = args.device,
+                                   seed = args.seed, clip = clip, fresh = args.fresh }
     end
-    local teacher = lc.load(path, { dtype = dtype, device = args.device }):freeze()
-    configs.check_model(model_tree, teacher.config)
-    if model_tree.model.peft_id then -- an adapter that the model starts with
-        teacher = require("lolcats.peft").load(teacher, lc.hub.resolve(model_tree.model.peft_id)):merge_lora()
-    end
+    local teacher = wish.load()
     log.say("%s\n%s", tostring(teacher), paths.names.finetune)
     local student = options and lc.linearize(teacher, options) or teacher
     if args.print_model then print(student) end
-    local chunk = model_tree.attention.state_chunk_len
     local function sample(what)
         if args.no_init_eval or not student.tokenizer then return end
         for i = 1, args.num_generations do
@@ -124,8 +85,8 @@ local function distill(d)
 
     -- 1. Attention transfer.
     if args.load_distill_checkpoint then
-        checkpoint.load(student, args.load_distill_checkpoint == "default" and paths.distill or
-                        args.load_distill_checkpoint)
+        checkpoint.load_all(student, args.load_distill_checkpoint == "default" and paths.distill or
+                            args.load_distill_checkpoint)
     end
     local function save_maps(file, values, step)
         checkpoint.save(student, file, { step = step, ["distill/eval/loss"] = values.loss }, args.format, "maps")
@@ -133,13 +94,16 @@ local function distill(d)
     if blocks then
         checkpoint.load(student, blocks.folder)
         save_maps(paths.distill, blocks, blocks.step)
-    elseif trains_first then
+        for _, b in ipairs(args.format == "pt" and blocks.blocks or {}) do -- as the scripts for blocks name them
+            local file = names.block(args.checkpoint_dir .. "/" .. paths.names.distill, b.first - 1, b.last - 1,
+                                     #student.layers)
+            checkpoint.save(student, file, { step = b.step, ["distill/eval/loss"] = b.loss }, "pt", "maps", b)
+        end
+    elseif wish.trains_first then
         local s = stage.train {
-            name = "distill", out = folder(paths.distill), tree = first, student = student,
-            params = student:trainable(),
-            data = load_data(first, args.distill_config, teacher),
-            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat, fresh = args.fresh,
-            chunk = chunk,
+            name = "distill", out = wish.folder(paths.distill), tree = wish.first, student = student,
+            params = student:trainable(), data = load_data(wish.first, args.distill_config, teacher),
+            seed = args.seed, clip = clip, compat = compat, fresh = args.fresh, chunk = wish.chunk,
             save = function(step, values) save_maps(names.periodic(paths.distill, step), values, step) end,
         }
         report.distill, report.distill_steps = s.best and s.best.value, s.updates
@@ -151,8 +115,14 @@ local function distill(d)
     if options then sample "linearized" end
 
     -- 2. Low-rank repair.
+    local second = wish.second
     if second or args.load_finetune_checkpoint then
-        local lora, train = configs.lora_options(second or { finetune = { method = "lora" } })
+        local lora, train
+        if second then
+            lora, train = configs.lora_options(second)
+        else
+            lora = checkpoint.lora_of(args.load_finetune_checkpoint, args.config_dir)
+        end
         if options then student:use_linear { keep_training = train } end
         if lora then student:add_lora(lora) end
         if args.load_finetune_checkpoint then checkpoint.load(student, args.load_finetune_checkpoint) end
@@ -162,14 +132,18 @@ local function distill(d)
             checkpoint.save(student, file, { step = step, ["eval/loss"] = values.loss }, args.format, "trained")
         end
         local s = stage.train {
-            name = "ft", out = folder(paths.finetune), tree = second, student = student, params = student:trainable(),
-            data = load_data(second, second_name, teacher),
-            seed = args.seed, clip = args.clip > 0 and args.clip or nil, compat = compat,
-            csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh,
-            chunk = chunk, save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
+            name = "ft", out = wish.folder(paths.finetune), tree = second, student = student,
+            params = student:trainable(), data = load_data(second, wish.second_name, teacher), seed = args.seed,
+            clip = clip, compat = compat, csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh,
+            chunk = wish.chunk,
+            save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
         }
         report.finetune, report.finetune_steps = s.best and s.best.value, s.updates
         save(paths.finetune, { loss = s.best and s.best.value or s.held_out.loss }, s.best and s.best.step or s.updates)
+        if args.format == "pt" and options and student.lora and (args.enable_fsdp or blocks) then
+            checkpoint.save_combined(student, names.combined(paths.names, blocks and {
+                final = wish.second_name, no_distill = args.no_distill, step = s.best and s.best.step or s.updates }))
+        end
         sample "fine-tuned"
     end
 
@@ -184,7 +158,11 @@ local function distill(d)
         report.rouge = trainers.score_answers(student, data.test, { max_new = d.max_new, limit = d.answers })
         print(files.to_json({ ["final/eval"] = report.rouge }, { indent = 2 }))
     end
-    if trains_first then print("--attn_mlp_checkpoint_path " .. checkpoint.fits(paths.distill)) end
+    if args.student ~= "" then
+        if not student.save then lc.fail("--student: the model keeps its softmax attention; there is no student") end
+        student:save(args.student)
+    end
+    if wish.trains_first then print("--attn_mlp_checkpoint_path " .. checkpoint.fits(paths.distill)) end
     if second then print("--finetune_checkpoint_path " .. checkpoint.fits(paths.finetune)) end
     if d.finish then d.finish(args, report) end
     return student, report

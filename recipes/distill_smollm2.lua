@@ -29,13 +29,15 @@ end
 local defaults = {
     doc = "Linearize SmolLM2-135M: attention transfer, then LoRA.",
     model = "smollm2", data = "chitchat", out = "runs/smollm2", seq = 512, records = 2400, hold_out = 60, eval_rows = 16,
-    transfer_steps = 200, lora_steps = 200, eval_every = 50, schedule = "constant",
+    transfer_steps = 200, lora_steps = 200, eval_every = 50,
+    -- measured: README, "Beyond the reference"
+    schedule = "cosine", transfer_lr = 2e-2, lora_lr = 2e-3, train_maps = true, fade = 0.5,
     more = { { "demo", false, "a shorter run: few updates, ends by saying what to do next" } },
     finish = what_next,
 }
 if demo then
     for k, v in pairs { out = "runs/demo", records = 400, hold_out = 40, eval_rows = 8, transfer_steps = 50, lora_steps = 50, eval_every = 25,
-                        sample = 32 } do
+                        sample = 32, fade = 0 } do -- to see what the swap alone does
         defaults[k] = v
     end
 end

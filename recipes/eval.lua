@@ -19,6 +19,7 @@ local args = lc.args {
     { "dtype", "f32", "of the weights", choices = { "f32", "bf16", "f16", "f64" } },
     { "device", "cpu", "where to compute" },
     { "json", false, "one JSON object instead of a table" },
+    { "out", "", "folder for a summary.json with the scores, as a sweep reads them" },
 }
 
 local function default_folder()
@@ -38,7 +39,8 @@ for _, name in ipairs(args.tasks) do
         tasks[#tasks + 1] = name
     end
 end
-local model = lc.load(args.model, { base = args.base ~= "" and args.base or nil, dtype = args.dtype, device = args.device })
+local model = lc.load(args.model, { base = args.base ~= "" and args.base or nil, dtype = args.dtype,
+                                    device = args.device })
 local forward = { teacher = args.teacher }
 local out = { model = args.model, tasks = files.array {} }
 
@@ -66,6 +68,16 @@ if #tasks > 0 then
     end
 end
 
+if args.out ~= "" then
+    local summary, sum = { model = args.model, text_ppl = out.perplexity and out.perplexity.ppl }, 0
+    for _, r in ipairs(out.tasks) do -- the score that is usual for each task
+        summary[r.task] = r.task == "arc_challenge" and r.acc_norm or r.acc
+        sum = sum + summary[r.task]
+    end
+    if #out.tasks > 0 then summary.mean_accuracy = sum / #out.tasks end
+    files.make_dirs(args.out)
+    files.write_json(args.out .. "/summary.json", summary)
+end
 if args.json then
     print(files.to_json(out))
 else

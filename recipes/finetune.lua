@@ -31,7 +31,7 @@ local function finetune(d)
         { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
         { "seed", d.seed or 0, "order of rows and start of LoRA" },
         { "fresh", false, "start over instead of going on" },
-        unpack(d.more or {}),
+        d.more or {},
     }
     if d.prepare then d.prepare(args) end
     lc.manual_seed(args.seed)
@@ -43,9 +43,8 @@ local function finetune(d)
         student:freeze()
     end
     if not student.lora then student:add_lora { rank = args.rank, alpha = args.alpha, targets = args.targets } end
-    local data = lc.data(args.data,
-                         { model = student, seq = args.seq, hold_out = args.hold_out,
-                           limit = args.records > 0 and args.records or nil })
+    local data = lc.data(args.data, { model = student, seq = args.seq, hold_out = args.hold_out,
+                                      limit = args.records > 0 and args.records or nil })
     log.say("%s\n%s", tostring(student), tostring(data))
     if not data.held then lc.fail("hold_out is 0: there is nothing to measure perplexity on") end
     local held, results = data.held:list(args.eval_rows), lc.train.results(args.out)
@@ -53,9 +52,8 @@ local function finetune(d)
     local run = lc.run {
         name = "lora", out = args.out, data = data, params = student:trainable(), model = student,
         optim = lc.optim.named(args.optim, { lr = args.lr, weight_decay = args.weight_decay }),
-        schedule = args.schedule,
-        clip = args.clip > 0 and args.clip or nil, max_steps = args.steps > 0 and args.steps or nil,
-        epochs = args.steps == 0 and args.epochs or nil,
+        schedule = args.schedule, clip = args.clip > 0 and args.clip or nil,
+        max_steps = args.steps > 0 and args.steps or nil, epochs = args.steps == 0 and args.epochs or nil,
         accumulate = args.accumulate, seed = args.seed, fresh = args.fresh, eval_every = args.eval_every,
         eval = function()
             local r = eval.perplexity_rows(student, held)
@@ -64,10 +62,12 @@ local function finetune(d)
     }
     for batch in run:steps() do run:backward((student:loss(batch.ids, batch.labels))) end
     local after = results:once("after_ppl", function() return eval.perplexity_rows(student, held).ppl end)
-    local folder = args.out .. "/student"
-    if student.save then student:save(folder) end
+    local folder = args.out .. (student.is_student and "/student" or "/adapter") -- or an adapter, as PEFT writes it
+    if student.is_student then student:save(folder) else student:save_adapter(folder) end
     print(log.table({ { "before", ("%.2f"):format(before) }, { "after", ("%.2f"):format(after) } },
                     { "", "perplexity" }))
+    print(("\nPerplexity on %d held-out rows of %d tokens of %s. It is in %s: lolcats chat --model %s")
+        :format(#held, args.seq, args.data, folder, folder))
     files.write_json(args.out .. "/summary.json",
                      { student = args.student, before_ppl = before, lora_ppl = after, steps = run:summary().updates })
 end

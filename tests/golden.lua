@@ -166,7 +166,7 @@ end
 -- What issue and index files allow, by dtype.
 T.DTYPES = { "f32", "f64" }
 T.TOL = {
-    f32 = { out = 1e-5, grad = 1e-4, loss = 1e-5, final = 1e-3, floor = 1e-6 },
+    f32 = { out = 1e-5, grad = 1e-4, loss = 1e-5, final = 1e-4, floor = 1e-6 },
     f64 = { out = 1e-9, grad = 1e-9, loss = 1e-9, final = 1e-9, floor = 1e-10 },
 }
 

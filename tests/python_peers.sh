@@ -1,12 +1,12 @@
 #!/bin/sh
 # python_peers.sh [NAME ..]: our files against the Python packages that define them, both ways; NAME: weights, models, gguf_models,
-# adapters, hub, parquet. The packages are installed into a scratch environment: LOLCATS_PEERS, or one beside the build; where there is
+# adapters, students, hub, parquet. The packages are installed into a scratch environment: LOLCATS_PEERS, or one beside the build; where there is
 # no package index the test is skipped. Needs LOLCATS_PROGRAM (build/lolcats) and python3 with venv.
 cd "$(dirname "$0")/.." || exit 1
 program=${LOLCATS_PROGRAM:-build/lolcats}
 peers=${LOLCATS_PEERS:-${LOLCATS_TEST_BUILD:-/tmp}/python_peers}
 packages="torch numpy safetensors gguf transformers peft huggingface_hub pyarrow"
-names=${*:-weights models gguf_models adapters hub parquet}
+names=${*:-weights models gguf_models adapters students hub parquet}
 
 skip() {
     echo "skipped: $1"
@@ -45,6 +45,14 @@ gguf_models() {
 adapters() {
     "$python" tests/peers/adapters.py write "$work/adapters" && "$program" tests/peers/adapters.lua "$work/adapters" &&
         "$python" tests/peers/adapters.py check "$work/adapters"
+}
+
+students() {
+    shared=${LOLCATS_TEST_DATA:-../shared}
+    [ -d "$shared/reference" ] || { echo "skipped: $shared/reference is not there"; return 0; }
+    export LOLCATS_TEST_DATA="$shared"
+    "$python" tests/peers/students.py write "$work/students" && "$program" tests/peers/students.lua "$work/students" &&
+        "$python" tests/peers/students.py check "$work/students"
 }
 
 hub() {

@@ -409,6 +409,8 @@ static void key_tile(const job *j, scratch *s, const span *at, int64_t h, int64_
     int64_t to = LC_MIN(at->p1 - c * TILE, TILE), dp = padded(a->d), stride;
     int features = wanted(j, GK) || wanted(j, GMK) || wanted(j, GBK);
     int64_t all_see = a->F ? (hybrid_hi(a, c * TILE + to - 1) + TILE - 1) / TILE : 0;
+    /* a panel with rows that are no keys takes its queries one by one: those rows must stay out of the bias's sum */
+    if (to < TILE) all_see = LC_MAX(all_see, c + 1);
     if (j->linear_k)
         for (; a->F && *absorbed > all_see; *has_suffix = 1) absorb_queries(j, s, at, h, --*absorbed, (real)lambda);
     memset(s->y, 0, (size_t)(TILE * dp) * sizeof(real)), memset(s->y2, 0, (size_t)(TILE * dp) * sizeof(real));

@@ -94,3 +94,21 @@ int K(projections_backward)(const lc_kargs *k) {
     }
     return status;
 }
+
+/* ga [sum of r_i, in] += g_low^T x; gb_i [out_i, r_i] += scale_i g_i^T low_i */
+int K(projections_grads_)(const lc_kargs *k) {
+    const lc_view *x = &k->x[4], *low = &k->x[5], *g_low = &k->x[6], *ga = &k->x[0];
+    const int64_t rows = x->dim[0], in = x->dim[1], rank = ga->dim[0];
+    for (int i = 0; i < 10; i++)
+        if (k->x[i].data && k->x[i].dtype != LC_K_REAL) return LC_K_UNSUPPORTED;
+    if (!rows) return LC_K_OK;
+    int status = K(gemm)(k->host, rank, in, rows, 1, g_low->data, 1, g_low->dim[1], x->data, in, 1, 1, ga->data, in);
+    for (int64_t i = 0, at = 0; i < PARTS && !status; i++) {
+        const lc_view *gb = &k->x[1 + i], *g = &k->x[7 + i];
+        if (!gb->data) continue;
+        const int64_t out = gb->dim[0], r = gb->dim[1];
+        status = K(gemm)(k->host, out, r, rows, (real)k->f[i], g->data, 1, out, (const real *)low->data + at, low->dim[1], 1, 1, gb->data, r);
+        at += r;
+    }
+    return status;
+}

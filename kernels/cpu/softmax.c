@@ -18,7 +18,7 @@ typedef struct job {
     real *y;
     int32_t *index;
     int64_t outer, n, inner, blocks; /* blocks of SIDE rows in inner */
-    int mode;
+    int mode, reverse;
 } job;
 
 static void job_shape(job *j, const lc_view *v, int dim) {
@@ -283,7 +283,10 @@ static void cumsum_rows(void *ctx, int64_t begin, int64_t end, int thread) {
     (void)thread;
     for (int64_t r = begin; r < end; r++) {
         double s = 0;
-        for (int64_t i = r * j->n; i < (r + 1) * j->n; i++) j->y[i] = (real)(s += (double)j->x[i]);
+        for (int64_t n = 0; n < j->n; n++) {
+            int64_t i = r * j->n + (j->reverse ? j->n - 1 - n : n);
+            j->y[i] = (real)(s += (double)j->x[i]);
+        }
     }
 }
 
@@ -293,15 +296,16 @@ static void cumsum_side(void *ctx, int64_t begin, int64_t end, int thread) {
     for (int64_t t = begin; t < end; t++) {
         int64_t width, at = side_begin(j, t, &width);
         double s[SIDE] = {0};
-        for (int64_t i = 0; i < j->n; i++)
-            for (int64_t c = 0; c < width; c++)
-                j->y[at + i * j->inner + c] = (real)(s[c] += (double)j->x[at + i * j->inner + c]);
+        for (int64_t n = 0; n < j->n; n++) {
+            int64_t row = at + (j->reverse ? j->n - 1 - n : n) * j->inner;
+            for (int64_t c = 0; c < width; c++) j->y[row + c] = (real)(s[c] += (double)j->x[row + c]);
+        }
     }
 }
 
 KERNEL(cumsum) {
     if (k->x[0].dtype != LC_K_REAL || k->y[0].dtype != LC_K_REAL) return LC_K_UNSUPPORTED;
-    job j = {.x = (const real *)k->x[0].data, .y = (real *)k->y[0].data};
+    job j = {.x = (const real *)k->x[0].data, .y = (real *)k->y[0].data, .reverse = k->i[1] != 0};
     job_shape(&j, &k->x[0], k->i[0]);
     return run_rows(k, &j, cumsum_rows, cumsum_side);
 }

@@ -53,7 +53,7 @@ static int told_fault(lc_cuda_device *d) {
 static int make_ready(lc_cuda_device *d) {
     if (lc_cuda_check(cudaStreamCreateWithFlags(&d->stream, cudaStreamNonBlocking), "cudaStreamCreate")) return 1;
     if (lc_cuda_check_blas(cublasLtCreate(&d->blas), "cublasLtCreate")) return 1;
-    if (lc_cuda_check(cudaMalloc(&d->blas_work, LC_CUDA_BLAS_WORK), "cudaMalloc")) return 1;
+    if (lc_cuda_check(cudaMalloc(&d->blas_work, LC_CUDA_BLAS_WORK + LC_CUDA_COUNTERS * LC_CUDA_COUNTER_BYTES), "cudaMalloc")) return 1;
     if (lc_cuda_check(cudaHostAlloc((void **)&d->fault, sizeof *d->fault, cudaHostAllocMapped), "cudaHostAlloc")) return 1;
     memset(d->fault, 0, sizeof *d->fault);
     if (lc_cuda_check(cudaHostGetDevicePointer((void **)&d->fault_on_device, d->fault, 0), "cudaHostGetDevicePointer")) return 1;

@@ -29,7 +29,8 @@ typedef struct lc_cuda_device {
     char text[160];
     cudaStream_t stream;
     cublasLtHandle_t blas;
-    void *blas_work;          /* for cuBLASLt alone; LC_CUDA_BLAS_WORK bytes */
+    void *blas_work;          /* for cuBLASLt alone; LC_CUDA_BLAS_WORK bytes, then LC_CUDA_COUNTERS counters (graph.c) */
+    int counters_left;        /* while a graph is recorded: how many are not given out yet */
     lc_cuda_fault *fault, *fault_on_device;
     void *stage[2];           /* pinned memory through which large uploads go; NULL until the first */
     cudaEvent_t staged[2];    /* when the device has read it */
@@ -39,6 +40,9 @@ typedef struct lc_cuda_device {
 } lc_cuda_device;
 
 #define LC_CUDA_BLAS_WORK ((size_t)64 << 20)
+/* Small workspaces, each for one product of a recorded graph. */
+#define LC_CUDA_COUNTERS 1024
+#define LC_CUDA_COUNTER_BYTES ((size_t)256)
 
 /* The device of the kernel call that is under way. */
 extern lc_cuda_device *lc_cuda_now;

@@ -153,6 +153,7 @@ struct blas_plan {
     cublasLtMatmulDesc_t op;
     cublasLtMatrixLayout_t a, b, c, d;
     cublasLtMatmulAlgo_t algo;
+    size_t room; /* workspace that algo wants */
 };
 enum { PLANS = 2048 }; /* a power of two; forgotten all at once when three quarters are taken */
 static blas_plan *plans;
@@ -254,7 +255,7 @@ static int make_plan(blas_plan *p, const blas_key *k, const void *bias) {
         return lc_cuda_check_blas(s, "cublasLtMatmulAlgoGetHeuristic");
     }
     p->supported = !refused;
-    if (p->supported) p->algo = found.algo;
+    if (p->supported) p->algo = found.algo, p->room = found.workspaceSize;
     p->used = 1;
     plan_count++;
     return LC_K_OK;
@@ -264,6 +265,14 @@ static int32_t alignment_of(const void *p) {
     for (int32_t a = 256; a > 2; a /= 2)
         if (!((uintptr_t)p % (uintptr_t)a)) return a == 256 ? 256 : a > 16 ? 16 : a;
     return 2;
+}
+
+/* The widest products count their tiles in a few bytes of the workspace, which cuBLASLt sets to zero before them. In a graph each has
+ * bytes of its own, so that one node at the start can zero them all (graph.c). */
+static void *workspace_for(const blas_plan *p) {
+    lc_cuda_device *d = lc_cuda_now;
+    if (!p->room || p->room > LC_CUDA_COUNTER_BYTES || !d->counters_left) return d->blas_work;
+    return (char *)d->blas_work + LC_CUDA_BLAS_WORK + (LC_CUDA_COUNTERS - d->counters_left--) * LC_CUDA_COUNTER_BYTES;
 }
 
 /* One strided batch. a, b: ta, tb with leading dims key->ld. LC_K_UNSUPPORTED: the plain kernel must. */
@@ -280,9 +289,10 @@ static int run_blas(const blas_key *key, double alpha, double beta, const void *
     if (!p->supported) return LC_K_UNSUPPORTED;
     const float alpha32 = (float)alpha, beta32 = (float)beta;
     const bool wide = key->in == LC_K_F64;
+    void *work = workspace_for(p);
     cublasStatus_t s = cublasLtMatmul(lc_cuda_now->blas, p->op, wide ? (const void *)&alpha : &alpha32, b, p->b, a, p->a,
-                                      wide ? (const void *)&beta : &beta32, c, p->c, d, p->d, &p->algo, lc_cuda_now->blas_work,
-                                      LC_CUDA_BLAS_WORK, lc_cuda_now->stream);
+                                      wide ? (const void *)&beta : &beta32, c, p->c, d, p->d, &p->algo, work,
+                                      work == lc_cuda_now->blas_work ? LC_CUDA_BLAS_WORK : LC_CUDA_COUNTER_BYTES, lc_cuda_now->stream);
     if (s == CUBLAS_STATUS_NOT_SUPPORTED) {
         p->supported = 0;
         return LC_K_UNSUPPORTED;

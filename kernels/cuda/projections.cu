@@ -1,8 +1,10 @@
 /* projections.cu: the op `projections`, several linear layers of one input with their low-rank adapters, and its gradient. What the
  * adapters add is written first and the large products accumulate onto it, so that no pass over a result is made for them; the
- * a_i of all parts are one skinny product; the gradient for x is accumulated likewise. Adapters may be f32 beside half activations:
- * all of them are converted by one launch. */
+ * gradient for x is accumulated likewise. The adapters' part is one launch where adapters.cuh takes it. Elsewhere the a_i of all parts
+ * are one skinny product; f32 adapters beside half activations are converted by one launch. */
+#include "adapters.cuh"
 #include "gemm.cuh"
+#include <string.h>
 
 extern "C" int lc_cuda_linear(const lc_kargs *k);
 extern "C" size_t lc_cuda_linear_work(const lc_kargs *k);
@@ -75,8 +77,29 @@ static void linear_of(const lc_kargs *k, int i, lc_kargs *q, const double *one) 
     else if (i == 0) q->x[3] = k->x[P_ADD];
 }
 
+/* The adapters' part as one launch, if they are f32 beside halves. */
+static bool forward_job(const lc_kargs *k, adapter_job *j) {
+    const lc_view *x = &k->x[0], *add = &k->x[P_ADD], *low = &k->y[P_LOW];
+    const int64_t in = x->dim[x->ndim - 1];
+    memset(j, 0, sizeof *j);
+    if ((x->dtype != LC_K_BF16 && x->dtype != LC_K_F16) || !low->data) return false;
+    j->rows = (int32_t)view_rows(x), j->in = (int32_t)in, j->low = low->data, j->ld_add = k->x[P_W].data ? k->x[P_W].dim[0] : 0;
+    j->add = k->x[P_A].data ? add->data : NULL;
+    for (int i = 0; i < PARTS; i++) {
+        const lc_view *a = &k->x[P_A + i], *b = &k->x[P_B + i];
+        adapter_part *p = &j->part[i];
+        p->x = x->data, p->ld_x = in;
+        if (!a->data) continue;
+        if (a->dtype != LC_K_F32 || b->dtype != LC_K_F32) return false;
+        p->a = (const float *)a->data, p->b = (const float *)b->data, p->rank = (int32_t)a->dim[0], p->out = (int32_t)b->dim[0];
+        p->scale = (float)k->f[i], p->y = k->y[i].data, p->ld_y = p->out;
+    }
+    return adapters_take(j, false);
+}
+
 extern "C" size_t lc_cuda_projections_work(const lc_kargs *k) {
     const double one = 1;
+    adapter_job job;
     size_t most = 0;
     for (int i = 0; i < PARTS; i++) {
         lc_kargs q;
@@ -85,7 +108,7 @@ extern "C" size_t lc_cuda_projections_work(const lc_kargs *k) {
         size_t bytes = lc_cuda_linear_work(&q);
         if (bytes > most) most = bytes;
     }
-    return most + adapter_bytes(k, P_A, P_B, k->x[0].dtype);
+    return most + (forward_job(k, &job) ? 0 : adapter_bytes(k, P_A, P_B, k->x[0].dtype));
 }
 
 /* x [.., in], w_i [out_i, in], a_i [r_i, in], b_i [out_i, r_i], add [.., out_1] -> y_i [.., out_i], low [rows, sum of r_i] */
@@ -95,10 +118,12 @@ extern "C" int lc_cuda_projections(const lc_kargs *k) {
     const int64_t rows = view_rows(x), in = x->dim[x->ndim - 1], size = dtype_bytes(dtype), rank = low->data ? low->dim[1] : 0;
     const double one = 1;
     if (!rows) return LC_K_OK;
-    char *copy[2 * PARTS], *work = (char *)k->work + adapter_bytes(k, P_A, P_B, dtype);
-    gather(k, P_A, P_B, k->work, dtype, copy);
-    int rc = LC_K_OK;
-    if (rank) rc = lc_cuda_gemm(0, 1, rows, rank, in, 1, x->data, dtype, in, k->work, dtype, in, 0, NULL, 0, low->data, dtype, rank);
+    adapter_job job;
+    const bool joined = forward_job(k, &job);
+    char *copy[2 * PARTS] = {}, *work = (char *)k->work + (joined ? 0 : adapter_bytes(k, P_A, P_B, dtype));
+    if (!joined) gather(k, P_A, P_B, k->work, dtype, copy);
+    int rc = joined ? adapters_run(&job, dtype, false) : LC_K_OK;
+    if (rank && !joined) rc = lc_cuda_gemm(0, 1, rows, rank, in, 1, x->data, dtype, in, k->work, dtype, in, 0, NULL, 0, low->data, dtype, rank);
     for (int64_t i = 0, at = 0; i < PARTS && !rc; i++) {
         const lc_view *w = &k->x[P_W + i], *y = &k->y[i];
         if (!w->data) continue;
@@ -119,7 +144,25 @@ extern "C" int lc_cuda_projections(const lc_kargs *k) {
 }
 
 /* ---- gradient -------------------------------------------------------------------------------------------------------- */
+static bool backward_job(const lc_kargs *k, adapter_job *j) {
+    const lc_view *gx = &k->y[0], *low = &k->y[1];
+    memset(j, 0, sizeof *j);
+    if ((low->dtype != LC_K_BF16 && low->dtype != LC_K_F16) || !low->data) return false;
+    j->rows = (int32_t)low->dim[0], j->in = gx->data ? (int32_t)gx->dim[1] : 0, j->low = low->data, j->gx = gx->data;
+    for (int i = 0; i < PARTS; i++) {
+        const lc_view *g = &k->x[i], *a = &k->x[6 + i], *b = &k->x[9 + i];
+        adapter_part *p = &j->part[i];
+        if (!g->data || !b->data) continue;
+        if (b->dtype != LC_K_F32 || g->dtype != low->dtype || (gx->data && (!a->data || a->dtype != LC_K_F32))) return false;
+        p->x = g->data, p->ld_x = g->dim[1], p->a = (const float *)a->data, p->b = (const float *)b->data;
+        p->rank = (int32_t)b->dim[1], p->out = (int32_t)b->dim[0], p->scale = (float)k->f[i];
+    }
+    return adapters_take(j, true);
+}
+
 extern "C" size_t lc_cuda_projections_backward_work(const lc_kargs *k) {
+    adapter_job job;
+    if (backward_job(k, &job)) return 0;
     for (int i = 0; i < PARTS; i++)
         if (k->x[i].data) return adapter_bytes(k, 6, 9, k->x[i].dtype);
     return 0;
@@ -131,11 +174,14 @@ extern "C" int lc_cuda_projections_backward(const lc_kargs *k) {
     const lc_view *any = low ? &k->y[1] : &k->y[0];
     const int dtype = any->dtype;
     const int64_t rows = any->dim[0], size = dtype_bytes(dtype), in = gx ? k->y[0].dim[1] : 0, rank = low ? k->y[1].dim[1] : 0;
-    char *copy[2 * PARTS];
+    char *copy[2 * PARTS] = {};
     int rc = LC_K_OK, begun = 0;
     if (!rows) return LC_K_OK;
-    gather(k, 6, 9, k->work, dtype, copy);
-    for (int64_t i = 0, at = 0; i < PARTS && !rc; i++) {
+    adapter_job job;
+    const bool joined = backward_job(k, &job);
+    if (joined) rc = adapters_run(&job, dtype, true), begun = gx != NULL;
+    else gather(k, 6, 9, k->work, dtype, copy);
+    for (int64_t i = 0, at = 0; i < PARTS && !rc && !joined; i++) {
         const lc_view *g = &k->x[i], *b = &k->x[9 + i];
         if (!g->data || !b->data) continue;
         const int64_t out = g->dim[1], r = b->dim[1];
@@ -144,7 +190,7 @@ extern "C" int lc_cuda_projections_backward(const lc_kargs *k) {
         at += r;
     }
     if (!gx || rc) return rc;
-    if (rank) rc = lc_cuda_gemm(0, 0, rows, in, rank, 1, low, dtype, rank, k->work, dtype, in, 0, NULL, 0, gx, dtype, in), begun = 1;
+    if (rank && !joined) rc = lc_cuda_gemm(0, 0, rows, in, rank, 1, low, dtype, rank, k->work, dtype, in, 0, NULL, 0, gx, dtype, in), begun = 1;
     for (int i = 0; i < PARTS && !rc; i++) {
         const lc_view *g = &k->x[i], *w = &k->x[3 + i];
         if (!g->data) continue;

@@ -255,15 +255,16 @@ static int arg(const lc_kargs *k, double sign) {
 }
 
 /* ---- cumsum --------------------------------------------------------------------------------------------------- */
-/* x [outer, n, inner] -> y; a thread a row, in order and in double */
+/* x [outer, n, inner] -> y; a thread a row, in order (from the end where a.mode is 1) and in double */
 template <class T> __global__ void cumsum_side(const T *x, T *y, const along a) {
     for (int64_t t = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; t < a.outer * a.inner;
          t += (int64_t)gridDim.x * blockDim.x) {
         int64_t at = t / a.inner * a.n * a.inner + t % a.inner;
         double s = 0;
-        for (int64_t i = 0; i < a.n; i++) {
-            s += load<double>(x[at + i * a.inner]);
-            y[at + i * a.inner] = store<T>(s);
+        for (int64_t n = 0; n < a.n; n++) {
+            int64_t i = at + (a.mode ? a.n - 1 - n : n) * a.inner;
+            s += load<double>(x[i]);
+            y[i] = store<T>(s);
         }
     }
 }
@@ -275,11 +276,12 @@ template <class T> __global__ void __launch_bounds__(SCAN) cumsum_rows(const T *
     int lane = threadIdx.x & 31, w = threadIdx.x >> 5;
     double carry = 0;
     x += blockIdx.x * a.n, y += blockIdx.x * a.n;
+    auto place = [&](int64_t i) { return a.mode ? a.n - 1 - i : i; };
     for (int64_t from = 0; from < a.n; from += SCAN * SCAN_EACH) {
         int64_t at = from + threadIdx.x * SCAN_EACH;
         double v[SCAN_EACH], s = 0;
 #pragma unroll
-        for (int c = 0; c < SCAN_EACH; c++) v[c] = s += at + c < a.n ? load<double>(x[at + c]) : 0.0;
+        for (int c = 0; c < SCAN_EACH; c++) v[c] = s += at + c < a.n ? load<double>(x[place(at + c)]) : 0.0;
         double upto = s; /* of this warp's threads up to this one */
 #pragma unroll
         for (int o = 1; o < 32; o <<= 1) {
@@ -298,7 +300,7 @@ template <class T> __global__ void __launch_bounds__(SCAN) cumsum_rows(const T *
         if (lane) base += before;
 #pragma unroll
         for (int c = 0; c < SCAN_EACH; c++)
-            if (at + c < a.n) y[at + c] = store<T>(base + v[c]);
+            if (at + c < a.n) y[place(at + c)] = store<T>(base + v[c]);
     }
 }
 
@@ -320,7 +322,7 @@ int lc_cuda_softmax_backward(const lc_kargs *k) {
 }
 
 int lc_cuda_cumsum(const lc_kargs *k) {
-    along a = along_of(&k->x[0], k->i[0], 0);
+    along a = along_of(&k->x[0], k->i[0], k->i[1] != 0);
     if (!a.outer || !a.inner || !a.n) return LC_K_OK;
     LC_FLOATS(k->x[0].dtype, const T *x = (const T *)k->x[0].data; T *y = (T *)k->y[0].data;
               if (a.inner > 1 || a.n <= 64)

@@ -175,8 +175,8 @@ end
 --- The hybrid without its linear part: what the window alone gives. Features of zeros add nothing to either sum.
 function M.window_only(a, q, k, v, ctx)
     if a.window == 0 then lc.fail("window-only attention needs a window; this student is purely linear") end
-    local s = q.shape
-    local zero = lc.zeros({ s[1], s[2], s[3], 1 }, { dtype = q.dtype, device = q.device })
+    local s = q.shape -- a width that the fast kernels know
+    local zero = lc.zeros({ s[1], s[2], s[3], ctx.state and 1 or 32 }, { dtype = q.dtype, device = q.device })
     if ctx.state then return M.recurrent(a, q, k, v, zero, zero, ctx) end
     return (lc.hybrid_attention(q, k, v, { mq = zero, mk = zero, map = "none", window = a.window, kind = a.kind,
                                            affine = a.affine, factors = a.factors, start = ctx.start }))

@@ -99,10 +99,13 @@ local function scale(a, q, k, v, fq, fk)
     if t <= w then return near end
     all = all + all:eq(0):to(all.dtype) * 1e-12
     local shifted = padded(fk:narrow(3, 1, t - w), w, true)
-    local share = sum(shifted) / all
+    local before = sum(shifted)
+    local share = before / all
     local zero_k = padded(k:narrow(3, 1, t - w), w, true)
-    local far = lc.hybrid_attention(q, zero_k, padded(v:narrow(3, 1, t - w), w, true), { mq = fq, mk = shifted, map = "none", window = 0 })
-    return far * share + near * (1 - share)
+    local far = lc.hybrid_attention(q, zero_k, padded(v:narrow(3, 1, t - w), w, true),
+                                    { mq = fq, mk = shifted, map = "none", window = 0 })
+    -- the op divides by its sum plus 1e-12, which features near 0 feel
+    return far * ((before + 1e-12) / all) + near * (1 - share)
 end
 
 -- ---- the door -------------------------------------------------------------------------------------------------------

@@ -18,11 +18,11 @@ local M = {}
 local Blockwise = {}
 Blockwise.__index = Blockwise
 
-local KNOWN = {
-    model = true, out = true, data = true, layers = true, student = true, transfer = true, lora = true, inputs = true, dtype = true,
-    device = true, seed = true, shard = true, keep_inputs = true, quiet = true, batch = true, accumulate = true, stop_after = true,
-    eval_rows = true, fresh = true,
-}
+local KNOWN = {}
+for word in ([[model out data layers student transfer lora inputs hidden dtype device seed shard keep_inputs quiet batch
+               accumulate stop_after eval_rows fresh]]):gmatch "%S+" do
+    KNOWN[word] = true
+end
 
 local function check(opts)
     for k in pairs(opts) do
@@ -37,7 +37,9 @@ local function check(opts)
         if not opts[k] then lc.fail("lc.blockwise needs %s", k) end
     end
     local n = opts.layers or 1
-    if type(n) ~= "number" or n < 1 or n % 1 ~= 0 then lc.fail("layers: how many a block has, got %s", tostring(opts.layers)) end
+    if type(n) ~= "number" or n < 1 or n % 1 ~= 0 then
+        lc.fail("layers: how many a block has, got %s", tostring(opts.layers))
+    end
     if opts.inputs and not streams.KINDS[opts.inputs] then
         lc.fail("inputs: 'disk', 'memory' or 'recompute', not '%s'", tostring(opts.inputs))
     end
@@ -59,11 +61,12 @@ function M.drop_model(model)
 end
 
 --- A block-wise run. opts: model (folder, GGUF file or Hub id), out, data (rows of lc.data), layers (a block, 1),
---- student (options of lc.linearize), transfer and lora (tables: steps or epochs, lr, schedule, clip, eval_every;
---- transfer also mse, xent; lora also rank, alpha, targets, dropout, objective "output" or "attention"; lora = false:
---- no second stage), inputs ("disk", "memory", "recompute"), shard (rows that are moved through a block at a time, 16),
---- keep_inputs, batch, accumulate, eval_rows (held-out rows looked at, 8), dtype, device, seed. :train() does all that
---- is left to do.
+--- student (options of lc.linearize), transfer and lora (tables: steps or epochs, optim (a name: adamw), optim_options,
+--- lr, weight_decay, schedule (a name, or {name =, ...} as a configuration has it), clip, eval_every; transfer also
+--- mse, xent; lora also rank, alpha, targets, dropout, objective "output" or "attention"; lora = false: no second
+--- stage), inputs ("disk", "memory", "recompute"), hidden (folder of those on disk: OUT/hidden), shard (rows that are
+--- moved through a block at a time, 16), keep_inputs, batch, accumulate, eval_rows (held-out rows looked at, 8), dtype,
+--- device, seed. :train() does all that is left to do.
 function M.new(opts)
     check(opts)
     local self = setmetatable({ opts = opts, out = opts.out, data = opts.data, seed = opts.seed or 0 }, Blockwise)
@@ -78,39 +81,57 @@ function M.new(opts)
         self.blocks[#self.blocks + 1] = { first = first, last = math.min(n, first + size - 1) }
     end
     files.make_dirs(self.out .. "/blocks")
-    local request = files.parse_json(files.to_json(self:request()), "request")
-    local path = self.out .. "/blockwise.json"
     if opts.fresh then self:forget() end
-    if files.exists(path) then
-        local have = files.read_json(path)
-        if files.to_json(have) ~= files.to_json(request) then
-            lc.fail("%s holds another block-wise run (%s against %s); start over with fresh, or take another folder", self.out,
-                    files.to_json(have), files.to_json(request))
-        end
-    else
-        files.write_json(path, request)
+    self:claim(self.out, self:request(), "start over with fresh, or take another folder")
+    if opts.hidden then
+        files.make_dirs(opts.hidden)
+        self:claim(opts.hidden, self:inputs(), "take another folder for hidden states, or empty it")
     end
     self.streams = streams.new(self)
     return self
 end
 
-function Blockwise:request()
-    local o = self.opts
-    return { format = "lolcats-blockwise", version = 1, model = o.model, layers = o.layers or 1, student = o.student or {},
-             transfer = o.transfer or {}, lora = o.lora == nil and {} or o.lora, seed = self.seed, batch = o.batch or 1,
-             accumulate = o.accumulate or 1, data = o.data.describe and o.data:describe() or o.data.rows }
-end
-
--- Forgets what earlier runs left in the folder.
-function Blockwise:forget()
-    local function clear(dir)
-        if not files.is_folder(dir) then return end
-        for _, name in ipairs(files.list(dir)) do
-            local path = dir .. "/" .. name
-            if files.is_folder(path) then clear(path) elseif name ~= ".lock" then files.remove(path) end
+-- Notes in a folder what it is for; an error where it is for something else.
+function Blockwise:claim(dir, request, advice)
+    local path, wanted = dir .. "/blockwise.json", files.to_json(request)
+    if not files.exists(path) then return files.write(path, wanted .. "\n") end
+    for key, v in pairs(files.parse_json(wanted, "request")) do
+        local have = files.read_json(path)[key]
+        if files.to_json(have) ~= files.to_json(v) then
+            lc.fail("%s holds another block-wise run (%s: %s there, %s here); %s", dir, key, files.to_json(have),
+                    files.to_json(v), advice)
         end
     end
-    clear(self.out)
+end
+
+-- What hidden states depend on.
+function Blockwise:inputs()
+    local o = self.opts
+    return { format = "lolcats-blockwise", version = 1, model = o.model, layers = o.layers or 1,
+             dtype = o.dtype or "f32", eval_rows = o.eval_rows or 8,
+             data = o.data.describe and o.data:describe() or o.data.rows }
+end
+
+function Blockwise:request()
+    local o, out = self.opts, self:inputs()
+    out.student, out.transfer, out.lora = o.student or {}, o.transfer or {}, o.lora == nil and {} or o.lora
+    out.seed, out.batch, out.accumulate = self.seed, o.batch or 1, o.accumulate or 1
+    return out
+end
+
+local OWN = { blocks = true, hidden = true, student = true, ["blockwise.json"] = true, ["results.json"] = true,
+              ["summary.json"] = true }
+
+-- Forgets what earlier runs left in the folder: their own files, nothing else that lies there.
+function Blockwise:forget()
+    local function clear(path)
+        if not files.is_folder(path) then return files.remove(path) end
+        for _, name in ipairs(files.list(path)) do clear(path .. "/" .. name) end
+    end
+    for _, name in ipairs(files.list(self.out)) do
+        if OWN[name] or name:match "^b%d+%-transfer$" or name:match "^b%d+%-lora$" then clear(self.out .. "/" .. name) end
+    end
+    files.make_dirs(self.out .. "/blocks")
 end
 
 --- Layers first to last of the model, frozen; how: {embed =, head =}.
@@ -132,7 +153,9 @@ local function student_options(self, block)
     for k, v in pairs(self.opts.student or {}) do out[k] = v end
     for _, i in ipairs(out.softmax_layers or {}) do
         local at = i < 0 and self.n_layers + 1 + i or i
-        if at < 1 or at > self.n_layers then lc.fail("softmax_layers: there is no layer %d; the model has 1 to %d", i, self.n_layers) end
+        if at < 1 or at > self.n_layers then
+            lc.fail("softmax_layers: there is no layer %d; the model has 1 to %d", i, self.n_layers)
+        end
         if at >= block.first and at <= block.last then kept[#kept + 1] = at - block.first + 1 end
     end
     out.softmax_layers = #kept > 0 and kept or nil
@@ -140,14 +163,20 @@ local function student_options(self, block)
 end
 
 local function optimizer(how, lr)
-    return lc.adamw { lr = how.lr or lr, weight_decay = how.weight_decay or 0 }
+    local opts = {}
+    for k, v in pairs(how.optim_options or {}) do opts[k] = v end
+    opts.lr, opts.weight_decay = how.lr or lr, how.weight_decay or 0
+    return lc.optim.named(how.optim or "adamw", opts)
 end
 
 local function run_of(self, name, how, params, lr, data, evaluate)
+    local schedule = how.schedule or "constant"
+    if type(schedule) == "table" then schedule = lc.optim.named_schedule(schedule.name, schedule) end
     return lc.run {
-        name = name, out = self.out, data = data, params = params, optim = optimizer(how, lr), schedule = how.schedule or "constant",
-        clip = how.clip, max_steps = how.steps, epochs = not how.steps and (how.epochs or 1) or nil, batch = self.opts.batch or 1,
-        accumulate = self.opts.accumulate or 1, eval = evaluate, eval_every = how.eval_every or 100, metric = "loss",
+        name = name, out = self.out, data = data, params = params, optim = optimizer(how, lr), schedule = schedule,
+        clip = how.clip, max_steps = how.steps, epochs = not how.steps and (how.epochs or 1) or nil,
+        batch = self.opts.batch or 1, accumulate = self.opts.accumulate or 1, eval = evaluate,
+        eval_every = how.eval_every or 100, metric = "loss",
         load_best = how.load_best, seed = self.seed, quiet = self.opts.quiet, save_seconds = how.save_seconds,
         save_every = how.save_every, fresh = false,
     }
@@ -223,13 +252,17 @@ local function repair(self, b, student, teacher, data, held)
     return run:summary()
 end
 
+local function write_block(self, b, tensors, about)
+    about.first, about.last = self.blocks[b].first, self.blocks[b].last
+    files.save_tensors(block_path(self, b), tensors, { format = "lolcats-block", about = files.to_json(about) })
+end
+
 -- Writes what a block learned, under its names in the whole model.
 local function save_block(self, b, student, about)
     local tensors = {}
     for _, p in ipairs(student:trained()) do tensors[p.name] = p.tensor:detach() end
     local settings, adapters = student.settings, student.lora
-    files.save_tensors(block_path(self, b), tensors, { format = "lolcats-block", about = files.to_json {
-        first = self.blocks[b].first, last = self.blocks[b].last, linearize = settings, lora = adapters, summary = about } })
+    write_block(self, b, tensors, { linearize = settings, lora = adapters, summary = about })
     if student.map.custom and not files.exists(self.out .. "/blocks/feature_map.lua") then
         local text = maps.source_of(student.map)
         if text then files.write(self.out .. "/blocks/feature_map.lua", text) end
@@ -243,8 +276,7 @@ local function train_block(self, b)
     local options, all_kept = student_options(self, block)
     local done, about = true, {}
     if all_kept then
-        files.save_tensors(block_path(self, b), { ["kept"] = lc.zeros { 1 } }, { format = "lolcats-block", about = files.to_json {
-            first = block.first, last = block.last, kept = true } })
+        write_block(self, b, { kept = lc.zeros { 1 } }, { kept = true })
     else
         lc.manual_seed(self.seed * 1000 + b) -- a block that is begun again begins the same
         local student = linearize.linearize(teacher, options)
@@ -300,7 +332,9 @@ function Blockwise:stitch()
     files.make_dirs(dir)
     lc.scope(function()
         for b = 1, #self.blocks do
-            if not self:done(b) then lc.fail("%s: block %d is not done yet; its run goes on with :train()", self.out, b) end
+            if not self:done(b) then
+                lc.fail("%s: block %d is not done yet; its run goes on with :train()", self.out, b)
+            end
             local f, about = read_block(self, b)
             if not about.kept then
                 for _, name in ipairs(f:names()) do tensors[name] = f:tensor(name) end
@@ -312,8 +346,9 @@ function Blockwise:stitch()
         settings.softmax_layers = self.opts.student and self.opts.student.softmax_layers or nil
         if adapters == files.null then adapters = nil end
         if adapters then adapters.layers = nil end
-        local about = { format = linearize.FORMAT, version = linearize.VERSION, base = self.opts.model, linearize = settings,
-                        lora = adapters, shape = { layers = self.n_layers, hidden_size = self.config.hidden_size } }
+        local about = { format = linearize.FORMAT, version = linearize.VERSION, base = self.opts.model,
+                        linearize = settings, lora = adapters,
+                        shape = { layers = self.n_layers, hidden_size = self.config.hidden_size } }
         local code = self.out .. "/blocks/feature_map.lua"
         if files.exists(code) then
             about.custom_map = { name = settings.map, source = "feature_map.lua" }

@@ -112,15 +112,18 @@ end
 -- .by_name, .summary.
 local function declare(spec, text)
   local options = {by_name = {}, summary = ""}
-  for _, row in ipairs(spec) do
+  local function read(row)
     if type(row) == "string" then
       options.summary = options.summary == "" and row or options.summary .. "\n" .. row
     elseif type(row) == "table" and type(row[1]) == "string" then
       add(options, row[1], row, 2)
+    elseif type(row) == "table" and (type(row[1]) == "table" or next(row) == nil) then
+      for _, inner in ipairs(row) do read(inner) end
     else
-      error('lc.args: a row is {"name", default, "help"}', 3)
+      error('lc.args: a row is {"name", default, "help"}, or a list of rows', 4)
     end
   end
+  for _, row in ipairs(spec) do read(row) end
   local named = {}
   for name, row in pairs(spec) do
     if type(name) == "string" then
@@ -431,8 +434,8 @@ end
 --   lc.args {"what the recipe does", window = {64, "tokens that keep softmax attention"}, ...}
 -- A row is a name, a default, a help text and, if only some values are allowed, a list of them. The default gives the
 -- type: number, boolean (--flag, --no-flag), string, or a list (--name a,b). lc.required as the default: must be given.
--- Further keys of a row: type, min, max, positional. --help prints all this and ends; --config FILE.yaml is laid under
--- the command line. Returns a table of the values; other names in it are errors.
+-- Further keys of a row: type, min, max, positional. A list of rows stands for its rows. --help prints all this and
+-- ends; --config FILE.yaml is laid under the command line. Returns a table of the values; other names in it are errors.
 function cli.args(spec)
   local script = cli.script or {}
   local argv = {}

@@ -64,6 +64,20 @@ function M.find(kind, name, dir)
               dir and (" (looked in %s/%s, then among the program's own)"):format(dir, kind) or "")
 end
 
+--- The name of a configuration under which M.find has it: as given, or with its folder where a single one ends in it (a
+--- checkpoint's name may have lost the folder); nil where there is none.
+function M.full_name(kind, name, dir)
+    local found
+    for _, other in ipairs(M.names(kind, dir)) do
+        if other == name then return other end
+        if other:match "[^/]+$" == name then
+            if found then return nil end
+            found = other
+        end
+    end
+    return found
+end
+
 local function without_nulls(v)
     if v == files.null then return nil end
     if type(v) ~= "table" then return v end
@@ -146,6 +160,8 @@ function M.load(kind, name, dir)
     if type(tree) ~= "table" or tree == files.null or #tree > 0 then
         lc.fail("%s: a map of blocks was expected", path)
     end
+    local a = tree.attention
+    if type(a) == "table" and a.learned_kernel == files.null then a.learned_kernel = "none" end -- not: as usual
     tree = without_nulls(tree)
     for _, key in ipairs(unknown_keys(kind, tree)) do
         require("lolcats.log").say("%s: the key %s has no meaning", path, key)
@@ -205,7 +221,8 @@ end
 
 -- ---- what the keys mean ---------------------------------------------------------------------------------------------
 --- Options of lc.linearize for a model configuration; nil when its attention stays softmax. What an attention_type
---- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel (null: none).
+--- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel
+--- (none, or null in a file: nothing is learned).
 function M.linearize_options(tree)
     local a = tree.attention
     local found = require("lolcats.attention_types").find(a.attention_type)
@@ -246,7 +263,8 @@ end
 function M.check_model(tree, config)
     local m = tree.model
     if m.load_in_8bit or m.load_in_4bit then
-        lc.fail("load_in_8bit and load_in_4bit are not built (in the reference neither); a quantised GGUF file loads as it is")
+        lc.fail("load_in_8bit and load_in_4bit are not built (in the reference neither); a quantised GGUF file " ..
+                "loads as it is")
     end
     if m.rope_theta and config.rope_theta and m.rope_theta ~= config.rope_theta then
         require("lolcats.log").say("the configuration has rope_theta %g, the model itself %g: the model's counts",

@@ -192,7 +192,8 @@ end
 --- teacher's attention outputs, plus xent (0) times the cross entropy of their weights, averaged over layers; loss
 --- and backward layer by layer, so memory is that of one layer. Gradients add up in the parameters. opts: scale (of
 --- loss and gradient; 1 / accumulation), mse, xent, start (left padding), plain = true (maps computed in Lua),
---- backward = false (only the loss). Returns the loss and a table of each layer's.
+--- backward = false (only the loss), wait = false (on a device the loss is a tensor of one element, for which nothing
+--- waits; the next step may write it anew). Returns the loss and a table of each layer's.
 function Student:transfer(ids, opts)
     ids, opts = self:check_ids(ids), opts or {}
     local function embedded(ids)
@@ -204,16 +205,20 @@ function Student:transfer(ids, opts)
         return self:transfer_hidden(function() return embedded(ids) end, opts, ids)
     end
     local key = ("%.17g,%.17g"):format(opts.scale or 1, opts.mse or 1000)
-    local losses = replay.step(self, "transfer", key, { ids = ids }, function(inputs)
-        return (self:transfer_losses(function() return embedded(inputs.ids) end, opts, inputs.ids))
+    local losses, sum = replay.step(self, "transfer", key, { ids = ids }, function(inputs)
+        local losses = self:transfer_losses(function() return embedded(inputs.ids) end, opts, inputs.ids)
+        return losses, lc.no_grad(losses.sum, losses)
     end)
+    if opts.wait == false then return sum end
     return self:sum_losses(losses)
 end
 
 --- The same from hidden states x [b, t, H] on, as the first of this model's layers gets them: a tensor, or a function
 --- that makes it.
 function Student:transfer_hidden(x, opts, ids)
-    return self:sum_losses(self:transfer_losses(x, opts, ids))
+    local losses = self:transfer_losses(x, opts, ids)
+    if opts and opts.wait == false and self.device ~= "cpu" then return lc.no_grad(losses.sum, losses) end
+    return self:sum_losses(losses)
 end
 
 -- Number of layers that learn, the last of them.
@@ -389,6 +394,16 @@ function M.load(dir, opts)
     end
     local base = opts.base or about.base
     if not base then lc.fail("%s does not say what it was made from; give the base model as base =", dir) end
+    if type(base) == "string" and not opts.base and not base:match "^/" and not files.exists(base) then
+        local above = dir -- a path that counts from a folder in which the program is not now
+        for _ = 1, 8 do
+            above = above .. "/.."
+            if files.exists(above .. "/" .. base) then
+                base = above .. "/" .. base
+                break
+            end
+        end
+    end
     if type(base) == "string" then
         local ok, found = pcall(require("lolcats.hub").resolve, base)
         if not ok then

@@ -177,10 +177,23 @@ end
 --- The copy of a checkpoint that belongs to an update.
 function M.periodic(path, step) return replace(path, ".pt", ("_%d.pt"):format(step)) end
 
---- The file of a block of layers (first and last, from 0) of a model of n layers.
+--- The file of a block of layers (first and last, from 0) of a model of n layers; path: CHECKPOINT_DIR/NAME, for the
+--- scripts for blocks have no folder of the model's.
 function M.block(path, first, last, n)
     local form = "%0" .. #tostring(n) .. "d"
     return (path:gsub("_distill%.pt$", "") .. ("-in=" .. form .. "-out=" .. form .. "_distill.pt"):format(first, last))
+end
+
+--- The file, in the working folder, in which the scripts for many GPUs put together what both stages learned. names: of
+--- M.names. opts, after blocks: final (the second stage's configuration), no_distill, step (of the checkpoint).
+function M.combined(names, opts)
+    local run = names.finetune
+    if opts and opts.final then
+        run = ("%s-ef=%s-ft_lora=0%s%s-s=%d"):format(names.distill, opts.final, opts.no_distill and "-no_distill" or "",
+                                                     names.finetune:sub(#names.distill + 1), opts.step)
+    end
+    for _, folder in ipairs { "llama3_1_405b/", "llama3_1_70b/", "llama3_1_8b/" } do run = replace(run, folder, "") end
+    return "ckpt_lora-" .. replace(run, "/", "_") .. ".pt"
 end
 
 --- The name of a run of the evaluation harness.

@@ -1,17 +1,19 @@
 -- sweep.lua: many runs of a recipe that differ in some arguments: each in a process and a folder of its own, so that
 -- one that fails or is killed leaves the others alone and is gone on with later; then a table and a plot of what their
--- summaries say.
+-- summaries say. A cell is one of the runs: {label =, args = {name = value}, recipe = (a recipe of its own), next =
+-- (runs that take its student), x =, series = (its place in a plot), paper = (what the paper found)}.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local log = require "lolcats.log"
+local plot = require "lolcats.plot"
 local program = require "lolcats.program"
 
 local M = {}
 
 local function quote(s) return "'" .. tostring(s):gsub("'", "'\\''") .. "'" end
 
---- Cells of every combination of axes. axes: a list of {name =, values = {...}}. A cell is {label =, args = {["name"] =
---- value}, x = the last axis' value where it is a number, series = the others}.
+--- Cells of every combination of axes. axes: a list of {name =, values = {...}}. A cell's x is the last axis' value
+--- where that is a number, its series the others.
 function M.product(axes)
     local cells = { { parts = {}, args = {} } }
     for _, axis in ipairs(axes) do
@@ -49,6 +51,13 @@ function M.axes(words)
     return out
 end
 
+--- What axes are over, in words.
+function M.names(axes)
+    local out = {}
+    for i, axis in ipairs(axes) do out[i] = axis.name end
+    return table.concat(out, " and ")
+end
+
 -- The words of a cell's command line. A value may be a list; true and false are switches.
 local function words_of(cell, seed, fixed, folder)
     local out, names = { unpack(fixed) }, {}
@@ -64,13 +73,13 @@ local function words_of(cell, seed, fixed, folder)
             out[#out + 1] = ("--%s=%s"):format(name, type(v) == "table" and table.concat(v, ",") or tostring(v))
         end
     end
-    out[#out + 1] = "--seed=" .. seed
+    if seed then out[#out + 1] = "--seed=" .. seed end
     out[#out + 1] = "--out=" .. folder
     return out
 end
 
 -- Runs one command unless its summary is there already; returns the summary, or nil and why.
-local function run_one(recipe, words, folder, o)
+local function run_one(recipe, words, folder, o, plain)
     local parts = { quote(program.path), recipe }
     for _, word in ipairs(words) do parts[#parts + 1] = quote(word) end
     local command = table.concat(parts, " ")
@@ -80,8 +89,8 @@ local function run_one(recipe, words, folder, o)
     files.make_dirs(folder)
     if (not same or o.fresh) and files.exists(summary) then files.remove(summary) end
     files.write(told, command)
-    local status = os.execute(("%s%s > %s 2>&1 < /dev/null"):format(command, (not same or o.fresh) and " --fresh" or "",
-            quote(folder .. "/log")))
+    local again = (not same or o.fresh) and not plain and " --fresh" or ""
+    local status = os.execute(("%s%s > %s 2>&1 < /dev/null"):format(command, again, quote(folder .. "/log")))
     if status ~= 0 or not files.exists(summary) then
         local last = ""
         for line in files.read(folder .. "/log"):gmatch "[^\r\n]+" do
@@ -109,18 +118,24 @@ local function only(words, keep)
     return out
 end
 
--- The run that follows a cell's first one and takes its student: next = {recipe =, args =, keep = {options of
--- `fixed`}}.
+-- The runs that follow a cell's first one and take its student: steps of {recipe =, args =, keep = {options of
+-- `fixed`}, takes = the option that names the student, plain = true where it has no --seed and no --fresh}. Their
+-- values join the summary; also why one failed, if one did.
 local function follow(cell, seed, folder, o, summary)
-    local step, fixed = cell.next, only(o.fixed, cell.next.keep)
-    fixed[#fixed + 1] = "--student=" .. folder .. "/student"
-    local place = folder .. "/" .. step.recipe
-    local second, why = run_one(step.recipe, words_of({ args = step.args }, seed, fixed, place), place, o)
-    if not second then return nil, why end
-    local out = {}
+    local out, student = {}, folder .. "/student"
     for k, v in pairs(summary) do out[k] = v end
-    out.transfer_ppl = summary.lora_ppl
-    for k, v in pairs(second) do out[k] = v end
+    local steps = { unpack(cell.next or {}) }
+    for _, step in ipairs(o.after or {}) do steps[#steps + 1] = step end
+    for _, step in ipairs(steps) do
+        local fixed, place = only(o.fixed, step.keep), folder .. "/" .. step.recipe
+        fixed[#fixed + 1] = ("--%s=%s"):format(step.takes, student)
+        local words = words_of({ args = step.args }, not step.plain and seed or nil, fixed, place)
+        local more, why = run_one(step.recipe, words, place, o, step.plain)
+        if not more then return out, why end
+        if more.before_ppl then out.transfer_ppl = more.before_ppl end
+        for k, v in pairs(more) do out[k] = v end
+        if files.is_folder(place .. "/student") then student = place .. "/student" end
+    end
     return out
 end
 
@@ -128,11 +143,13 @@ local function mean(list)
     local m, s = 0, 0
     for _, v in ipairs(list) do m = m + v / #list end
     for _, v in ipairs(list) do s = s + (v - m) ^ 2 end
-    return m, #list > 1 and math.sqrt(s / (#list - 1)) or nil
+    s = math.sqrt(s / math.max(1, #list - 1))
+    return m, s > 1e-9 * math.abs(m) and s or nil -- none, too, where the seed does not matter
 end
 
---- Runs all cells. A cell may have a recipe of its own, and next: a run that takes its student. o: recipe, cells, fixed
---- (words that every cell gets), seeds, out, fresh. Sets cell.values = {name = {a value a seed}} and cell.problem.
+--- Runs all cells. o: recipe, cells, fixed (words that every cell gets), seeds, out, fresh, after (runs that follow
+--- every cell and take its student, as a cell's next). It is an error when all of them fail. Sets cell.values = {name =
+--- {a value a seed}} and cell.problem.
 function M.run(o)
     local n = 0
     for i, cell in ipairs(o.cells) do
@@ -143,8 +160,8 @@ function M.run(o)
             local name = ("%02d-%s"):format(i, cell.label:gsub("[^%w.]+", "-"):sub(1, 60))
             local folder = ("%s/%s/seed%s"):format(o.out, name, tostring(seed))
             local summary, why = run_one(cell.recipe or o.recipe, words_of(cell, seed, o.fixed, folder), folder, o)
-            if summary and cell.next then summary, why = follow(cell, seed, folder, o, summary) end
-            if not summary then
+            if summary then summary, why = follow(cell, seed, folder, o, summary) end
+            if why then
                 cell.problem = why
                 log.say("  failed: %s", why)
             end
@@ -156,7 +173,12 @@ function M.run(o)
             end
         end
     end
-    return o.cells
+    local problem
+    for _, cell in ipairs(o.cells) do
+        if not cell.problem then return o.cells end
+        problem = problem or cell.problem
+    end
+    lc.fail("every run failed; the first one: %s", tostring(problem))
 end
 
 --- A cell's value as text: the mean over seeds, and the deviation where there are several.
@@ -168,40 +190,148 @@ function M.show(cell, key)
     return form:format(m) .. (s and (" ± " .. form):format(s) or "")
 end
 
---- Table as text. columns: a list of {key, heading}.
+--- Is a key among the columns?
+function M.has(columns, key)
+    for _, c in ipairs(columns) do
+        if c[1] == key then return true end
+    end
+    return false
+end
+
+--- An error where no cell has a value under a key.
+function M.check(cells, key)
+    local seen, names = {}, {}
+    for _, cell in ipairs(cells) do
+        for k in pairs(cell.values) do
+            if not seen[k] then seen[k], names[#names + 1] = true, k end
+        end
+    end
+    table.sort(names)
+    if not seen[key] then lc.fail("--metric: no run measured '%s'; they have %s", key, table.concat(names, ", ")) end
+end
+
+--- What a column says of a key.
+function M.label(columns, key)
+    for _, c in ipairs(columns) do
+        if c[1] == key then return key:match "_ppl$" and "perplexity: " .. c[2] or c[2] end
+    end
+    return key
+end
+
+--- Table as text. columns: a list of {key, heading}; one that no cell has a value for is left out. Where cells know
+--- what the paper found, that stands last.
 function M.table(cells, columns)
-    local rows, head = {}, { "" }
-    for _, c in ipairs(columns) do head[#head + 1] = c[2] end
+    local rows, head, keys, paper = {}, { "" }, {}, false
+    for _, c in ipairs(columns) do
+        local found = false
+        for _, cell in ipairs(cells) do found = found or cell.values[c[1]] ~= nil end
+        if found then head[#head + 1], keys[#keys + 1] = c[2], c[1] end
+    end
+    for _, cell in ipairs(cells) do paper = paper or cell.paper ~= nil end
+    if paper then head[#head + 1] = "paper" end
     for i, cell in ipairs(cells) do
         rows[i] = { cell.label }
-        for _, c in ipairs(columns) do rows[i][#rows[i] + 1] = M.show(cell, c[1]) end
+        for _, key in ipairs(keys) do rows[i][#rows[i] + 1] = M.show(cell, key) end
+        if #keys == 0 then rows[i][2] = cell.problem and "failed" or "-" end
+        if paper then rows[i][#rows[i] + 1] = cell.paper and ("%g"):format(cell.paper) or "-" end
     end
+    if #keys == 0 and not paper then head[2] = "" end
     return log.table(rows, head)
 end
 
---- Series for a plot of `key`: one a series name; x is the cell's number, or its place.
+-- ---- plots ----------------------------------------------------------------------------------------------------------
+--- Series for a plot of `key`: one a series name, over the cells' numbers; nil where a cell has none.
 function M.series(cells, key)
     local out, by_name = {}, {}
-    for i, cell in ipairs(cells) do
+    for _, cell in ipairs(cells) do
+        if not cell.x then return nil end
         local list = cell.values[key]
         if list then
             local name = cell.series and cell.series ~= "" and cell.series or key
             local s = by_name[name]
             if not s then
-                s = { name = name, x = {}, y = {} }
+                s = { name = name, x = {}, y = {}, dev = {} }
                 by_name[name], out[#out + 1] = s, s
             end
-            s.x[#s.x + 1], s.y[#s.y + 1] = cell.x or i, (mean(list))
+            local at = #s.x + 1
+            s.x[at] = cell.x
+            s.y[at], s.dev[at] = mean(list)
         end
+    end
+    return #out > 0 and out or nil
+end
+
+-- Cells as rows of a plot.
+local function items(cells, key)
+    local out = {}
+    for i, cell in ipairs(cells) do
+        local list = cell.values[key]
+        local m, s
+        if list then m, s = mean(list) end
+        out[i] = { label = cell.label, value = m, dev = s, text = list and M.show(cell, key) }
     end
     return out
 end
 
---- Everything measured, as comma-separated values.
-function M.csv(cells, keys)
+-- How the numbers of the cells lie: their values as ticks where they are few, and as logarithms where each is a
+-- multiple of the one before.
+local function spread(series)
+    local seen, list = {}, {}
+    for _, s in ipairs(series) do
+        for _, x in ipairs(s.x) do
+            if not seen[x] then seen[x], list[#list + 1] = true, x end
+        end
+    end
+    table.sort(list)
+    return #list <= 12 and list or nil, #list > 2 and list[1] > 0 and list[#list] / list[1] >= 16
+end
+
+-- The teacher's value as a line across a plot of perplexities, or, where it would press the cells together, in words.
+local function teacher_of(cells, metric)
+    local teacher, low, high = nil, math.huge, -math.huge
+    for _, cell in ipairs(cells) do
+        teacher = teacher or (cell.values.teacher_ppl or {})[1]
+        if cell.values[metric] then
+            local m = mean(cell.values[metric])
+            low, high = math.min(low, m), math.max(high, m)
+        end
+    end
+    if not teacher or not metric:match "_ppl$" or metric == "text_ppl" or metric:match "^long" then return {}, "" end
+    local near = 1.5 * math.max(high - low, 0.02 * high)
+    if teacher >= low - near and teacher <= high + near then return { { name = "teacher", value = teacher } }, "" end
+    return {}, (" (teacher: %s)"):format(log.number(teacher))
+end
+
+local function plotted(cells, how, lines, rows)
+    local series = M.series(cells, how.metric)
+    local marks, note = teacher_of(cells, how.metric)
+    local label = how.label .. note
+    if not series then return rows(items(cells, how.metric), { title = how.title, xlabel = label, lines = marks }) end
+    local ticks, logarithmic = spread(series)
+    if #series == 1 then series[1].name = how.label end
+    return lines(series, { title = how.title, xlabel = how.xlabel or "", ylabel = label, lines = marks, xticks = ticks,
+                           xlog = logarithmic })
+end
+
+--- A picture of `metric`: lines over the cells' numbers, or a row a cell where they have none. how: metric, label,
+--- title, xlabel.
+function M.svg(cells, how) return plotted(cells, how, plot.svg, plot.rows) end
+
+--- The same in the terminal.
+function M.terminal(cells, how)
+    local width = log.width(2)
+    return plotted(cells, how, function(series, opts)
+        opts.width, opts.color, opts.height, opts.lines = width, log.has_color(2), 10, nil
+        return plot.terminal(series, opts)
+    end, function(list) return plot.terminal_rows(list, { width = width }) end)
+end
+
+--- Everything measured, as comma-separated values. columns: a list of {key, heading}.
+function M.csv(cells, columns)
     local lines = { "cell,key,mean,deviation,seeds" }
     for _, cell in ipairs(cells) do
-        for _, key in ipairs(keys) do
+        for _, c in ipairs(columns) do
+            local key = c[1]
             local list = cell.values[key]
             if list then
                 local m, s = mean(list)

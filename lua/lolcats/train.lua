@@ -136,7 +136,7 @@ function M.run(opts)
     local self = setmetatable({
         opts = opts, name = opts.name or "train", optim = opts.optim, accumulate = opts.accumulate or 1, batch = opts.batch or 1,
         data = opts.data, eval_every = opts.eval_every or 100, save_every = opts.save_every or 100, save_seconds = opts.save_seconds or 120,
-        metric = opts.metric or "loss", mode = opts.mode or "min", seed = opts.seed or 0, sums = {}, order = {}, micro = 0,
+        metric = opts.metric or "loss", mode = opts.mode or "min", seed = opts.seed or 0, sums = {}, unread = {}, order = {}, micro = 0,
     }, Run)
     plan(self, opts)
     self.optim:attach(opts.params)
@@ -237,9 +237,9 @@ local function culprit(self)
     return "its layer could not be found"
 end
 
-function Run:not_finite(what)
+function Run:not_finite(what, index)
     local text = ("%s: %s at update %d (row %s): %s. Training stops; %s"):format(self.name, what, self.step + 1,
-        tostring(self.current_batch and self.current_batch.index or "?"), culprit(self),
+        tostring(index or self.current_batch and self.current_batch.index or "?"), culprit(self),
         self.saved and ("the checkpoint of update %d in %s is intact"):format(self.saved, self.folder) or "nothing was saved")
     self.closed = true
     self.progress:close()
@@ -247,23 +247,44 @@ function Run:not_finite(what)
 end
 
 -- ---- the loop -----------------------------------------------------------------------------------------------------
---- Values of this micro-step, as numbers; each is averaged over the micro-steps of an update.
+-- A value of the micro-step of row `index` into the sums.
+local function count(self, k, v, index)
+    if type(v) ~= "number" then lc.fail("run:log: %s must be a number, got a %s", tostring(k), type(v)) end
+    if v ~= v or v == math.huge or v == -math.huge then self:not_finite(("%s is %s"):format(k, tostring(v)), index) end
+    local s = self.sums[k]
+    s.sum, s.n = s.sum + v, s.n + 1
+end
+
+--- Values of this micro-step, as numbers or tensors of one element; each is averaged over the micro-steps of an update. A
+--- tensor on a device is copied there and looked at when the update comes, so that nothing waits for it before.
 function Run:log(values)
     local keys = {}
     for k in pairs(values) do keys[#keys + 1] = k end
     table.sort(keys)
     for _, k in ipairs(keys) do
-        local v = values[k]
-        if lc.is_tensor(v) then v = v:item() end
-        if type(v) ~= "number" then lc.fail("run:log: %s must be a number, got a %s", tostring(k), type(v)) end
-        if v ~= v or v == math.huge or v == -math.huge then self:not_finite(("%s is %s"):format(k, tostring(v))) end
-        local s = self.sums[k]
-        if not s then
-            s = { sum = 0, n = 0 }
-            self.sums[k] = s
+        local v, index = values[k], self.current_batch and self.current_batch.index
+        if not self.sums[k] then
+            self.sums[k] = { sum = 0, n = 0 }
             self.first_key = self.first_key or k
         end
-        s.sum, s.n = s.sum + v, s.n + 1
+        if lc.is_tensor(v) and v.device ~= "cpu" and v:numel() == 1 then
+            local copy = lc.keep(lc.no_grad(lc.scope, function() return v:detach():reshape(1):to("f32"):clone() end))
+            table.insert(self.unread, { key = k, index = index, value = copy })
+        else
+            if lc.is_tensor(v) then v = v:item() end
+            count(self, k, v, index)
+        end
+    end
+end
+
+-- Reads what lies on the device.
+local function read_values(self)
+    local list = self.unread
+    self.unread = {}
+    for _, x in ipairs(list) do
+        local v = x.value:item()
+        x.value:drop()
+        count(self, x.key, v, x.index)
     end
 end
 
@@ -279,9 +300,9 @@ end
 
 --- Loss and backward of a model's next tokens in one, as steps that a device may record; the loss into the log.
 function Run:learn(model, ids, labels)
-    local v = model:learn(ids, labels, 1 / self.accumulate)
-    self:log { loss = v }
-    return v
+    local loss = model:learn(ids, labels, 1 / self.accumulate, false)
+    self:log { loss = loss }
+    return loss
 end
 
 function Run:row_list(k)
@@ -347,17 +368,18 @@ function Run:tick()
 end
 
 local function means(self)
+    read_values(self)
     local out = {}
     for k, s in pairs(self.sums) do out[k] = s.sum / s.n end
     return out
 end
 
 function Run:update()
+    local row = means(self)
     local norm = self.optim:grad_norm()
     if norm ~= norm or norm == math.huge then self:not_finite("the gradient is not finite") end
     if self.opts.clip then self.optim:clip(self.opts.clip, norm) end
     local lr = self.schedule:rate(self.step)
-    local row = means(self)
     self.updating = true
     self.optim:step(lr)
     self.optim:zero_grad()

@@ -244,7 +244,7 @@ static lc_tensor *columns(lc_expr *e, lc_tensor *t, int32_t from, int32_t n) { /
     return x_hold(e, v);
 }
 
-/* The gradients that the a_i have, as one matrix, where they lie one after the other (flat buffers): then one product adds to all. */
+/* The gradients that the a_i have, as one matrix, where they lie one after the other (flat buffers). */
 static lc_tensor *joined_grads(lc_expr *e, const lc_back *b) {
     const lc_tensor *first = NULL;
     int32_t ranks = 0;
@@ -257,10 +257,28 @@ static lc_tensor *joined_grads(lc_expr *e, const lc_back *b) {
         else if (t->storage != first->storage || t->dtype != first->dtype || t->offset != first->offset + (int64_t)ranks * first->dim[1]) return NULL;
         ranks += t->dim[0];
     }
-    if (!first || ranks == first->dim[0] || e->rc != LC_OK) return NULL;
+    if (!first || e->rc != LC_OK) return NULL;
     lc_tensor *v = x_hold(e, lc_tensor_view((lc_tensor *)first));
     if (v) v->dim[0] = ranks;
     return v;
+}
+
+/* All gradients of adapters in one call, where those of the a_i are one matrix and every b_i has one. false: one by one. */
+static bool add_joined(lc_expr *e, lc_back *b, lc_tensor *const *g, lc_tensor *x, lc_tensor *low, lc_tensor *g_low) {
+    const lc_node *n = b->node;
+    lc_frame c;
+    lc_frame_init(&c, LC_OP_projections_grads_);
+    for (int i = 0; i < PARTS; i++) {
+        if (n->edge[P_A + i].ndim != 2) continue;
+        const lc_tensor *leaf = n->edge[P_B + i].leaf;
+        if (!g[i] || !b->need[P_A + i] || !b->need[P_B + i] || !leaf || !leaf->grad || !lc_tensor_contiguous(leaf->grad)) return false;
+        if (g[i]->dtype != x->dtype || !lc_tensor_contiguous(g[i])) return false;
+        c.x[1 + i] = leaf->grad, c.x[7 + i] = g[i], c.f[i] = n->f[i];
+    }
+    if (!low || !g_low || !lc_tensor_contiguous(x) || !(c.x[0] = joined_grads(e, b))) return false;
+    c.x[4] = x, c.x[5] = low, c.x[6] = g_low;
+    x_run(e, &c);
+    return true;
 }
 
 static lc_status projections_backward(lc_back *b) {
@@ -285,13 +303,12 @@ static lc_status projections_backward(lc_back *b) {
         if (e.rc == LC_OK) g_low = c.y[1];
         if (gx) x_give(&e, b, 0, x_reshape(&e, gx, n->edge[0].ndim, n->edge[0].dim));
     }
-    lc_tensor *joined = need_low ? joined_grads(&e, b) : NULL;
-    if (joined) add_product(&e, joined, x_swap(&e, g_low), x, 1);
+    const bool joined = need_low && add_joined(&e, b, g, x, low, g_low);
     int32_t at = 0, g_at = 0; /* columns of low, of g_low: that has none for a result without a gradient */
     for (int i = 0; i < PARTS; i++) {
         const int32_t r = n->edge[P_A + i].ndim == 2 ? n->edge[P_A + i].dim[0] : 0;
         if (g[i] && r && b->need[P_A + i] && !joined) give_product(&e, b, P_A + i, x_swap(&e, columns(&e, g_low, g_at, r)), x, 1);
-        if (g[i] && r && b->need[P_B + i]) give_product(&e, b, P_B + i, x_swap(&e, g[i]), columns(&e, low, at, r), n->f[i]);
+        if (g[i] && r && b->need[P_B + i] && !joined) give_product(&e, b, P_B + i, x_swap(&e, g[i]), columns(&e, low, at, r), n->f[i]);
         if (g[i] && b->need[P_W + i]) give_product(&e, b, P_W + i, x_swap(&e, g[i]), x, 1);
         at += r;
         if (g[i]) g_at += r;
@@ -315,9 +332,26 @@ static lc_status projections_backward_shape(lc_frame *c) {
     return ranks ? lc_out(c, 1, g->dtype, 2, low) : LC_OK;
 }
 
+static lc_status projections_grads_shape(lc_frame *c) {
+    const lc_tensor *ga = c->x[0], *x = c->x[4], *low = c->x[5], *g_low = c->x[6];
+    int32_t ranks = 0;
+    for (int i = 0; i < PARTS; i++) {
+        const lc_tensor *gb = c->x[1 + i], *g = c->x[7 + i];
+        if ((gb == NULL) != (g == NULL)) return lc_op_error(c, LC_EARG, "gb and g come together");
+        if (!gb) continue;
+        if (gb->ndim != 2 || g->ndim != 2 || g->dim[1] != gb->dim[0] || g->dim[0] != x->dim[0] || gb->dtype != ga->dtype)
+            return lc_op_error(c, LC_ESHAPE, "g must be [rows, out] and gb [out, r]");
+        ranks += gb->dim[1];
+    }
+    const bool fits = ga->ndim == 2 && x->ndim == 2 && low->ndim == 2 && g_low->ndim == 2 && ga->dim[0] == ranks && ga->dim[1] == x->dim[1] &&
+                      low->dim[0] == x->dim[0] && low->dim[1] == ranks && lc_same_shape(low, g_low);
+    return fits ? LC_OK : lc_op_error(c, LC_ESHAPE, "x must be [rows, in], low and g_low [rows, ranks], ga [ranks, in]");
+}
+
 const lc_rule lc_rule_matmul = {.shape = matmul_shape, .backward = matmul_backward, .save_x = 3, .after = matmul_after};
 const lc_rule lc_rule_linear = {.shape = linear_shape, .backward = linear_backward, .save_x = 3, .save = linear_save};
 const lc_rule lc_rule_addmm_ = {.shape = addmm_shape};
 const lc_rule lc_rule_projections = {.shape = projections_shape, .backward = projections_backward, .save_x = 0x3ff, .save_y = 8,
                                      .save = projections_save};
 const lc_rule lc_rule_projections_backward = {.shape = projections_backward_shape};
+const lc_rule lc_rule_projections_grads_ = {.shape = projections_grads_shape};

@@ -119,19 +119,14 @@ static lc_status logsumexp_backward(lc_back *b) {
     return x_done(&e);
 }
 
-static lc_status cumsum_backward(lc_back *b) { /* sum of what follows: total - running sum + own */
+static lc_status cumsum_backward(lc_back *b) { /* the running sum the other way: no difference of large sums */
     lc_expr e = {.rc = LC_OK};
-    lc_frame run, sum;
+    lc_frame run;
     lc_frame_init(&run, LC_OP_cumsum);
     run.x[0] = b->g[0];
     run.i[0] = b->node->i[0];
-    lc_frame_init(&sum, LC_OP_sum);
-    sum.x[0] = b->g[0];
-    sum.i[0] = 1;
-    sum.i[1] = b->node->i[0];
-    sum.i[KEEP] = 1;
-    lc_tensor *rest = x2(&e, LC_OP_sub, x_run(&e, &sum), x_run(&e, &run));
-    x_give(&e, b, 0, x2(&e, LC_OP_add, rest, b->g[0]));
+    run.i[1] = !b->node->i[1];
+    x_give(&e, b, 0, x_run(&e, &run));
     return x_done(&e);
 }
 

@@ -7,11 +7,14 @@ local maps = require "lolcats.feature_map"
 local attention = require "lolcats.attention"
 local tiles = require "lolcats.attention_tiles"
 
--- The attention record of a case with fresh parameters.
-local function student(e, t, dtype)
+-- The attention record of a case with fresh parameters; noise, where given, moves each.
+local function student(e, t, dtype, noise)
     local map = maps.builtin(e.feature_map, { full = e.fullspace, bias = e.bias, skip = e.skip_connection,
                                               feature_dim = e.feature_dim })
-    local function leaf(x) return x:to(dtype):clone():requires_grad_() end
+    local function leaf(x)
+        x = x:to(dtype)
+        return (noise and noise(x) or x:clone()):requires_grad_()
+    end
     local a = { map = map, kind = e.type, window = e.type == "linear" and 0 or e.window, affine = e.affine_attention_factors }
     for _, side in ipairs { "q", "k" } do
         local inst = setmetatable({}, map.meta)
@@ -36,7 +39,7 @@ end
 local function run(c, e, t, dtype, tol, noise)
     local function input(x) return noise and noise(x:to(dtype)) or x:to(dtype) end
     local q, k, v = input(t.q), input(t.k), input(t.v)
-    local a = student(e, t, dtype)
+    local a = student(e, t, dtype, noise)
     local ctx = { seen = 0 }
     local fq, fk = attention.features(a, q, k, ctx)
     c.close("feature_q", fq, t.feature_q, tol.out, tol.floor)
@@ -56,7 +59,7 @@ local function run(c, e, t, dtype, tol, noise)
         c.close("grad_" .. name, g, t["grad_" .. name], tol.grad, tol.floor)
     end
     -- what a transfer step does: the fused op's squared error, and the weights' cross entropy in tiles
-    local in_tiles = student(e, t, dtype)
+    local in_tiles = student(e, t, dtype, noise)
     local tq, tk = attention.features(in_tiles, q, k, ctx)
     local tiled = tiles.xent(in_tiles, q, k, tq, tk, ctx, { tile = 1 })
     c.close("loss_xent, in tiles", tiled, t.loss_xent, tol.loss, tol.floor)
@@ -64,25 +67,25 @@ local function run(c, e, t, dtype, tol, noise)
     for name, p in pairs(params(in_tiles)) do
         c.close("grad_" .. name .. ", in tiles", p.grad or lc.zeros_like(p), t["grad_" .. name], tol.grad, tol.floor)
     end
-    -- the fused op
-    local function squared_error(f)
-        local b = student(e, t, dtype)
-        local out = f(b)
-        ;(lc.mse_loss(out, y_true:detach()) * 1000):backward()
-        return out, params(b)
+    -- the fused op; the gradients of the squared error alone are not in the case: the quadratic form gives them in f64
+    local plain
+    do
+        local b = student(e, t, "f64")
+        local pq, pk, pv = t.q:to "f64", t.k:to "f64", t.v:to "f64"
+        local out = attention.quadratic(b, pq, pk, pv, attention.features(b, pq, pk, ctx))
+        ;(lc.mse_loss(out, (attention.quadratic_softmax(pq, pk, pv))) * 1000):backward()
+        plain = params(b)
     end
-    local _, plain = squared_error(function(b)
-        local pq, pk = attention.features(b, q, k, ctx)
-        return (attention.quadratic(b, q, k, v, pq, pk))
-    end)
     local forms = {
         fused = function(b) return attention.hybrid(b, q, k, v, ctx) end,
         ["ready features"] = function(b) return attention.generic(b, q, k, v, ctx) end,
     }
     for form, f in pairs(forms) do
-        local out, got = squared_error(f)
+        local b = student(e, t, dtype, noise)
+        local out = f(b)
+        ;(lc.mse_loss(out, y_true:detach()) * 1000):backward()
         c.close("y_pred, " .. form, out, t.y_pred, tol.out, tol.floor)
-        for name, p in pairs(got) do
+        for name, p in pairs(params(b)) do
             c.close(("grad %s, %s"):format(name, form), p.grad or lc.zeros_like(p), plain[name].grad or lc.zeros_like(p), tol.grad,
                     tol.floor)
         end

@@ -7,10 +7,13 @@ local maps = require "lolcats.feature_map"
 local attention = require "lolcats.attention"
 local rope = require "lolcats.models.rope"
 
-local function student(e, t, dtype)
+local function student(e, t, dtype, noise)
     local map = maps.builtin(e.feature_map, { full = e.fullspace, bias = e.bias, skip = e.skip_connection,
                                               feature_dim = e.feature_dim })
-    local function leaf(x) return x:to(dtype):clone():requires_grad_() end
+    local function leaf(x)
+        x = x:to(dtype)
+        return (noise and noise(x) or x:clone()):requires_grad_()
+    end
     local a = { map = map, kind = "terrace", window = e.window, affine = e.affine_attention_factors, compat = true }
     for _, side in ipairs { "q", "k" } do
         local inst = setmetatable({}, map.meta)
@@ -46,7 +49,7 @@ end
 local function run(c, e, t, dtype, tol, noise)
     local function input(x) return noise and noise(x:to(dtype)) or x:to(dtype) end
     local q, k, v = input(t.q), input(t.k), input(t.v)
-    local a, ctx = student(e, t, dtype), { seen = 0 }
+    local a, ctx = student(e, t, dtype, noise), { seen = 0 }
     local fq, fk = attention.features(a, q, k, ctx)
     local y_true, a_true = attention.quadratic_softmax(q, k, v)
     c.close("y_true", y_true, t.y_true, tol.out, tol.floor)

@@ -83,9 +83,16 @@ return function(dir, T)
             end
         end
     end
-    local function trajectory(name, got, want)
+    -- Curves from one start stay together for long; later the rounding of 400 updates shows in single rows.
+    local function trajectory(name, got, want, together)
         T.case("quality/" .. name, function(c)
-            for i = 1, #got do c.near("step " .. i, got[i], want[i], 0.03 * want[i]) end
+            local worst, at = 0, 0
+            for i = 1, #got do
+                c.near("step " .. i, got[i], want[i], (i <= together and 5e-3 or 0.03) * want[i])
+                local d = math.abs(got[i] - want[i]) / want[i]
+                if d > worst then worst, at = d, i end
+            end
+            say("%s: at most %.2g from the recorded ones, at step %d", name, worst, at)
         end)
     end
     local function all_points(stage, step)
@@ -102,7 +109,7 @@ return function(dir, T)
                                    (lc.now() - t0) / step) end
         all_points("at", step)
     end
-    trajectory("transfer losses", losses, json.transfer_train_loss)
+    trajectory("transfer losses", losses, json.transfer_train_loss, 50)
 
     student:use_linear():add_lora { rank = 8, alpha = 16 }
     local start = T.tensors(dir .. "/lora_start.safetensors")
@@ -126,5 +133,5 @@ return function(dir, T)
                                    (lc.now() - t0) / step) end
         all_points("lora", step)
     end
-    trajectory("lora losses", losses, json.lora_train_loss)
+    trajectory("lora losses", losses, json.lora_train_loss, 0)
 end

@@ -102,6 +102,27 @@ local function gradients(list, loss)
     return out
 end
 
+t.test("the fused op's gradients at the lengths where its panels end, with a bias", function()
+    local h, d, f = 2, 6, 5
+    for _, o in ipairs { { kind = "linear", window = 0 }, { kind = "sliding", window = 1 }, { kind = "terrace", window = 3 } } do
+        for _, name in ipairs { "relu", "pos_elu" } do
+            for _, n in ipairs { 1, 31, 32, 33, 65 } do
+                local label = ("%s %s %d"):format(o.kind, name, n)
+                local map = maps.builtin(name, { feature_dim = f, bias = true })
+                local where = { dtype = "f64", device = "cpu" }
+                local fq = map:instance(h, d, where)
+                local a = { map = map, fq = fq, fk = map:instance(h, d, where, fq), kind = o.kind, window = o.window }
+                if o.window > 0 then a.factors = lc.param(lc.full({ 1, h, 1, 1 }, -0.7, F64)) end
+                local q, k, v = lc.randn({ 1, h, n, d }, F64), lc.randn({ 1, h, n, d }, F64), lc.randn({ 1, h, n, d }, F64)
+                local weight, list = lc.randn({ 1, h, n, d }, F64), leaves(a)
+                local want = gradients(list, (attention.quadratic(a, q, k, v, attention.features(a, q, k, {})) * weight):sum())
+                local got = gradients(list, (attention.hybrid(a, q, k, v, { seen = 0 }) * weight):sum())
+                for i = 1, #want do t.close(got[i], want[i], 1e-9, label .. ", gradient " .. i) end
+            end
+        end
+    end
+end)
+
 t.test("sinks and separate normalisers: three forms, gradients, padding", function()
     local forms = require "lolcats.attention_forms"
     local h, g, d = 4, 2, 6

@@ -106,6 +106,43 @@ t.test("both stages learn; the other objective and kept layers work", function()
     t.errors(function() blockwise.new(options("no", { layer = 2 })) end, "no option 'layer'")
 end)
 
+t.test("every kind of student, optimizer and schedule; stitched, it is the same", function()
+    for i, student in ipairs { { window = 4, kind = "sliding", sinks = 2, affine = true, window_factor = 1 },
+                               { window = 0, kind = "linear", map = "t2r", init = "kaiming", tie_qk = true },
+                               { window = 4, kernel = "adapter", train_window_factor = false } } do
+        local bw = blockwise.new(options("kind" .. i, {
+            student = student, layers = 3, transfer = { steps = 3, lr = 1e-3, optim = "sgd", optim_options = { momentum = 0.9 },
+                                                        schedule = { name = "cosine_warmup", num_warmup_steps = 1 } },
+            lora = { steps = 2, optim = "adafactor", lr = 1e-2, rank = 2, targets = { "q_proj", "o_proj" },
+                     schedule = { name = "reduce_lr_on_plateau", patience = 1, min_lr = 0 } },
+        }))
+        local held = bw.data.held:list(2)
+        local loaded = lc.load(bw:train(), { base = model_folder(5) })
+        t.close({ bw:perplexity(held).ppl }, { lc.no_grad(eval.perplexity_rows, loaded, held).ppl }, 1e-5)
+        for k, v in pairs(student) do t.eq(loaded.settings[k], v, k) end
+    end
+end)
+
+t.test("begun anew, it leaves alone what is not its own", function()
+    files.make_dirs(root .. "/outside-own/model")
+    files.write(root .. "/outside-own/model/notes.txt", "mine")
+    blockwise.new(options("outside-own")):train()
+    local bw = blockwise.new(options("outside-own", { layers = 3, fresh = true }))
+    t.ok(not bw:done(1) and not files.exists(root .. "/outside-own/student/student.json"))
+    t.eq(files.read(root .. "/outside-own/model/notes.txt"), "mine")
+    t.ok(bw:train())
+end)
+
+t.test("hidden states in a folder of their own, which another model or other data may not take", function()
+    local hidden = root .. "/elsewhere"
+    local bw = blockwise.new(options("outside", { hidden = hidden }))
+    t.ok(text(bw:train()) == first)
+    t.ok(not files.exists(root .. "/outside/hidden") and files.exists(hidden .. "/blockwise.json"))
+    blockwise.new(options("outside2", { hidden = hidden, lora = false })) -- other training on the same inputs
+    t.errors(function() blockwise.new(options("outside3", { hidden = hidden, dtype = "bf16" })) end, "elsewhere holds another .*dtype: \"f32\" there, \"bf16\" here")
+    t.errors(function() blockwise.new(options("outside", { hidden = hidden, seed = 3 })) end, "outside holds another .*seed: 0 there, 3 here")
+end)
+
 t.test("stopped anywhere, it goes on to the same result", function()
     for _, kind in ipairs { "disk", "recompute" } do
         local stops = { { 1, "transfer", 5 }, { 1, "lora", 3 }, { 2, "lora", 9 }, { 3, "transfer", 1 } }

@@ -176,6 +176,13 @@ t.test("names: suggestions, folders of one's own, files", function()
     t.eq(tree.trainer, { name = "default_lm" })
     t.eq(configs.load("experiment", dir .. "/experiment/mine/a.yaml").dataset.name, "alpaca_clean")
     t.ok(table.concat(configs.names("experiment", dir), " "):find("mine/a", 1, true))
+    files.make_dirs(dir .. "/model")
+    files.write(dir .. "/model/bare.yaml", "model: {}\nattention: {attention_type: lolcats_llama, learned_kernel: null, window_size: null}\n")
+    tree = configs.load("model", "bare", dir)
+    t.eq({ tree.attention.learned_kernel, tree.attention.window_size, configs.linearize_options(tree).kernel }, { "none", nil, "none" })
+    t.eq({ configs.full_name("model", "bare", dir), configs.full_name("experiment", "a", dir), configs.full_name("model", "bar", dir),
+           configs.full_name("experiment", "rp_finetune_llama_40b_qv_hparams") },
+         { "bare", "mine/a", nil, "llama3_1_405b/rp_finetune_llama_40b_qv_hparams" })
     files.write(dir .. "/experiment/bad.yaml", "- 1\n")
     t.errors(configs.load, "a map of blocks", "experiment", "bad", dir)
     files.write(dir .. "/experiment/bad.yaml", "dataset: {}\n")

@@ -154,12 +154,14 @@ t.test("training steps that are recorded give what single ones give", function()
       end
     end
     steps(9, function(r) return (student:transfer(r, {scale = 0.5})) end)
+    steps(2, function(r) return student:transfer(r, {scale = 0.5, wait = false}):item() end)
     t.eq(student.recorded and student.recorded.transfer.graph ~= nil, recorded or nil)
     student:use_linear()
     t.eq(student.recorded, nil)
     student:add_lora {rank = 2, alpha = 4}
     optim = lc.adamw(student:trainable(), {lr = 1e-2})
     steps(9, function(r) return student:learn(r, nil, 0.5) end)
+    steps(2, function(r) return student:learn(r, nil, 0.5, false):item() end)
     t.eq(student.recorded and student.recorded.learn.graph ~= nil, recorded or nil)
     local labels = {}
     for j = 1, 37 do labels[j] = j % 3 == 0 and -100 or j end

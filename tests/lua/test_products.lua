@@ -46,8 +46,8 @@ local function exact(x, p, add)
     return add and y + f(add) or y
 end
 
-local function check_group(dtype, fine, ranks, flat, missing)
-    local outs, inp = { 48, 16, 16 }, 64
+local function check_group(dtype, fine, ranks, flat, missing, outs, inp)
+    outs, inp = outs or { 48, 16, 16 }, inp or 64
     local list = group(dtype, fine, ranks, outs, inp)
     local x = lc.param((randn { 2, 20, inp }):to(dtype):to(device))
     local params = {}
@@ -104,11 +104,24 @@ for _, d in ipairs(pairs_of_dtypes) do
         check_group(d[1], d[2], { 4, 8, 4 }, false, 2)
         check_group(d[1], d[2], { 4, 4, 4 }, true, 1)
     end)
+    t.test(("adapters in %s beside %s, of sizes that kernels of their own take"):format(d[2], d[1]), function()
+        check_group(d[1], d[2], { 8, 8, 8 }, true, nil, { 64, 32, 96 }, 160)
+        check_group(d[1], d[2], { 8, 16, 8 }, true, nil, { 32, 32, 64 }, 96)
+        check_group(d[1], d[2], { 8, 0, 8 }, true, nil, { 32, 32, 64 }, 96)
+        check_group(d[1], d[2], { 0, 0, 16 }, true, nil, { 32, 32, 64 }, 32)
+        check_group(d[1], d[2], { 16, 16, 16 }, true, 3, { 64, 32, 32 }, 64)
+        check_group(d[1], d[2], { 8, 24, 8 }, true, nil, { 64, 32, 32 }, 64) -- five tiles of ranks: as before
+        check_group(d[1], d[2], { 8, 8, 8 }, false, nil, { 64, 32, 32 }, 64)
+        if not emulated and device ~= "cpu" then check_group(d[1], d[2], { 8, 8, 8 }, true, nil, { 4096, 1024, 1024 }, 4096) end
+    end)
 end
 
 t.test("one projection with an adapter and a residual", function()
-    local p = group("f32", "f32", { 4 }, { 24 }, 32)[1]
-    local x, add = randn({ 5, 32 }):to("f32"):to(device), lc.param(randn({ 5, 24 }):to("f32"):to(device))
+    local p = group("bf16", "f32", { 8 }, { 64 }, 96)[1]
+    local x, add = randn({ 50, 96 }):to("bf16"):to(device), lc.param(randn({ 50, 64 }):to("bf16"):to(device))
+    near(nn.project(x, p, add), exact(x, p, add), LIMIT.bf16)
+    p = group("f32", "f32", { 4 }, { 24 }, 32)[1]
+    x, add = randn({ 5, 32 }):to("f32"):to(device), lc.param(randn({ 5, 24 }):to("f32"):to(device))
     local y = nn.project(x, p, add)
     near(y, exact(x, p, add), LIMIT.f32)
     y:sum():backward()

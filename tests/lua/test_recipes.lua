@@ -53,6 +53,11 @@ t.test("large models in blocks, then finetune", function()
     local s = files.read_json(root .. "/runs/finetune/summary.json")
     t.ok(s.lora_ppl < s.before_ppl and s.steps == 3)
     ok(words) -- done already
+    -- a model that is no student gets an adapter, which goes on top of it
+    local said2 = ok((words:gsub("runs/llama3_1_405b_tiny/student", "runs/llama3_1_405b_tiny/model") .. " --out runs/plain"))
+    t.ok(said2:find("runs/plain/adapter", 1, true), said2)
+    ok "merge runs/plain/adapter runs/plain/merged --base runs/llama3_1_405b_tiny/model"
+    ok "perplexity --model runs/plain/merged --text runs/llama3_1_405b_tiny/records.json --seq 64 --limit 2"
     local status, _, err = run "finetune --student runs/nowhere --data x"
     t.ok(status ~= 0 and err:find("runs/nowhere", 1, true), err)
 end)
@@ -63,7 +68,11 @@ t.test("a table of the paper: every cell, a table, a plot, values; done runs sta
     for _, cell in ipairs { "sliding 4 ", "sliding 16 ", "sliding 64 ", "sliding 256 ", "terrace 64 " } do
         t.ok(said:find(cell, 1, true), said)
     end
-    t.ok(files.read(root .. "/runs/t13/ablate.svg"):find "<svg")
+    local svg = files.read(root .. "/runs/t13/ablate.svg")
+    for _, what in ipairs { "<svg", "Table 13: size and kind of the window", ">terrace<", "teacher", ">256<", "perplexity: LoRA" } do
+        t.ok(svg:find(what, 1, true), what)
+    end
+    t.ok(said:find "sliding 4 [^\n]* 73%.3\n", "what the paper found stands beside")
     t.ok(files.read(root .. "/runs/t13/results.csv"):find('"terrace 64",lora_ppl,', 1, true))
     local summary = root .. "/runs/t13/01-sliding-4/seed0/summary.json"
     local before = files.read_json(summary)
@@ -72,7 +81,7 @@ t.test("a table of the paper: every cell, a table, a plot, values; done runs sta
     t.ok(ok(words):find "sliding 4 [^\n]* 5%.000")
 end)
 
-t.test("all tables can be laid out", function()
+t.test("tables whose cells have names: a row of the plot each", function()
     for table_name, n in pairs { ["1"] = 4, ["3"] = 5 } do
         local said = ok(("ablate --table %s --steps 1 --tiny --out runs/t%s"):format(table_name, table_name))
         local rows = 0
@@ -80,7 +89,39 @@ t.test("all tables can be laid out", function()
             if line:match "%d%.%d%d" then rows = rows + 1 end
         end
         t.eq(rows, n, "table " .. table_name .. "\n" .. said)
+        local svg = files.read(root .. "/runs/t" .. table_name .. "/ablate.svg")
+        t.ok(svg:find(table_name == "1" and ">Hedgehog, no transfer<" or ">blocks of 9<", 1, true))
     end
+end)
+
+t.test("every table has the paper's cells, with arguments that the recipes take", function()
+    local tables = require "lolcats.paper_tables"
+    local counts = { ["1"] = 4, ["3"] = 5, ["6"] = 8, ["11"] = 7, ["12"] = 14, ["13"] = 5, ["16"] = 10, beyond = 11 }
+    for _, name in ipairs(tables.names()) do
+        local cells, found = tables[name].cells(200), 0
+        t.eq(#cells, counts[name], name)
+        for _, cell in ipairs(cells) do
+            found = found + (cell.paper and 1 or 0)
+            local source = program.source("recipes/" .. (cell.recipe or "distill"):gsub("_smollm2", "") .. ".lua")
+            for option in pairs(cell.args) do
+                t.ok(source:find('{ "' .. option .. '"', 1, true) or
+                     program.source("lua/lolcats/recipe.lua"):find('{ "' .. option .. '"', 1, true), name .. " " .. option)
+            end
+        end
+        t.eq(found, name == "3" and 2 or name == "beyond" and 0 or #cells, name)
+    end
+    local sixteen = tables["16"].cells(200)
+    t.eq({ sixteen[1].args, sixteen[10].args }, { { transfer = false, lora_steps = 2000 },
+                                                  { transfer_steps = 1800, lora_steps = 2000 } })
+end)
+
+t.test("students are scored by tasks and by another text", function()
+    files.write(root .. "/text.txt", ("the cat sat on the mat. "):rep(30))
+    files.make_dirs(root .. "/tasks")
+    files.write(root .. "/tasks/piqa.validation.jsonl", '{"goal": "Sit", "sol1": "on a chair", "sol2": "on a cloud", "label": 0}\n')
+    local said = ok "ablate --sweep rank=1,2 --tiny --out runs/e --tasks piqa --task_data tasks --text text.txt -- --transfer_steps=1 --lora_steps=1"
+    t.ok(said:find "piqa  other text\n", said)
+    t.ok(said:find "rank 2 [^\n]* [01]%.000  [^\n]*%d%.%d%d\n", said)
 end)
 
 t.test("a sweep over any arguments, with seeds; a run that fails is told and leaves the others", function()
@@ -88,7 +129,9 @@ t.test("a sweep over any arguments, with seeds; a run that fails is told and lea
     t.ok(said:find "rank 1 .*±", said)
     t.ok(said:find "rank 0 .*failed", said)
     t.ok(err:find("rank must be at least 1", 1, true), err)
-    local status, _, why = run "ablate"
+    local status, _, why = run "ablate --sweep rank=0 --tiny --out runs/s0"
+    t.ok(status ~= 0 and why:find("every run failed", 1, true) and why:find("rank must be at least 1", 1, true), why)
+    status, _, why = run "ablate"
     t.ok(status ~= 0 and why:find("give --sweep", 1, true), why)
 end)
 
@@ -103,7 +146,13 @@ t.test("axes and cells", function()
     cells[1].values, cells[2].values = { a = { 1, 3 } }, { a = { 20 } }
     t.eq(sweep.show(cells[1], "a"), "2.000 ± 1.414")
     t.eq(sweep.show(cells[2], "a"), "20.00")
-    t.eq(sweep.series({ cells[1], cells[2] }, "a")[1], { name = "window 4", x = { 8 }, y = { 2 } })
+    local series = sweep.series({ cells[1], cells[2] }, "a")
+    t.eq({ series[1].name, series[1].x, series[1].y, #series }, { "window 4", { 8 }, { 2 }, 2 })
+    t.close({ series[1].dev[1], series[2].dev[1] or 0 }, { math.sqrt(2), 0 })
+    cells[1].x = nil
+    t.eq(sweep.series(cells, "a"), nil)
+    local svg = sweep.svg({ cells[1], { label = "lost", values = {}, problem = "why" } }, { metric = "a", label = "a", title = "t" })
+    t.ok(svg:find(">failed<", 1, true) and svg:find("2.000 ± 1.414", 1, true), svg)
 end)
 
 os.execute("rm -rf '" .. root .. "'")

@@ -36,8 +36,9 @@ local SECOND = FIRST .. "-dcs=160-bs=1-gas=2-nte=2-ms=4-se=0-re=0"
 local function fits(name) return require("lolcats.reference_checkpoint").fits(name) end
 
 t.test("both stages: files under the reference's names, its results file, its checkpoints", function()
-    local status, out, err = distill("a", BOTH .. " --max_steps 4 --eval_steps 2 --max_new_tokens 5")
+    local status, out, err = distill("a", BOTH .. " --max_steps 4 --eval_steps 2 --max_new_tokens 5 --huggingface_token hf_secret")
     t.eq(status, 0, err)
+    t.ok(os.execute(("grep -rq hf_secret '%s/a'"):format(root)) ~= 0, "a token is written nowhere")
     local dir = root .. "/a/checkpoints/" .. M .. "/"
     local csv = files.read(root .. "/a/results/" .. M .. "/" .. fits(SECOND .. "_ft.csv"))
     local head, one, two = csv:match "^([^\n]*)\n([^\n]*)\n([^\n]*)\n$"
@@ -116,6 +117,26 @@ t.test("the first stage in blocks", function()
     local f = files.open_tensors(root .. "/b/checkpoints/" .. M .. "/" .. fits(first .. "_distill.pt"))
     t.eq(#f:names(), 6)
     f:close()
+    -- a file a block, under the names of the scripts for blocks; named one of them, all of them are loaded
+    local last = root .. "/b/checkpoints/" .. first .. "-in=1-out=1_distill.pt"
+    f = files.open_tensors(last)
+    t.eq(#f:names(), 3)
+    t.ok(table.concat(f:names(), " "):find("model.layers.0.self_attn.feature_map_k.mlp.layer", 1, true))
+    f:close()
+    -- and both stages in one, which loads by its name, and by hand with its adapters as the tensors have them
+    local all = root .. "/b/ckpt_lora-" .. first .. "-ef=" .. F .. "-ft_lora=0-dcs=160-bs=1-gas=2-nte=2-ms=2-se=0-re=0-s=2.pt"
+    all = fits(all)
+    f = files.open_tensors(all)
+    t.eq(#f:names(), 6 + 16)
+    f:close()
+    t.ok(lc.load(all, { base = root .. "/lama" }).lora.rank == 8)
+    status, _, err = distill("b", ("--model_config %s --load_finetune_checkpoint '%s' --student s "):format(M, all) .. COMMON ..
+                             " --no_init_eval")
+    t.eq(status, 0, err)
+    t.ok(err:find("22 tensors loaded", 1, true) and lc.load(root .. "/b/s").lora.rank == 8, err)
+    status, _, err = distill("b", BOTH .. " --max_steps 2 --no_init_eval --load_distill_checkpoint '" .. last .. "'")
+    t.eq(status, 0, err)
+    t.ok(err:match "in=0%-out=0_distill.pt: 3 tensors loaded.*in=1%-out=1_distill.pt: 3 tensors loaded", err)
 end)
 
 t.test("names of the scripts for many GPUs, with folders in them", function()
@@ -175,7 +196,10 @@ t.test("what is wrong with a command line", function()
     says(("--model_config %s --distill_config %s"):format(M, D .. "x"), "did you mean " .. D .. "?")
     says("--model_config distill_llama3_1_8b_lk_smd_wtk64_fd64_w1 ", "did you mean " .. M)
     says(BOTH .. " --max_steps 2.5", "takes a whole number")
+    says(("--model_config %s --resume_finetune --load_finetune_checkpoint x.pt "):format(M) .. COMMON, "needs --finetune-config")
+    says(BOTH .. " --load_distill_checkpoint no/such.pt", "there is no checkpoint no/such.pt")
     says(BOTH .. " --optim lion", "there is no optimizer 'lion'")
+    says(BOTH .. " --compat all", "takes one of none, reference, terrace, rope")
     says(BOTH .. " --attention_type lolcats_lama", "did you mean 'lolcats_llama'")
 end)
 

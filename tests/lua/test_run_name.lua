@@ -121,6 +121,20 @@ t.test("the scripts for many GPUs", function()
     t.eq(p.finetune, "ck/" .. f.model_config .. "/finetune-" .. first .. "-dcs=1024-se=0-re=0")
 end)
 
+t.test("both stages in one file: the published name of 405B", function()
+    local f = {
+        model_config = "llama3_1_405b/distill_llama3_1_405b_lk_smd_wtk64_fd64_w01",
+        distill_config = "llama3_1_405b/rp_distill_llama_405b_xent1_mse1000_lr1e-2",
+        finetune_config = "llama3_1_405b/rp_finetune_llama_40b_qv_hparams",
+    }
+    local n = names.names(f, nil)
+    t.eq(names.combined(n, { final = "finetune_llama_405b_qkvo_e2_rp", step = 3550 }),
+         "ckpt_lora-dl-d=rp_distill_llama_405b_xent1_mse1000_lr1e-2-m=distill_llama3_1_405b_lk_smd_wtk64_fd64_w01" ..
+         "-f=rp_finetune_llama_40b_qv_hparams-s=0-se=0-re=0-ef=finetune_llama_405b_qkvo_e2_rp-ft_lora=0-se=0-re=0-s=3550.pt")
+    n = names.names(f, nil, { fsdp = true })
+    t.eq(names.combined(n), "ckpt_lora-" .. n.finetune:gsub("llama3_1_405b/", "") .. ".pt")
+end)
+
 t.test("blocks, and the harness", function()
     local run = "./checkpoints/dl-d=a-m=b-f=c-s=0-se=0-re=0"
     t.eq(names.block(run .. "_distill.pt", 0, 8, 126), run .. "-in=000-out=008_distill.pt")

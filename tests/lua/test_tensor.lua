@@ -114,6 +114,12 @@ t.test("calling ops by position and by name", function()
   t.close(lc.affine(x, {scale = 2, shift = 1}), {{3, 5, 7}, {7, 5, 3}})
   t.close(x:matmul(lc.eye(3), {alpha = 2}), x * 2)
   t.close(x:cumsum(1), {{1, 2, 3}, {4, 4, 4}})
+  t.close(x:cumsum(2, { reverse = true }), {{6, 5, 3}, {6, 3, 1}})
+  do -- what follows a large gradient keeps its digits
+    local a = lc.param(lc.zeros {3})
+    ;(a:cumsum(1) * lc.tensor {1e12, 1, 2}):sum():backward()
+    t.close(a.grad:slice(1, 2, 3), {3, 2}, 0)
+  end
   t.close(x:tril(), {{1, 0, 0}, {3, 2, 0}})
   t.close(x:amax(-1), {3, 3})
 end)

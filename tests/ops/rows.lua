@@ -117,6 +117,10 @@ for _, name in ipairs {"softmax", "log_softmax", "logsumexp", "cumsum"} do
   add(name .. " of short rows", {randn(37, 72)}, function(x) return op(x, -1) end, more())
   add(name .. " of a middle dim", {randn(3, 70, 50)}, function(x) return op(x, 2) end, more())
 end
+for _, x in ipairs {randn(3, 5000), randn(5, 1333), randn(37, 60)} do
+  add("cumsum from the end", {x}, function(x) return lc.cumsum(x, -1, true) end, {limit = {bf16 = 0.03, f16 = 0.01}})
+end
+add("cumsum of a middle dim from the end", {randn(3, 70, 50)}, function(x) return lc.cumsum(x, 2, true) end, {limit = {bf16 = 0.03, f16 = 0.01}})
 local hole = randn(4, 1200)
 hole[2]:fill_(-math.huge)
 hole:slice(2, 7, 900):select(1, 3):fill_(-math.huge)

@@ -47,7 +47,7 @@ S.rows = {
   cat = function() return {{{randn {2, 3}, randn {1, 3}, randn {4, 3}}, 1}, {{randn {2, 3}, randn {2, 1}:expand(2, 5)}, -1}} end,
   tril = function() return {{randn {4, 4}}, {randn {2, 3, 5}, 1}, {randn {5, 3}, -1}} end,
   sum = sums(true), mean = sums(false), amax = sums(false), amin = sums(false),
-  argmax = along(), argmin = along(), cumsum = along(), softmax = along(), log_softmax = along(),
+  argmax = along(), argmin = along(), cumsum = along(function() return {randn {3, 4, 2}, 2, true} end), softmax = along(), log_softmax = along(),
   logsumexp = along(function() return {randn {3, 4}, 1, true} end),
   count_nonfinite = function() return {{randn {3, 5}}, {lc.tensor({1, 0, -1}, {dtype = "f64"}) / 0}} end,
   sum_squares = function() return {{{randn {3, 5}, randn {7}:slice(1, 2, 6)}}} end,

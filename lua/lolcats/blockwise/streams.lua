@@ -21,8 +21,8 @@ end
 
 function M.new(owner)
     local o = owner.opts
-    local self = setmetatable({ owner = owner, kind = o.inputs or "disk", shard = o.shard or 16, data = o.data, n = o.data.rows,
-                                n_held = 0, memory = {} }, Streams)
+    local self = setmetatable({ owner = owner, kind = o.inputs or "disk", shard = o.shard or 16, data = o.data,
+                                n = o.data.rows, n_held = 0, memory = {} }, Streams)
     if o.data.held then self.n_held = math.min(o.eval_rows or 8, o.data.held.rows) end
     self.shards = math.ceil(self.n / self.shard)
     return self
@@ -43,12 +43,16 @@ local function ids_of(self, s, i)
     return (s == 0 and self.data.held or self.data):row(i).ids
 end
 
-local function path(self, b, s) return ("%s/hidden/b%02d/%05d.safetensors"):format(self.owner.out, b, s) end
+local function folder(self, b)
+    return ("%s/b%02d"):format(self.owner.opts.hidden or self.owner.out .. "/hidden", b)
+end
+
+local function path(self, b, s) return ("%s/%05d.safetensors"):format(folder(self, b), s) end
 
 local function name_of(i) return ("row%07d"):format(i) end
 
 local function write_shard(self, b, s, rows)
-    files.make_dirs(("%s/hidden/b%02d"):format(self.owner.out, b))
+    files.make_dirs(folder(self, b))
     local tensors = {}
     for i, x in pairs(rows) do tensors[name_of(i)] = x end
     files.save_tensors(path(self, b, s), tensors, { format = "lolcats-hidden" })
@@ -145,9 +149,7 @@ function Streams:advance(b, teacher)
         for s = self.n_held > 0 and 0 or 1, self.shards do
             if self.kind == "memory" or not have(self, next_b, s) then
                 lc.scope(function()
-                    local rows
-                    if self.kind == "memory" then rows = push(old[s], teacher) else rows = push(read_shard(self, b, s), teacher) end
-                    put(self, next_b, s, rows)
+                    put(self, next_b, s, push(self.kind == "memory" and old[s] or read_shard(self, b, s), teacher))
                 end)
             end
         end
@@ -182,7 +184,9 @@ end
 
 --- Hidden states of the held-out rows before block b, as a list.
 function Streams:held(b)
-    if self.n_held == 0 then lc.fail("the data has nothing held out; a block's training is watched on held-out rows") end
+    if self.n_held == 0 then
+        lc.fail("the data has nothing held out; a block's training is watched on held-out rows")
+    end
     local rows, out = read_shard(self, b, 0), {}
     for i = 1, self.n_held do out[i] = lc.keep(rows[i]) end
     return out
@@ -202,7 +206,8 @@ function Rows:batch(list)
         xs[i] = current(self.streams, self.b, math.ceil(r / self.streams.shard))[r]
         ids[i] = ids_of(self.streams, math.ceil(r / self.streams.shard), r)
     end
-    return { hidden = #xs == 1 and xs[1]:alias() or lc.cat(xs, 1), ids = #ids == 1 and ids[1]:alias() or lc.cat(ids, 1), index = list }
+    local function joined(ts) return #ts == 1 and ts[1]:alias() or lc.cat(ts, 1) end
+    return { hidden = joined(xs), ids = joined(ids), index = list }
 end
 
 --- Shards in shuffled turn, their rows shuffled: a shard is read once an epoch.

@@ -34,8 +34,14 @@ M.expand = expand
 
 function M.hf_home() return expand(env "HF_HOME" or (env "XDG_CACHE_HOME" or home() .. "/.cache") .. "/huggingface") end
 
+local given, given_by -- a token that the command line has
+
+--- Sends this token from now on. from: what messages call its place.
+function M.use_token(token, from) given, given_by = token, from end
+
 --- The token to send and where it is from; nil without one.
 function M.token()
+    if given then return given, given_by end
     if M.is_on "HF_HUB_DISABLE_IMPLICIT_TOKEN" then return nil end
     for _, name in ipairs { "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN" } do
         local v = env(name)

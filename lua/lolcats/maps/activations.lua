@@ -24,7 +24,8 @@ end
 
 local SOFTMAX = { op = "softmax_dim", doubles = true, forward = function(x, _, map) return clamped(softmax_dim(x, map.full)) end }
 local EXP = { op = "exp_dim", doubles = true, forward = function(x, _, map) return clamped(exp_dim(x, map.full)) end }
-local ELU = { op = "pos_elu", forward = function(x) return clamped(x:elu() + 1) end }
+-- 1 + elu(x) without taking 1 from an exponential and adding it again
+local ELU = { op = "pos_elu", forward = function(x) return clamped(x:clamp({ max = 0 }):exp() + x:relu()) end }
 local RELU = { op = "relu", forward = function(x) return clamped(x:relu()) end }
 
 local function row(base, more)

@@ -476,8 +476,9 @@ function Model:loss(ids, labels, opts)
 end
 
 --- The same with its backward, as a step that a device may record: gradients of scale (1) times the loss add up in what is trained.
---- Returns the loss, a number.
-function Model:learn(ids, labels, scale)
+--- Returns the loss, a number; with wait = false as a tensor, which on a device nothing waits for, and which the next step may
+--- write anew.
+function Model:learn(ids, labels, scale, wait)
     ids, scale = self:check_ids(ids), scale or 1
     local rows, wanted = labelled_rows(labels or ids, ids)
     if #rows == 0 then lc.fail("no label to learn from: every label is -100, or the row has a single token") end
@@ -492,6 +493,7 @@ function Model:learn(ids, labels, scale)
             return loss:detach()
         end)
     end)
+    if wait == false then return loss end
     return loss:item()
 end
 

@@ -63,6 +63,13 @@ local function maps_digest(student)
     return files.sha256(table.concat(parts))
 end
 
+-- The gradient norm that a stage clips at: o.clip, or what the experiment says for many GPUs; nil: none.
+local function clip_of(o)
+    local fsdp = o.tree.fsdp
+    local clip = o.clip or (fsdp and fsdp.gradient_clipping and (fsdp.gradient_clipping_threshold or 1)) or 0
+    return clip > 0 and clip or nil
+end
+
 -- ---- the stage ------------------------------------------------------------------------------------------------------
 --- Trains. o: name ("distill" or "ft"), out (folder of lc.run's files), tree (the experiment), student, params, data
 --- ({train =, validation =}), seed, batch, clip, compat, csv (path), fresh, chunk, save(step, values): called at every
@@ -76,8 +83,7 @@ function M.train(o)
     if o.compat and trainer.stage == "language" and not trainer.layerwise then
         quirk "eval/loss and eval/ppl are means over chunks of each chunk's own"
     end
-    local fsdp = o.tree.fsdp
-    local clip = o.clip or (fsdp and fsdp.gradient_clipping and (fsdp.gradient_clipping_threshold or 1)) or 0
+    local clip = clip_of(o)
     local every = t.num_save_ckpt_steps or 1000
     local leftover = o.data.train.rows % length.accumulate ~= 0
     if o.compat and leftover and not length.max_steps then
@@ -90,7 +96,7 @@ function M.train(o)
     run = lc.run {
         name = o.name, out = o.out, data = o.data.train, params = o.params, model = o.student,
         optim = configs.optimizer(o.tree),
-        schedule = configs.schedule(o.tree), clip = clip > 0 and clip or nil, epochs = length.epochs,
+        schedule = configs.schedule(o.tree), clip = clip, epochs = length.epochs,
         max_steps = length.max_steps,
         settings = trainer.stage == "language" and { maps = lc.no_grad(lc.scope, maps_digest, o.student) } or nil,
         accumulate = length.accumulate, batch = o.batch or o.tree.dataloader and o.tree.dataloader.batch_size or 1,
@@ -109,37 +115,43 @@ function M.train(o)
 end
 
 --- The first stage with the memory of one block of layers. o: tree, model (path), out, data ({train =, validation =}),
---- layers (a block), student (options of lc.linearize), dtype, device, seed, clip, fresh. Returns {folder = of the
---- student, loss =, step =}.
+--- layers (a block), inputs, hidden (folder of these), student (options of lc.linearize), dtype, device, seed, clip,
+--- fresh. Returns {folder = of the student, loss =, step =, blocks = {{first =, last =, loss =, step =}, ..}}, layers
+--- from 1.
 function M.in_blocks(o)
-    local t, length, kind = o.tree.trainer, configs.length(o.tree),
-        o.tree.lr_scheduler and o.tree.lr_scheduler.lr_scheduler_type
-    local optimizer = configs.optimizer(o.tree)
-    if optimizer.kind ~= "adamw" then
-        lc.fail("blocks are trained by AdamW; the experiment names %s", optimizer.kind)
+    local t, length, optimizer = o.tree.trainer, configs.length(o.tree), configs.optimizer(o.tree)
+    local trainer = trainers.find(t.name)
+    if trainer.stage ~= "transfer" or t.name:match "chunked" then
+        lc.fail("blocks learn by attention transfer of whole rows; the trainer %s does otherwise", t.name)
     end
+    local schedule = { name = o.tree.lr_scheduler and o.tree.lr_scheduler.lr_scheduler_type or "none" }
+    for k, v in pairs(o.tree.lr_scheduler or {}) do
+        if k ~= "lr_scheduler_type" then schedule[k] = v end
+    end
+    local xent = t.name ~= "distill_attention_mse_linear" and t.xent_factor or 0
+    local watched = t.max_eval_batches -- they are held in memory, so all of them only where that is asked for
+    if not watched or watched < 1 then watched = 32 end
     o.data.train.held = o.data.validation
-    local schedule = kind and
-        (kind:find "plateau" and "plateau" or kind:find "cosine" and "cosine" or kind:find "linear" and "linear")
     local run = lc.blockwise {
         model = o.model, out = o.out, data = o.data.train, layers = o.layers, student = o.student, lora = false,
-        accumulate = length.accumulate,
-        transfer = { steps = length.max_steps, epochs = length.epochs, lr = optimizer.lr,
-                     weight_decay = optimizer.opts.weight_decay,
-                     schedule = schedule, clip = o.clip, mse = t.mse_factor, xent = t.xent_factor,
+        batch = o.tree.dataloader and o.tree.dataloader.batch_size or 1, accumulate = length.accumulate,
+        transfer = { steps = length.max_steps, epochs = length.epochs, optim = optimizer.kind,
+                     optim_options = optimizer.opts, lr = optimizer.lr, weight_decay = optimizer.opts.weight_decay,
+                     schedule = schedule, clip = clip_of(o), mse = t.mse_factor, xent = xent,
                      eval_every = length.eval_every },
-        eval_rows = t.max_eval_batches, dtype = o.dtype, device = o.device, seed = o.seed, fresh = o.fresh,
+        inputs = o.inputs, hidden = o.hidden, eval_rows = watched, dtype = o.dtype, device = o.device, seed = o.seed,
+        fresh = o.fresh,
     }
-    local folder = run:train()
-    local loss, steps = 0, 0
-    for b = 1, #run.blocks do
+    local out = { folder = run:train(), loss = 0, step = 0, blocks = run.blocks }
+    for b, block in ipairs(run.blocks) do
         local summary = ("%s/b%02d-transfer/summary.json"):format(o.out, b)
         if files.exists(summary) then
             local s = files.read_json(summary)
-            loss, steps = loss + (type(s.best) == "table" and s.best.value or 0) / #run.blocks, s.updates
+            block.loss, block.step = type(s.best) == "table" and s.best.value or 0, s.updates
+            out.loss, out.step = out.loss + block.loss / #run.blocks, block.step
         end
     end
-    return { folder = folder, loss = loss, step = steps }
+    return out
 end
 
 M.quirk = quirk
