@@ -4,7 +4,7 @@
 
 /* ---- values of the queries' rows: D / 8 lanes a row, ROWS_AT_ONCE rows a thread; `blocks` a head ----------------------- */
 enum { ROWS_AT_ONCE = 4 };
-template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(gradients o, fast p, int blocks) {
+template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(gradients o, fast p, int blocks, float scale) {
     constexpr int LANES = D / 8, EACH = SUM_THREADS / LANES; /* rows of a block at a time */
     const hybrid &a = o.a;
     next_may_start();
@@ -24,7 +24,7 @@ template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(grad
         if (lane == SHIFT && a.window) value[n] = *o.c.row<float>(b, h, t);
         if (lane == AT && a.window) value[n] = __int_as_float(*o.argmax.row<int32_t>(b, h, t));
     }
-    float scale = a.scale32 * hybrid_gamma<float>(a, h);
+    scale *= hybrid_gamma<float>(a, h);
 #pragma unroll
     for (int n = 0; n < ROWS_AT_ONCE; n++) {
         int t = first + n * EACH;
@@ -46,12 +46,13 @@ template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(grad
     }
 }
 
-int hybrid_backward_tiles::hybrid_backward_rows(const gradients &o, const fast &p) {
+int hybrid_backward_tiles::hybrid_backward_rows(const gradients &o, const fast &p, bool usual) {
     const hybrid &a = o.a;
     int blocks = (int)ceil_div(a.t, SUM_THREADS / (a.d / 8) * ROWS_AT_ONCE);
     unsigned grid = (unsigned)(a.b * a.h * blocks);
-    if (a.d == 128) LC_LAUNCH(rows_kernel<128>, grid, SUM_THREADS, 0, o, p, blocks);
-    else LC_LAUNCH(rows_kernel<64>, grid, SUM_THREADS, 0, o, p, blocks);
+    float scale = usual ? 1.f : a.scale32;
+    if (a.d == 128) LC_LAUNCH(rows_kernel<128>, grid, SUM_THREADS, 0, o, p, blocks, scale);
+    else LC_LAUNCH(rows_kernel<64>, grid, SUM_THREADS, 0, o, p, blocks, scale);
     return LC_K_OK;
 }
 
@@ -90,7 +91,7 @@ template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_T
     if constexpr (FW > 0) load_weights<D, FW, SUM_THREADS>(w, either(back, a.mq, a.mk), s.h, a.f);
     clear(sum);
     if (tid < BF) z[tid] = 0;
-    wait_for_previous(); /* the values of rows; nothing is written before */
+    if (back) wait_for_previous(); /* the values of rows: before them, all else had ended */
     auto fetch = [&](int c) { /* delta of a row by the first 64 threads, lambda / z by the next */
         int row = tid & 63;
         if (!back || tid >= 128) return 1.f;

@@ -27,7 +27,8 @@ struct fast {
 };
 
 /* Values of a query's row: 1 / z; delta; the maximum less the logarithm of what scales the weights, INFINITY where there is none; the key at
- * the maximum from the first token on, as bits, -1 where there is none; x. */
+ * the maximum from the first token on, as bits, -1 where there is none; x. The usual call's weights do not come times scale, and instead of
+ * x there is x times scale as bf16 above that key's place from the query's chunk on, both in half a word. */
 enum { RZ, DELTA, SHIFT, AT, XSUM, VALUES };
 
 /* Launches one after the other, each of which may begin while the one before ends (chain.cuh). */
@@ -51,7 +52,7 @@ static inline void launch_next(void (*kernel)(P...), dim3 grid, int block, size_
 /* hybrid_backward_{queries,keys,sums}.cu: launches; d, BF, TRI and fw are known to have a kernel. */
 int hybrid_backward_queries(const gradients &o, const fast &p);
 int hybrid_backward_keys(const gradients &o, const fast &p);
-int hybrid_backward_rows(const gradients &o, const fast &p);
+int hybrid_backward_rows(const gradients &o, const fast &p, bool usual);
 int hybrid_backward_sums(const gradients &o, const fast &p);
 int hybrid_backward_finish(const gradients &o, const fast &p);
 /* hybrid_backward_usual_{queries,keys}.cu: the same of the usual call. */

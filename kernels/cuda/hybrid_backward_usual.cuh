@@ -50,8 +50,7 @@ template <int ROWS, int N> __device__ __forceinline__ void put_fragments(bf16 *t
 /* What both walks know, apart from registers, which are dear: the state's Z or P by chunk & 1; values of rows by chunk & 1 where a
  * walk wants them here; where rows begin, in memory: the inputs', their values', the results'. */
 struct shared_rows_of {
-    float z[FEATURED], value[XSUM][2][64];
-    bf16 x[2][64]; /* times scale */
+    float z[FEATURED], value[4][2][64]; /* values: RZ, DELTA, SHIFT and one more */
     const bf16 *of[4];
     float *values;
     bf16 *result[2];
@@ -107,42 +106,26 @@ struct usual_block {
         if (threadIdx.x < 256) load_weights<DIM, INPUTS, 256>(weights_q(), o.a.mq, h, INPUTS, threadIdx.x);
         if (ROWS ? threadIdx.x >= 256 : threadIdx.x < 256) load_weights<DIM, INPUTS, 256>(weights_k(), o.a.mk, h, INPUTS, threadIdx.x % 256);
     }
-    /* Value `what` of row `row` of chunk c. */
     __device__ __forceinline__ float *value_at(int what, int c, int row) const {
         return rows().values + ((int64_t)what * o.a.b * o.a.h * o.a.t + c * 64 + row);
     }
-    __device__ __forceinline__ float value_of(int what, int c, int row) const {
-        if (c * 64 + row < len) return *value_at(what, c, row);
-        return what == SHIFT ? INFINITY : what == AT ? __int_as_float(-1) : 0.f;
-    }
-    /* Values of rows of chunk c on their way to shared memory, by those who load: a thread has two at most. With X: x too, times scale, and
-     * weights that are not times scale. */
-    struct row_values { float one, x; };
-    template <bool X> __device__ __forceinline__ row_values fetch(int c, int tid) const {
-        tid -= 128;
-        row_values r = {value_of(tid >> 6, c, tid & 63), 0};
-        if (X && tid >> 6 == SHIFT) r.one += log2_fast(o.a.scale32);
-        if (X && tid < 64) r.x = value_of(XSUM, c, tid) * o.a.scale32;
-        return r;
-    }
-    template <bool X> __device__ __forceinline__ void put_values(int c, const row_values &r, int tid) const {
-        tid -= 128;
-        rows().value[tid >> 6][c & 1][tid & 63] = r.one;
-        if (X && tid < 64) rows().x[c & 1][tid] = store<bf16>(r.x);
+    /* Values of chunk c's rows, by those who load: the first three and value `last`; zeros do for rows that do not exist. */
+    __device__ __forceinline__ void load_values(int c, int last, int tid) const {
+        int what = (tid - 128) >> 6, row = tid & 63;
+        copy4(&rows().value[what][c & 1][row], value_at(what == 3 ? last : what, c, row), c * 64 + row < len);
     }
     /* Rows of chunk c of result `which`, of which row 0 is the first token's; 64 columns from n on. */
     __device__ __forceinline__ void put_result(int which, int c, int n, int stride, const float (&acc)[8][4], int tid) const {
         int row = lane_row(tid), there = len - c * 64;
-        bf16 *to = rows().result[which] + ((int64_t)c * (64 * stride) + (row * stride + n + tid % 4 * 8));
+        const bool odd = tid & 1;
+        bf16 *to = rows().result[which] + ((int64_t)c * (64 * stride) + (row * stride + n + (tid & 2) * 2 + (odd ? 8 : 0)));
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
-            for (int j = 0; j < 8; j += 4) {
-                uint32_t v[4];
-#pragma unroll
-                for (int e = 0; e < 4; e++) v[e] = pack2<bf16>(acc[j + e][2 * i], acc[j + e][2 * i + 1]);
-                quad_transpose(v, tid);
-                if (row + 8 * i < there) *(uint4 *)(to + 8 * i * stride + 8 * j) = make_uint4(v[0], v[1], v[2], v[3]);
+            for (int j = 0; j < 8; j += 2) { /* two lanes exchange, so that four have 32 bytes of a row */
+                uint32_t lo = pack2<bf16>(acc[j][2 * i], acc[j][2 * i + 1]), hi = pack2<bf16>(acc[j + 1][2 * i], acc[j + 1][2 * i + 1]);
+                uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? lo : hi, 1);
+                if (row + 8 * i < there) *(uint2 *)(to + 8 * i * stride + 8 * j) = odd ? make_uint2(other, hi) : make_uint2(lo, other);
             }
     }
 };

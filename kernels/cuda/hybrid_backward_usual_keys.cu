@@ -21,15 +21,22 @@ template <bool ROWS> struct key_walk : usual_block {
             const int tid = own_number();
             float x[8][4], d[8][4], dot[2] = {0, 0};
             both_features f;
-            clear(x);
-            products_begin(x);
+            clear(x), clear(d);
+            products_begin(x, d);
             group_product<INPUTS, DIM, 64, ALONG_K, DIM, ACROSS_K>(x, k(c), 0, weights_k(), 0);
-            products_end(x);
-            f.make(x);
-            clear(d), clear(x);
-            products_begin(d, x);
-            group_product<64, DIM, 64, ALONG_K, FEATURED, ALONG_K>(d, v(c), 0, state(), 0);
             group_commit();
+            if (!ROWS) group_product<64, DIM, 64, ALONG_K, FEATURED, ALONG_K>(d, v(c), 0, state(), 0);
+            group_commit();
+            group_wait<1>();
+            group_hold(x);
+            f.make(x);
+            clear(x);
+            if constexpr (ROWS) { /* registers are short */
+                products_begin(d);
+                group_product<64, DIM, 64, ALONG_K, FEATURED, ALONG_K>(d, v(c), 0, state(), 0);
+                group_commit();
+            }
+            products_begin(x);
             group_product<64, DIM, 64, ALONG_K, FEATURED, ALONG_K>(x, v(c), 0, state(), 64);
             group_commit();
             group_wait<1>();
@@ -71,9 +78,18 @@ template <bool ROWS> struct key_walk : usual_block {
         }
     }
 
+    /* What this chunk still wants, then what the next one does. */
+    __device__ __forceinline__ void load_near(int c, int tid) const {
+        load_queries(c, tid), load_values(c, XSUM, tid);
+        copy_commit();
+        if (c > c0) load_keys(c - 1, tid);
+        copy_commit();
+    }
+
     __device__ __forceinline__ void state_side(int half) {
         state_rows state_of;
-        put_values<ROWS>(c1, fetch<ROWS>(c1, threadIdx.x), threadIdx.x);
+        load_values(c1, XSUM, threadIdx.x);
+        copy_commit();
         state_of.clear_all(half, strip_of(threadIdx.x));
 #pragma unroll 1
         for (int n = 1, after = p.segments - 1 - blockIdx.x % p.segments; n <= after; n++) state_of.add(p.state[1] + ((int64_t)blockIdx.x + n) * PART);
@@ -85,26 +101,25 @@ template <bool ROWS> struct key_walk : usual_block {
 #pragma unroll 1
         for (int c = c1 - 1; c >= c0; c--) {
             const int tid = own_number();
-            load_queries(c, tid);
-            copy_commit();
-            if (c > c0) load_keys(c - 1, tid);
-            copy_commit();
-            row_values near = fetch<ROWS>(c, tid);
+            if (ROWS) load_near(c, tid); /* the window waits for these, for the state nobody */
+            float x[8][4];
+            clear(x);
+            products_begin(x);
+            if (takes(c)) group_product<INPUTS, DIM, 64, ALONG_K, DIM, ACROSS_K>(x, q(c + 1), 0, weights_q(), 0);
+            group_commit();
+            if (!ROWS) load_near(c, tid);
+            group_wait<0>();
+            group_hold(x);
+            if constexpr (ROWS) {
+                copy_wait<1>();
+                shared_fence();
+                groups_arrive(NEAR, 3);
+            }
             if (takes(c)) {
-                float x[8][4];
-                clear(x);
-                products_begin(x);
-                group_product<INPUTS, DIM, 64, ALONG_K, DIM, ACROSS_K>(x, q(c + 1), 0, weights_q(), 0);
-                products_end(x);
                 const float *rz = rows().value[RZ][(c + 1) & 1] + lane_row(tid);
                 const float by[2] = {rows().lambda * rz[0], rows().lambda * rz[8]};
                 put_features(feature(), half, by, x, tid);
-            }
-            put_values<ROWS>(c, near, tid);
-            if (ROWS) copy_wait<1>();
-            shared_fence();
-            if (ROWS) groups_arrive(NEAR, 3);
-            if (takes(c)) {
+                shared_fence();
                 groups_meet(INNER + half, 1);
                 products_begin(state_of.sum);
                 group_product<DIM, 64, 64, ACROSS_K, 64, ACROSS_K>(state_of.sum, feature(), 64 * half, g(c + 1), 0);
@@ -130,17 +145,16 @@ template <bool ROWS> struct key_walk : usual_block {
     /* Of the warp's keys of chunk c with the queries of one chunk: scale times the gradients of the scores, as a product's operand, and the
      * weights over z into their tile. */
     template <bool DIAGONAL>
-    __device__ __forceinline__ void scores(int c, const float (&sc)[8][4], const float (&dp)[8][4], int slot, uint32_t (&a)[4][4], bf16 *weights,
+    __device__ __forceinline__ void scores(const float (&sc)[8][4], const float (&dp)[8][4], int slot, uint32_t (&a)[4][4], bf16 *weights,
                                            int tid) {
         const float scale = o.a.scale32, scale2 = scale * LC_LOG2E;
-        int first = c * 64 + lane_row(tid), most = lane_col(tid) - lane_row(tid), l = tid & 31; /* most: of row - column, less the lane's */
+        int first = lane_row(tid) - (DIAGONAL ? 0 : 64), most = lane_col(tid) - lane_row(tid), l = tid & 31; /* most: of row - column, less the lane's */
         uint32_t w[4];
 #pragma unroll
         for (int n = 0; n < 8; n++) {
             int col = 8 * n + lane_col(tid);
             float2 shift = *(const float2 *)&rows().value[SHIFT][slot][col], delta = *(const float2 *)&rows().value[DELTA][slot][col];
-            float2 x = unpack2<bf16>(*(const uint32_t *)&rows().x[slot][col]);
-            int2 at = *(const int2 *)&rows().value[AT][slot][col];
+            uint2 most_of = *(const uint2 *)&rows().value[3][slot][col]; /* x above the key's place */
             delta.x *= scale, delta.y *= scale;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
@@ -152,8 +166,8 @@ template <bool ROWS> struct key_walk : usual_block {
                 }
                 w[n % 2 * 2 + i] = pack2<bf16>(u[0], u[1]);
                 u[0] *= fmaf(dp[n][2 * i], scale, -delta.x), u[1] *= fmaf(dp[n][2 * i + 1], scale, -delta.y);
-                if (at.x == first + 8 * i) u[0] += x.x; /* what the maximum gets */
-                if (at.y == first + 8 * i) u[1] += x.y;
+                if ((int16_t)most_of.x == first + 8 * i) u[0] += __uint_as_float(most_of.x & 0xffff0000u); /* what the maximum gets */
+                if ((int16_t)most_of.y == first + 8 * i) u[1] += __uint_as_float(most_of.y & 0xffff0000u);
                 a[n / 2][n % 2 * 2 + i] = pack2<bf16>(u[0], u[1]);
             }
             if (n % 2) matrix_store(weights + fragment_at<64>(16 * strip_of(tid), 8 * n - 8, l & 15, l >> 4), w);
@@ -173,7 +187,7 @@ template <bool ROWS> struct key_walk : usual_block {
             group_product<64, DIM, 64, ALONG_K, 64, ALONG_K>(lo, k(c), 0, q(c + 1), 0);
             group_product<64, DIM, 64, ALONG_K, 64, ALONG_K>(hi, v(c), 0, g(c + 1), 0);
             products_end(lo, hi);
-            scores<false>(c, lo, hi, (c + 1) & 1, far, far_weights(), tid);
+            scores<false>(lo, hi, (c + 1) & 1, far, far_weights(), tid);
             groups_meet(NEAR, 3); /* c's queries are there */
             clear(lo), clear(hi);
             products_begin(lo, hi);
@@ -181,7 +195,7 @@ template <bool ROWS> struct key_walk : usual_block {
             group_product<64, DIM, 64, ALONG_K, 64, ALONG_K>(hi, v(c), 0, g(c), 0);
             products_end(lo, hi);
             if (takes(c)) groups_meet(ROOM, 3); /* nobody reads the features any more */
-            scores<true>(c, lo, hi, c & 1, near, feature(), tid);
+            scores<true>(lo, hi, c & 1, near, feature(), tid);
             shared_fence();
             groups_arrive(WEIGHTS, 2);
 #pragma unroll 1

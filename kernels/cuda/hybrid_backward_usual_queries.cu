@@ -51,9 +51,14 @@ template <bool ROWS> struct query_walk : usual_block {
                 groups_arrive(INPUT_GRADIENT, ROWS ? 2 : 3);
             }
             if ((tid & 3) == 0) {
-                float *to = value_at(XSUM, c, row);
-                if (c * 64 + row < len) to[0] = dot[0], all_x += dot[0];
-                if (c * 64 + row + 8 < len) to[8] = dot[1], all_x += dot[1];
+                uint32_t *to = (uint32_t *)value_at(XSUM, c, row);
+                const int *at = (const int *)rows().value[AT][c & 1] + row;
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    if (c * 64 + row + 8 * i < len) {
+                        to[8 * i] = pack2<bf16>(0.f, dot[i] * o.a.scale32) | (uint16_t)(at[8 * i] - c * 64);
+                        all_x += dot[i];
+                    }
             }
             __syncthreads();
         }
@@ -63,7 +68,8 @@ template <bool ROWS> struct query_walk : usual_block {
 
     __device__ __forceinline__ void state_side(int half) {
         state_rows state_of;
-        put_values<false>(c0, fetch<false>(c0, threadIdx.x), threadIdx.x);
+        if (c0 < c1) load_values(c0, AT, threadIdx.x);
+        copy_commit();
         state_of.clear_all(half, strip_of(threadIdx.x));
 #pragma unroll 1
         for (int n = 0, seg = blockIdx.x % p.segments; n < seg; n++) state_of.add(p.state[0] + ((int64_t)blockIdx.x - seg + n) * PART);
@@ -76,24 +82,25 @@ template <bool ROWS> struct query_walk : usual_block {
 #pragma unroll 1
         for (int c = c0; c < c1; c++) {
             const int tid = own_number();
+            float x[8][4];
+            clear(x);
+            products_begin(x);
+            if (takes(c)) group_product<INPUTS, DIM, 64, ALONG_K, DIM, ACROSS_K>(x, k(c - 1), 0, weights_k(), 0);
+            group_commit();
             load_keys(c, tid);
             copy_commit();
-            if (c + 1 < c1) load_queries(c + 1, tid);
+            if (c + 1 < c1) load_queries(c + 1, tid), load_values(c + 1, AT, tid);
             copy_commit();
-            row_values next = fetch<false>(c + 1, tid);
-            if (takes(c)) {
-                float x[8][4];
-                clear(x);
-                products_begin(x);
-                group_product<INPUTS, DIM, 64, ALONG_K, DIM, ACROSS_K>(x, k(c - 1), 0, weights_k(), 0);
-                products_end(x);
-                put_features(feature(), half, by, x, tid);
+            group_wait<0>();
+            group_hold(x);
+            if constexpr (ROWS) {
+                copy_wait<1>();
+                shared_fence();
+                groups_arrive(NEAR, 3);
             }
-            put_values<false>(c + 1, next, tid);
-            if (ROWS) copy_wait<1>();
-            shared_fence();
-            if (ROWS) groups_arrive(NEAR, 3);
             if (takes(c)) {
+                put_features(feature(), half, by, x, tid);
+                shared_fence();
                 groups_meet(INNER + half, 1);
                 products_begin(state_of.sum);
                 group_product<DIM, 64, 64, ACROSS_K, 64, ACROSS_K>(state_of.sum, feature(), 64 * half, v(c - 1), 0);
@@ -121,7 +128,8 @@ template <bool ROWS> struct query_walk : usual_block {
     __device__ __forceinline__ void scores(int c, const float (&sc)[8][4], const float (&dp)[8][4], float (&less)[2], uint32_t (&a)[4][4], int tid) {
         const float *shifts = rows().value[SHIFT][c & 1] + lane_row(tid), *deltas = rows().value[DELTA][c & 1] + lane_row(tid);
         const float none = DIAGONAL || c ? 0 : INFINITY; /* before the first chunk there is nothing */
-        const float scale2 = o.a.scale32 * LC_LOG2E, shift[2] = {shifts[0] + none, shifts[8] + none}, delta[2] = {deltas[0], deltas[8]};
+        const float scale = o.a.scale32, scale2 = scale * LC_LOG2E, shift[2] = {shifts[0] + none, shifts[8] + none};
+        const float delta[2] = {deltas[0] * scale, deltas[8] * scale};
         int most = lane_row(tid) - lane_col(tid), l = tid & 31; /* most: of column - row, less the lane's */
 #pragma unroll
         for (int n = 0; n < 8; n++)
@@ -130,7 +138,7 @@ template <bool ROWS> struct query_walk : usual_block {
                 float u[2];
 #pragma unroll
                 for (int j = 0; j < 2; j++) {
-                    u[j] = exp2_fast(fmaf(sc[n][2 * i + j], scale2, -shift[i])) * (dp[n][2 * i + j] - delta[i]);
+                    u[j] = exp2_fast(fmaf(sc[n][2 * i + j], scale2, -shift[i])) * fmaf(dp[n][2 * i + j], scale, -delta[i]);
                     if (DIAGONAL && 8 * n + j - 8 * i > most) u[j] = 0;
                     less[i] += u[j];
                 }

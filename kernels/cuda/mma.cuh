@@ -75,6 +75,7 @@ __device__ __forceinline__ float exp2_fast(float x) { /* 2 ulp; 0 for -inf */
 /* ---- asynchronous copies to shared memory ---------------------------------------------------------------------------- */
 #ifdef LC_EMULATED
 __device__ __forceinline__ void copy16(void *to, const void *from, bool valid) { lc_emu_copy(to, from, 16, valid ? 16 : 0); }
+__device__ __forceinline__ void copy4(void *to, const void *from, bool valid) { lc_emu_copy(to, from, 4, valid ? 4 : 0); }
 __device__ __forceinline__ void copy_commit() { lc_emu_copy_commit(); }
 template <int N> __device__ __forceinline__ void copy_wait() { lc_emu_copy_wait(N); }
 #else
@@ -83,6 +84,10 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint
 __device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
     int n = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(n) : "memory");
+}
+__device__ __forceinline__ void copy4(void *to, const void *from, bool valid) { /* the same with 4 bytes */
+    int n = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(n) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /* Until at most N groups of this thread are under way; a barrier must follow before others read. */
