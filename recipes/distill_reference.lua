@@ -23,8 +23,8 @@ local function distill(d)
         d.doc or "Linearize a model by the reference's configurations: attention transfer, LoRA, evaluation.",
         { "data", d.data or "", "file with the records, instead of the data set that the experiments name" },
         { "config_dir", d.config_dir or "configs", "folder with model/ and experiment/ of your own; looked in first" },
-        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so; terrace, rope: the " ..
-          "model alone, in this one thing", { "none", "reference", "terrace", "rope" } },
+        { "compat", d.compat or "none", "do as the reference does where it is wrong, and say so; terrace, rope, window, " ..
+          "flow: the model alone, in this one thing", { "none", "reference", "terrace", "rope", "window", "flow" } },
         { "device", d.device or "cpu", "where to compute: cpu, cuda:0" },
         { "dtype", d.dtype or "", "of the frozen weights; without it the configuration's",
           { "", "f32", "bf16", "f16", "f64" } },
@@ -84,12 +84,14 @@ local function distill(d)
     local report = {}
 
     -- 1. Attention transfer.
+    if wish.first_lora then student:add_lora(wish.first_lora) end
     if args.load_distill_checkpoint then
         checkpoint.load_all(student, args.load_distill_checkpoint == "default" and paths.distill or
                             args.load_distill_checkpoint)
     end
     local function save_maps(file, values, step)
-        checkpoint.save(student, file, { step = step, ["distill/eval/loss"] = values.loss }, args.format, "maps")
+        checkpoint.save(student, file, { step = step, ["distill/eval/loss"] = values.loss }, args.format,
+                        wish.first_lora and "trained" or "maps")
     end
     if blocks then
         checkpoint.load(student, blocks.folder)
@@ -103,7 +105,8 @@ local function distill(d)
         local s = stage.train {
             name = "distill", out = wish.folder(paths.distill), tree = wish.first, student = student,
             params = student:trainable(), data = load_data(wish.first, args.distill_config, teacher),
-            seed = args.seed, clip = clip, compat = compat, fresh = args.fresh, chunk = wish.chunk,
+            seed = args.seed, clip = clip, compat = compat, rounded = wish.rounded, fresh = args.fresh,
+            chunk = wish.chunk,
             save = function(step, values) save_maps(names.periodic(paths.distill, step), values, step) end,
         }
         report.distill, report.distill_steps = s.best and s.best.value, s.updates
@@ -112,6 +115,7 @@ local function distill(d)
     elseif not args.load_distill_checkpoint then
         log.say "no distillation"
     end
+    if wish.first_lora then student:merge_first_lora() end
     if options then sample "linearized" end
 
     -- 2. Low-rank repair.
@@ -134,8 +138,8 @@ local function distill(d)
         local s = stage.train {
             name = "ft", out = wish.folder(paths.finetune), tree = second, student = student,
             params = student:trainable(), data = load_data(second, wish.second_name, teacher), seed = args.seed,
-            clip = clip, compat = compat, csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh,
-            chunk = wish.chunk,
+            clip = clip, compat = compat, rounded = wish.rounded,
+            csv = paths.csv and checkpoint.fits(paths.csv), fresh = args.fresh, chunk = wish.chunk,
             save = function(step, values) save(names.periodic(paths.finetune, step), values, step) end,
         }
         report.finetune, report.finetune_steps = s.best and s.best.value, s.updates

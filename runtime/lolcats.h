@@ -87,8 +87,9 @@ int lc_scope_pop(void);              /* drops what was made since the push and n
 int lc_scope_depth(void);
 int lc_promote(const lc_handle *t, int levels); /* moves the handle up; at depth 0 the caller owns it */
 int lc_scope_of(const lc_handle *t); /* depth at which the handle will be dropped; 0 = by its owner */
-double lc_memory(int device, const char *what);  /* "live" "cached" "peak" "limit", bytes; -1 for an unknown word */
+double lc_memory(int device, const char *what);  /* "live" "cached" "peak" "limit" "rise", bytes; -1 for an unknown word */
 int lc_memory_reset_peak(int device);
+int lc_memory_mark(int device);                  /* from here "rise" counts: the most in use since, above what was in use then */
 int lc_memory_limit(int device, double bytes);   /* allocation past it fails with LC_ENOMEM; 0 = none */
 int lc_trim(int device);                         /* gives cached blocks back to the system */
 extern double lc_debt;                           /* bytes allocated outside scopes since the caller last set it to 0 */
@@ -113,6 +114,7 @@ int lc_device_find(const char *name);      /* loads the plugin at first mention;
 int lc_device_sync(int device);
 int lc_load_plugin(const char *path);
 typedef struct lc_graph lc_graph;
+void lc_graph_room(double bytes);          /* what the next recording takes at once for its larger blocks; 0, as it is: nothing */
 int lc_graph_begin(int device);            /* its kernels are recorded, not run; LC_ENOKERNEL: it records none */
 int lc_graph_end(lc_graph **out);          /* NULL: forgets what was recorded */
 int lc_graph_run(lc_graph *g);             /* all of it once more, on the memory that it was recorded with */

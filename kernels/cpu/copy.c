@@ -347,3 +347,13 @@ KERNEL(scale_) {
     walk_all(k, &w, scale_row, &j);
     return LC_K_OK;
 }
+
+/* x_i += from_i, all contiguous */
+KERNEL(add_pairs_) {
+    for (int i = 0; i < 6; i += 2) {
+        if (!k->x[i].data) continue;
+        if (k->x[i].dtype != LC_K_REAL || k->x[i + 1].dtype != LC_K_REAL) return LC_K_UNSUPPORTED;
+        add_real_row(k->x[i].data, k->x[i + 1].data, 1, view_numel(&k->x[i]));
+    }
+    return LC_K_OK;
+}

@@ -163,3 +163,14 @@ int K(rope)(const lc_kargs *k) {
     k->host->parallel(x->dim[0] * x->dim[2], grain_of(x->dim[1] * x->dim[3]), rope_rows, (void *)k);
     return LC_K_OK;
 }
+
+/* x, x2 [b, h, t, d]: rope of each */
+int K(rope_pair)(const lc_kargs *k) {
+    for (int i = 0; i < 2; i++) {
+        lc_kargs q = *k;
+        q.x[0] = k->x[i], q.x[1] = k->x[2], q.x[2] = k->x[3], q.y[0] = k->y[i];
+        int status = K(rope)(&q);
+        if (status) return status;
+    }
+    return LC_K_OK;
+}

@@ -1,5 +1,5 @@
 /* swiglu.c: both gradients of swiglu in one pass, which reads the three operands once. x[0] = g, x[1] = gate, x[2] = up, of one shape and
- * any strides -> y[0], y[1]. The formulas are kernels/scalar.h. */
+ * any strides -> y[0], y[1], which may be x[1] and x[2] themselves. The formulas are kernels/scalar.h. */
 #include "scalar_math.h"
 #include "walk.h"
 
@@ -16,8 +16,8 @@ static void both_rows(void *ctx, char *const *p, const int64_t *step, int64_t n,
         const real *g = (const real *)p[2], *a = (const real *)p[3], *b = (const real *)p[4];
 #pragma omp simd
         for (int64_t i = 0; i < n; i++) {
-            ga[i] = LC_S(swiglu_grad_a)(g[i], a[i], b[i], 0);
-            gb[i] = LC_S(swiglu_grad_b)(g[i], a[i], b[i], 0);
+            real of_a = LC_S(swiglu_grad_a)(g[i], a[i], b[i], 0), of_b = LC_S(swiglu_grad_b)(g[i], a[i], b[i], 0);
+            ga[i] = of_a, gb[i] = of_b;
         }
         return;
     }

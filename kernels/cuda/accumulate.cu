@@ -59,6 +59,51 @@ extern "C" int lc_cuda_add_(const lc_kargs *k) {
     return LC_K_OK;
 }
 
+/* ---- add_pairs_ -------------------------------------------------------------------------------------------------- */
+struct add_list {
+    void *x[3];
+    const void *from[3];
+    int64_t n[3]; /* packs */
+};
+/* V elements at once */
+template <class T, int V> static __global__ void add_lists(const add_list l, int64_t total) {
+    struct alignas(sizeof(T) * V) pack {
+        T v[V];
+    };
+    for (int64_t e = blockIdx.x * (int64_t)blockDim.x + threadIdx.x; e < total; e += (int64_t)gridDim.x * blockDim.x) {
+        int64_t at = e;
+        int i = 0;
+        if (at >= l.n[0]) at -= l.n[0], i = 1;
+        if (i && at >= l.n[1]) at -= l.n[1], i = 2;
+        pack *to = (pack *)(i == 0 ? l.x[0] : i == 1 ? l.x[1] : l.x[2]) + at;
+        pack x = *to, from = ((const pack *)(i == 0 ? l.from[0] : i == 1 ? l.from[1] : l.from[2]))[at];
+#pragma unroll
+        for (int c = 0; c < V; c++) x.v[c] += from.v[c];
+        *to = x;
+    }
+}
+
+template <class T, int V> static int run_lists(add_list l) {
+    int64_t total = 0;
+    for (int i = 0; i < 3; i++) total += l.n[i] /= V;
+    if (total) LC_LAUNCH((add_lists<T, V>), grid_for(total, LC_THREADS), LC_THREADS, 0, l, total);
+    return LC_K_OK;
+}
+
+/* x_i += from_i, all contiguous and of one dtype */
+extern "C" int lc_cuda_add_pairs_(const lc_kargs *k) {
+    add_list l = {};
+    uintptr_t ends = 0;
+    for (int i = 0; i < 3; i++) {
+        if (!k->x[2 * i].data) continue;
+        l.x[i] = k->x[2 * i].data, l.from[i] = k->x[2 * i + 1].data;
+        l.n[i] = view_numel(&k->x[2 * i]);
+        ends |= (uintptr_t)l.x[i] | (uintptr_t)l.from[i] | (uintptr_t)(l.n[i] * 4);
+    }
+    if (k->x[0].dtype == LC_K_F64) return run_lists<double, 1>(l);
+    return ends & 15 ? run_lists<float, 1>(l) : run_lists<float, 4>(l);
+}
+
 /* ---- scale_ ------------------------------------------------------------------------------------------------------ */
 template <class T> LC_KERNEL scale_vectors(LC_SPAN(1) s, scalar_at by) {
     enum { V = 16 / sizeof(T) };

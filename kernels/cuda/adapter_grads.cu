@@ -22,24 +22,40 @@ struct grad_job {
     int32_t rows;
 };
 
-template <class T>
-static __device__ __forceinline__ void fetch_step(T *wide, T *low, const grad_part &p, int rows, int step, int column) {
-    for (int e = threadIdx.x; e < STEP_ROWS * 16; e += THREADS) {
-        const int r = e / 16, piece = e % 16, row = step * STEP_ROWS + r;
-        if (piece < 8) {
-            const bool in = row < rows && column + 8 * piece < p.columns;
-            copy16(tile_at<STEP_ROWS>(wide, r, 8 * piece), (const T *)p.wide + (in ? row * p.ld_wide + column + 8 * piece : 0), in);
-        } else {
-            const int c = 8 * (piece - 8);
-            const bool in = row < rows && c < p.ranks;
-            if (c < 8 * MOST_TILES) copy16(tile_at<STEP_ROWS>(low, r, c), (const T *)p.low + (in ? (int64_t)row * p.ld_low + c : 0), in);
-        }
-    }
-    copy_commit();
-}
+/* What a thread copies of a step: a piece of 16 bytes of each of four rows, 32 apart; of low, pieces of one row. */
+template <class T> struct fetcher {
+    const T *wide, *low;
+    int64_t ld;
+    int wide_to, row, low_row, low_ld, rows, pieces;
+    bool in;
 
-/* N tiles of 8 ranks; those beyond a part's are zeros. */
-template <class T, int N> static __global__ void __launch_bounds__(THREADS, 2) adapter_grads(const grad_job j) {
+    __device__ __forceinline__ fetcher(const grad_part &p, int n, int column) {
+        const int r = threadIdx.x / 8, c = 8 * (threadIdx.x % 8), half = threadIdx.x % 2;
+        row = r, low_row = threadIdx.x / 2, rows = n, ld = p.ld_wide;
+        in = column + c < p.columns;
+        wide = (const T *)p.wide + (in ? r * ld + column + c : 0);
+        low = (const T *)p.low + (int64_t)low_row * p.ld_low + 8 * half;
+        wide_to = (int)(tile_at<STEP_ROWS>((T *)0, r, c) - (T *)0);
+        pieces = (p.ranks / 8 - half + 1) / 2;
+        low_ld = p.ld_low;
+    }
+    /* The next step, into tile and the one behind it. */
+    __device__ __forceinline__ void step(T *tile, const grad_part &p) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const bool there = in && row + 32 * i < rows;
+            copy16(tile + wide_to + i * 32 * 64, there ? wide + i * 32 * ld : (const T *)p.wide, there);
+        }
+        const bool there = low_row < rows;
+        for (int i = 0; i < pieces; i++)
+            copy16(tile_at<STEP_ROWS>(tile + TILE_HALVES, (int)threadIdx.x / 2, 16 * i + 8 * (int)(threadIdx.x % 2)), there ? low + 16 * i : (const T *)p.low, there);
+        row += STEP_ROWS, low_row += STEP_ROWS, wide += STEP_ROWS * ld, low += (int64_t)STEP_ROWS * low_ld;
+    }
+};
+
+/* N: tiles of 8 ranks of the part that has most; a part with fewer makes sums of what lies there, and forgets them. */
+template <class T, int N> static __global__ void __launch_bounds__(THREADS, N > 3 ? 1 : 2) adapter_grads(const grad_job j) {
+    enum { EACH = 8 * N * COLUMNS / THREADS, AHEAD = N <= 3 ? EACH : 1 };
     LC_SHARED(shared);
     T *tiles = (T *)shared; /* [STEPS][wide, low][128][64] */
     const int warp = threadIdx.x / 32, g = (threadIdx.x & 31) / 4, q = threadIdx.x & 3;
@@ -49,18 +65,29 @@ template <class T, int N> static __global__ void __launch_bounds__(THREADS, 2) a
         if (j.part[i].ranks && (int)blockIdx.x >= j.part[i].first) which = i;
     const grad_part p = j.part[which];
     const int column = ((int)blockIdx.x - p.first) * COLUMNS, steps = (j.rows + STEP_ROWS - 1) / STEP_ROWS;
+    fetcher<T> f(p, j.rows, column);
     float sum[COLUMNS / 16][N][4] = {};
     for (int s = 0; s < STEPS - 1; s++) {
-        if (s < steps) fetch_step(tiles + 2 * s * TILE_HALVES, tiles + (2 * s + 1) * TILE_HALVES, p, j.rows, s, column);
-        else copy_commit();
+        if (s < steps) f.step(tiles + 2 * s * TILE_HALVES, p);
+        copy_commit();
+    }
+    /* where this thread's share of the result goes, and what stands there: on its way meanwhile */
+    float *to[AHEAD], old[AHEAD];
+    int from[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        const int e = threadIdx.x + i * THREADS, r = which ? e % p.ranks : e / COLUMNS, c = which ? e / p.ranks : e % COLUMNS;
+        const bool there = e < p.ranks * COLUMNS && column + c < p.columns;
+        to[i] = there ? p.to + (which ? (int64_t)(column + c) * p.ranks + r : (int64_t)r * p.columns + column + c) : NULL;
+        from[i] = r * (COLUMNS + 4) + c;
+        old[i] = there ? *to[i] : 0;
     }
     for (int s = 0; s < steps; s++) {
         copy_wait<STEPS - 2>();
         __syncthreads();
         const int next = s + STEPS - 1;
-        T *room = tiles + 2 * (next % STEPS) * TILE_HALVES;
-        if (next < steps) fetch_step(room, room + TILE_HALVES, p, j.rows, next, column);
-        else copy_commit();
+        if (next < steps) f.step(tiles + 2 * (next % STEPS) * TILE_HALVES, p);
+        copy_commit();
         const T *wide = tiles + 2 * (s % STEPS) * TILE_HALVES, *low = wide + TILE_HALVES;
         uint32_t b[(N + 1) / 2][4];
 #pragma unroll
@@ -75,22 +102,31 @@ template <class T, int N> static __global__ void __launch_bounds__(THREADS, 2) a
     }
     copy_wait<0>();
     __syncthreads();
-    float(*part)[8 * N][COLUMNS + 4] = (float(*)[8 * N][COLUMNS + 4])shared;
+    float *part = (float *)shared; /* [WARPS][8 N][COLUMNS + 4] */
+    enum { PART = 8 * N * (COLUMNS + 4) };
 #pragma unroll
     for (int m = 0; m < COLUMNS / 16; m++)
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++) part[warp][8 * n + 2 * q + e % 2][16 * m + g + 8 * (e / 2)] = sum[m][n][e];
+            for (int e = 0; e < 4; e++)
+                part[warp * PART + (8 * n + 2 * q + e % 2) * (COLUMNS + 4) + 16 * m + g + 8 * (e / 2)] = sum[m][n][e];
     __syncthreads();
-    for (int e = threadIdx.x; e < p.ranks * COLUMNS; e += THREADS) {
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        if (!to[i]) continue;
+        float v = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) v += part[w * PART + from[i]];
+        *to[i] = old[i] + p.scale * v;
+    }
+    for (int e = threadIdx.x + AHEAD * THREADS; e < p.ranks * COLUMNS; e += THREADS) {
         const int r = which ? e % p.ranks : e / COLUMNS, c = which ? e / p.ranks : e % COLUMNS;
         if (column + c >= p.columns) continue;
         float v = 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) v += part[w][r][c];
-        float *to = which ? p.to + (int64_t)(column + c) * p.ranks + r : p.to + (int64_t)r * p.columns + column + c;
-        *to += p.scale * v;
+        for (int w = 0; w < WARPS; w++) v += part[w * PART + r * (COLUMNS + 4) + c];
+        p.to[which ? (int64_t)(column + c) * p.ranks + r : (int64_t)r * p.columns + column + c] += p.scale * v;
     }
 }
 
@@ -102,6 +138,12 @@ static int tiles_of(const grad_job *j) {
     for (int i = 0; i <= G_PARTS; i++)
         if (j->part[i].ranks / 8 > most) most = j->part[i].ranks / 8;
     return most;
+}
+
+/* Bytes of shared memory: of the steps under way, or of the warps' sums behind them. */
+static size_t shared_for(int tiles) {
+    const size_t loop = 2 * STEPS * 2 * TILE_HALVES, sums = sizeof(float) * WARPS * 8 * tiles * (COLUMNS + 4);
+    return loop > sums ? loop : sums;
 }
 
 static bool fill_job(const lc_kargs *k, grad_job *j) {
@@ -122,12 +164,11 @@ static bool fill_job(const lc_kargs *k, grad_job *j) {
         if (wide->dtype != x->dtype || to->dtype != LC_K_F32 || p->ranks % 8 || p->columns % 8) return false;
         if (!lies16(p->wide, p->ld_wide) || !lies16(p->low, p->ld_low)) return false;
     }
-    return tiles_of(j) <= MOST_TILES;
+    return tiles_of(j) <= MOST_TILES && shared_for(tiles_of(j) > 3 ? MOST_TILES : tiles_of(j)) <= lc_cuda_now->shared_max;
 }
 
 template <class T, int N> static int run_tiles(const grad_job *j, unsigned blocks) {
-    const size_t loop = sizeof(T) * STEPS * 2 * TILE_HALVES, sums = sizeof(float) * WARPS * 8 * N * (COLUMNS + 4);
-    const size_t shared = loop > sums ? loop : sums;
+    const size_t shared = shared_for(N);
     if (allow_shared(adapter_grads<T, N>, shared)) return LC_K_DEVICE;
     LC_LAUNCH((adapter_grads<T, N>), blocks, THREADS, shared, *j);
     return LC_K_OK;

@@ -124,7 +124,7 @@ typedef struct norm_back {
 /* A block takes rows b, b + blocks, ..; BACK_PACKS packs a thread at most. DW: gw's part of these rows stays in
  * registers. MOST threads: with gw, packs of 8 want more registers. */
 template <class T, int V, bool DW, int MOST>
-__global__ void __launch_bounds__(MOST, 1) norm_back_rows(const norm_back j) {
+__global__ void __launch_bounds__(MOST, MOST == 256 ? 4 : 1) norm_back_rows(const norm_back j) {
     typedef real_of<T> R;
     constexpr int P = BACK_PACKS;
     __shared__ R room[32];
@@ -158,11 +158,13 @@ __global__ void __launch_bounds__(MOST, 1) norm_back_rows(const norm_back j) {
         if (!j.gx) continue;
         sum = block_reduce(sum, op_sum(), (R)0, room);
         R pull = sum / ((R)n * V) * rstd * rstd;
+        walk_at(j.rows, r, at); /* again: registers are scarce in between */
 #pragma unroll
         for (int p = 0; p < P; p++) {
             int i = threadIdx.x + p * blockDim.x;
             if (i >= n) continue;
             R out[V];
+            w[p] = *(const pack<T, V> *)((const T *)j.w + i * V);
 #pragma unroll
             for (int c = 0; c < V; c++)
                 out[c] = rstd * (load<R>(g[p].v[c]) * load<R>(w[p].v[c]) - load<R>(x[p].v[c]) * pull);
@@ -174,6 +176,7 @@ __global__ void __launch_bounds__(MOST, 1) norm_back_rows(const norm_back j) {
             }
             store_pack<V>((T *)j.gx + at[2] + i * V, out);
         }
+        if (!DW) return; /* a block has one row */
     }
     if (DW) {
 #pragma unroll
@@ -258,6 +261,8 @@ template <class T> static int run_norm_back(const lc_kargs *k, norm_back j) {
             j.n = n / V;
             if (j.partial)
                 LC_LAUNCH((norm_back_rows<T, V, true, MOST>), (unsigned)parts, threads, 0, j);
+            else if (threads <= 256) /* four rows at a time on a multiprocessor */
+                LC_LAUNCH((norm_back_rows<T, V, false, 256>), (unsigned)j.count, threads, 0, j);
             else if (threads <= MOST)
                 LC_LAUNCH((norm_back_rows<T, V, false, MOST>), (unsigned)j.count, threads, 0, j);
             else
@@ -294,21 +299,29 @@ typedef struct rope_shape {
     double sign;
 } rope_shape;
 
+/* One or two tensors that are turned by the same tables. */
+typedef struct rope_job {
+    const void *x[2], *c, *s;
+    void *y[2];
+    rope_shape shape[2]; /* the second one's heads are 0: there is none */
+} rope_job;
+
 /* A block a position of a sequence: its threads take packs of V pairs of all heads; C is the tables' type. */
-template <class T, class C, int V>
-__global__ void __launch_bounds__(ROPE_BLOCK) rope_rows(const T *x, const C *c, const C *s, T *y, const rope_shape r) {
+template <class T, class C, int V> __global__ void rope_rows(const rope_job j) {
     typedef real_of<T> R;
     next_may_start();
     wait_for_previous();
+    const rope_shape &r = j.shape[0];
     const int64_t b = blockIdx.x / r.len, t = blockIdx.x - b * r.len;
-    const int half = (int)(r.half / V), items = (int)r.heads * half;
-    x += b * r.x[0] + t * r.x[2], y += b * r.y[0] + t * r.y[2];
-    c += b * r.cos_b + t * r.cos_t, s += b * r.sin_b + t * r.sin_t;
+    const int half = (int)(r.half / V), first = (int)r.heads * half, items = first + (int)j.shape[1].heads * half;
+    const C *c = (const C *)j.c + b * r.cos_b + t * r.cos_t, *s = (const C *)j.s + b * r.sin_b + t * r.sin_t;
     const R sign = (R)r.sign;
-    for (int e = threadIdx.x; e < items; e += ROPE_BLOCK) {
-        int h = e / half, i = (e - h * half) * V;
-        const T *px = x + h * r.x[1] + i;
-        T *py = y + h * r.y[1] + i;
+    for (int e = threadIdx.x; e < items; e += blockDim.x) {
+        const int which = e >= first, at = which ? e - first : e;
+        const int64_t *sx = which ? j.shape[1].x : r.x, *sy = which ? j.shape[1].y : r.y;
+        int h = at / half, i = (at - h * half) * V;
+        const T *px = (const T *)(which ? j.x[1] : j.x[0]) + b * sx[0] + h * sx[1] + t * sx[2] + i;
+        T *py = (T *)(which ? j.y[1] : j.y[0]) + b * sy[0] + h * sy[1] + t * sy[2] + i;
         R low[V], high[V], pc[V], ps[V], a[V], z[V];
         load_pack<V>(px, low);
         load_pack<V>(px + r.half, high);
@@ -325,18 +338,18 @@ __global__ void __launch_bounds__(ROPE_BLOCK) rope_rows(const T *x, const C *c, 
     }
 }
 
-template <class T, class C> static int run_rope(const lc_kargs *k, const rope_shape *r) {
+template <class T, class C> static int run_rope(const lc_kargs *k, const rope_job *j, int count) {
     constexpr int V = pack_of<T>();
-    const lc_view *x = &k->x[0], *y = &k->y[0], *c = &k->x[1], *s = &k->x[2];
+    const lc_view *x = k->x, *y = k->y, *c = &k->x[count], *s = &k->x[count + 1];
+    const rope_shape *r = j->shape;
     const unsigned blocks = (unsigned)(x->dim[0] * r->len);
-    bool packs = r->half % V == 0 && view_packs(x, V) && view_packs(y, V) && view_packs(c, V) && view_packs(s, V);
-    if (packs)
-        LC_LAUNCH_AFTER(true, (rope_rows<T, C, V>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data,
-                        (const C *)s->data, (T *)y->data, *r);
-    else
-        LC_LAUNCH_AFTER(true, (rope_rows<T, C, 1>), blocks, ROPE_BLOCK, 0, (const T *)x->data, (const C *)c->data,
-                        (const C *)s->data, (T *)y->data, *r);
-    chain_writes(y);
+    bool packs = r->half % V == 0 && view_packs(c, V) && view_packs(s, V);
+    for (int i = 0; i < count; i++) packs = packs && view_packs(&x[i], V) && view_packs(&y[i], V);
+    const int64_t items = (r[0].heads + r[1].heads) * r->half / (packs ? V : 1);
+    const unsigned threads = items <= ROPE_BLOCK || items > 2 * ROPE_BLOCK ? ROPE_BLOCK : (unsigned)((items + 31) / 32 * 32);
+    if (packs) LC_LAUNCH_AFTER(true, (rope_rows<T, C, V>), blocks, threads, 0, *j);
+    else LC_LAUNCH_AFTER(true, (rope_rows<T, C, 1>), blocks, threads, 0, *j);
+    for (int i = 0; i < count; i++) chain_writes(&y[i]);
     return LC_K_OK;
 }
 
@@ -384,27 +397,39 @@ int lc_cuda_rope_table(const lc_kargs *k) {
     return LC_K_OK;
 }
 
-/* x [b, h, t, d]  cos, sin [t, d/2] or [b, t, d/2]  ->  y, which lies as [b, t, h, d] */
-int lc_cuda_rope(const lc_kargs *k) {
-    const lc_view *x = &k->x[0], *y = &k->y[0], *c = &k->x[1], *s = &k->x[2];
-    if (x->ndim != 4 || x->dim[3] % 2 || c->ndim < 2 || c->ndim > 3 || s->dtype != c->dtype) return LC_K_UNSUPPORTED;
-    if (!view_numel(x)) return LC_K_OK;
-    rope_shape r = {x->dim[2],
-                    x->dim[1],
-                    x->dim[3] / 2,
-                    {x->stride[0], x->stride[1], x->stride[2]},
-                    {y->stride[0], y->stride[1], y->stride[2]},
-                    c->ndim == 3 ? c->stride[0] : 0,
-                    c->stride[c->ndim - 2],
-                    s->ndim == 3 ? s->stride[0] : 0,
-                    s->stride[s->ndim - 2],
-                    k->i[0] ? -1.0 : 1.0};
+/* The first `count` inputs, turned by the tables behind them. */
+static int turn(const lc_kargs *k, int count) {
+    const lc_view *c = &k->x[count], *s = &k->x[count + 1], *x = k->x;
+    rope_job j = {};
+    if (c->ndim < 2 || c->ndim > 3 || s->dtype != c->dtype) return LC_K_UNSUPPORTED;
+    for (int i = 0; i < count; i++) {
+        const lc_view *v = &k->x[i], *y = &k->y[i];
+        if (v->ndim != 4 || v->dim[3] % 2 || v->dim[2] != x->dim[2] || v->dim[3] != x->dim[3] || v->dim[0] != x->dim[0] || v->dtype != x->dtype)
+            return LC_K_UNSUPPORTED;
+        if (!view_numel(v)) return LC_K_OK;
+        j.x[i] = v->data, j.y[i] = y->data;
+        j.shape[i] = {v->dim[2],
+                      v->dim[1],
+                      v->dim[3] / 2,
+                      {v->stride[0], v->stride[1], v->stride[2]},
+                      {y->stride[0], y->stride[1], y->stride[2]},
+                      c->ndim == 3 ? c->stride[0] : 0,
+                      c->stride[c->ndim - 2],
+                      s->ndim == 3 ? s->stride[0] : 0,
+                      s->stride[s->ndim - 2],
+                      k->i[0] ? -1.0 : 1.0};
+    }
+    j.c = c->data, j.s = s->data;
     if (c->dtype == x->dtype) {
-        LC_FLOATS(x->dtype, return run_rope<T, T>(k, &r);)
+        LC_FLOATS(x->dtype, return run_rope<T, T>(k, &j, count);)
     } else if (c->dtype == LC_K_F32) {
-        if (x->dtype == LC_K_BF16) return run_rope<bf16, float>(k, &r);
-        if (x->dtype == LC_K_F16) return run_rope<f16, float>(k, &r);
+        if (x->dtype == LC_K_BF16) return run_rope<bf16, float>(k, &j, count);
+        if (x->dtype == LC_K_F16) return run_rope<f16, float>(k, &j, count);
     }
     return LC_K_UNSUPPORTED;
 }
+
+/* x [b, h, t, d]  cos, sin [t, d/2] or [b, t, d/2]  ->  y, which lies as [b, t, h, d] */
+int lc_cuda_rope(const lc_kargs *k) { return turn(k, 1); }
+int lc_cuda_rope_pair(const lc_kargs *k) { return turn(k, 2); }
 }

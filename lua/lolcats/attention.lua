@@ -6,6 +6,8 @@ local lc = require "lolcats"
 
 local M = {}
 
+local EPS = 1e-12 -- beside the sum of purely linear weights
+
 --- Key/value heads repeated to the query heads: [b, g, t, d] -> [b, h, t, d], each head h / g times in a row.
 function M.repeat_heads(x, h)
     local s = x.shape
@@ -138,6 +140,7 @@ function M.hybrid(a, q, k, v, ctx)
         mq = fq:weights(q:size(2)), mk = fk:weights(q:size(2)), map = a.map.op, full = a.map.full, skip = a.map.skip,
         window = a.window, kind = a.window > 0 and a.kind or nil, affine = a.affine, start = ctx.start,
         state = st.state, zsum = st.zsum, cache = st.cache, pos = ctx.state and ctx.pos_tensor or nil,
+        eps = a.eps, feature_eps = a.map.feature_eps,
     }
     args.bq, args.bk = fq:effective_bias(), fk:effective_bias()
     if a.window > 0 then args.factors = a.factors end
@@ -151,7 +154,7 @@ function M.generic(a, q, k, v, ctx)
     local st = ctx.state or {}
     if ctx.state and not st.state then return M.recurrent(a, q, k, v, fq, fk, ctx) end
     local args = { mq = fq, mk = fk, map = "none", window = a.window, kind = a.window > 0 and a.kind or nil,
-                   affine = a.affine, start = ctx.start, state = st.state, zsum = st.zsum, cache = st.cache,
+                   affine = a.affine, start = ctx.start, state = st.state, zsum = st.zsum, cache = st.cache, eps = a.eps,
                    pos = ctx.state and ctx.pos_tensor or nil }
     if a.window > 0 then args.factors = a.factors end
     return (lc.hybrid_attention(q, k, v, args))
@@ -284,7 +287,7 @@ function M.weights(a, s, fq, fk, m, factors)
     local f = fq:matmul(fk:transpose(-1, -2))
     if a.kind == "scale" then return scale_weights(s, f, m) end
     local p, g = parts(a, s, f, m, factors)
-    if not p then return g / (g:sum(-1, { keep = true }) + 1e-12) end
+    if not p then return g / (g:sum(-1, { keep = true }) + (a.eps or EPS)) end
     return (p + g) / (p:sum(-1, { keep = true }) + g:sum(-1, { keep = true }))
 end
 
@@ -374,7 +377,7 @@ function M.recurrent(a, q, k, v, fq, fk, ctx)
             if lambda then before, all = before * lambda, all * lambda end
             y, z = y + before, z + all
         end
-        if p then y, z = y + p:matmul(values), z + p:sum(-1, { keep = true }) else z = z + 1e-12 end
+        if p then y, z = y + p:matmul(values), z + p:sum(-1, { keep = true }) else z = z + (a.eps or EPS) end
         y = y / z
     end
     lc.no_grad(M.fold, a, st, keys:detach(), values:detach(), feats:detach(), places, n + t)

@@ -23,7 +23,10 @@ local TYPES = {
         options = { kind = "terrace", precision = "bf16" },
         note = "scores, weights and sums are rounded to bf16; the form is quadratic in length",
     },
-    lolcats_llama_window_tk_fa2 = { options = { kind = "terrace" } },
+    lolcats_llama_window_tk_fa2 = {
+        options = { kind = "terrace" }, flows = true,
+        note = "in the reference the student's outputs go on to the next layer while it learns: compat = \"flow\"",
+    },
     lolcats_llama_window_tk_sdpa = { options = { kind = "terrace" }, note = "broken in the reference; here it is the terrace" },
     lolcats_llama_window_tk_gen = { options = { kind = "terrace", window = 64 }, note = "its window is always 64" },
     lolcats_long_llama_window_tk = { options = { kind = "terrace" }, long = true },
@@ -38,7 +41,7 @@ function M.names()
     return out
 end
 
---- What a name means: {name, options, long, note}.
+--- What a name means: {name, options, long, flows, note}. flows: see compat = "flow" of lc.linearize.
 function M.find(name)
     local t = TYPES[name]
     if not t then
@@ -48,7 +51,7 @@ function M.find(name)
     end
     local options = {}
     for k, v in pairs(t.options) do options[k] = v end
-    return { name = name, options = options, long = t.long or false, note = t.note }
+    return { name = name, options = options, long = t.long or false, flows = t.flows or false, note = t.note }
 end
 
 return M

@@ -80,6 +80,7 @@ function M.new(opts)
     for first = 1, n, size do
         self.blocks[#self.blocks + 1] = { first = first, last = math.min(n, first + size - 1) }
     end
+    require("lolcats.train.folder").open_out(self.out, false) -- one process at a time
     files.make_dirs(self.out .. "/blocks")
     if opts.fresh then self:forget() end
     self:claim(self.out, self:request(), "start over with fresh, or take another folder")

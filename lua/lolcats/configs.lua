@@ -34,14 +34,15 @@ function M.names(kind, dir)
     end
     for _, path in ipairs(program.files()) do
         local name = path:match("^recipes/configs/" .. kind .. "/(.+)%.yaml$")
-        if name then add(name) end
+        local scaled = path:match("^recipes/configs/scaled/" .. kind .. "/(.+)%.yaml$")
+        if name or scaled then add(name or "scaled/" .. scaled) end
     end
     table.sort(out)
     return out
 end
 
---- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; or a file's
---- path.
+--- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; scaled/NAME for
+--- the one of the branch for large models, where both have the name; or a file's path.
 function M.find(kind, name, dir)
     if not KINDS[kind] then lc.fail("configs: a kind is 'model' or 'experiment', not '%s'", tostring(kind)) end
     if type(name) ~= "string" or name == "" then lc.fail("configs: the name of a %s configuration is missing", kind) end
@@ -50,7 +51,8 @@ function M.find(kind, name, dir)
                             name:match "%.yaml$" and name or false } do
         if path and files.is_file(path) then return files.read(path), path end
     end
-    local path = ("recipes/configs/%s/%s.yaml"):format(kind, short)
+    local scaled = short:match "^scaled/(.+)$" -- the other branch's file, where both have one of that name
+    local path = ("recipes/configs/%s%s/%s.yaml"):format(scaled and "scaled/" or "", kind, scaled or short)
     local text = not short:find("..", 1, true) and program.source(path)
     if text then return text, path end
     local names = M.names(kind, dir)
@@ -220,6 +222,9 @@ function M.override_model(tree, flags)
 end
 
 -- ---- what the keys mean ---------------------------------------------------------------------------------------------
+-- An eps that is not what it is anyway.
+local function unusual(eps) return eps ~= 1e-12 and eps or nil end
+
 --- Options of lc.linearize for a model configuration; nil when its attention stays softmax. What an attention_type
 --- means stands in attention_types.lua; feature_map may be any built-in map, learned_kernel any kernel
 --- (none, or null in a file: nothing is learned).
@@ -228,10 +233,6 @@ function M.linearize_options(tree)
     local found = require("lolcats.attention_types").find(a.attention_type)
     if found.options.softmax then return nil end
     local kind = found.options.kind
-    if a.peft or a.peft_config then
-        lc.fail("attention.peft: LoRA in the first stage is not built; leave it to the second")
-    end
-    if a.rotary_config then lc.fail("attention.rotary_config is not built; rotary settings are the model's own") end
     if a.decode_window_size and a.decode_window_size ~= (a.window_size or 64) then
         require("lolcats.log").say("decode_window_size %s: decoding has the window of training here, %s",
                                    tostring(a.decode_window_size), tostring(a.window_size or 64))
@@ -254,8 +255,17 @@ function M.linearize_options(tree)
         kernel = kernel ~= "untied" and kernel or nil, hidden_dim = k.hidden_dim, tie_qk = a.tie_qk_kernels or nil,
         init = k.normal_init and "normal" or k.zero_init and "identity" or "kaiming",
         window_factor = a.init_window_factor or 0, affine = a.affine_attention_factors or false, softmax_layers = keep,
-        train_window_factor = train_factor,
+        train_window_factor = train_factor, rotary = a.rotary_config, eps = unusual(a.eps),
+        feature_eps = unusual(f.eps),
     }
+end
+
+--- Options of student:add_lora for adapters that learn in the first stage (attention.peft or peft_config, in the form of
+--- a finetune block), or nil.
+function M.first_lora_options(tree)
+    local block = tree.attention.peft or tree.attention.peft_config
+    if not block then return nil end
+    return (M.lora_options { finetune = { method = block.method or "lora", kwargs = block.kwargs } })
 end
 
 --- What of a model block cannot be taken as it says: raises for quantised loading, tells rotary settings that the model
@@ -292,11 +302,15 @@ function M.lora_options(tree)
 end
 
 --- The optimizer of an experiment. A block without weight_decay has PyTorch's: 0.01 for AdamW, 0 for the others.
-function M.optimizer(tree)
+--- rounded: keep Adam's parameters and moments to bfloat16's digits, as the named implementation does.
+function M.optimizer(tree, rounded)
     local o = tree.optimizer or {}
     local opts = {}
     for k, v in pairs(o) do
         if k ~= "optim" and k ~= "max_optimizer_steps" then opts[k] = v end
+    end
+    if rounded and tostring(o.optim or "adamw"):match "^adam" and o.optim ~= "adamax" then
+        opts.rounded = o.optim == "adamw_torch_fused" and "fused" or "loop"
     end
     return require("lolcats.optim").named(o.optim or "adamw", opts)
 end

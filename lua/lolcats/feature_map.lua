@@ -160,7 +160,7 @@ end
 
 --- A built-in map by name with its options: feature_dim, full, bias (true: one number a head; "feature": one a
 --- feature), skip, init ("identity", "zero", "kaiming", "normal"), kernel ("untied", "tied", "adapter", "none"),
---- hidden_dim (of the adapter).
+--- hidden_dim (of the adapter), feature_eps (no feature is smaller: 1e-12).
 function M.builtin(name, opts)
     local row = activations.rows[name]
     if not row then
@@ -182,7 +182,7 @@ function M.builtin(name, opts)
         signed = row.signed, buffers = row.buffers, kernel = kernel, hidden_dim = opts.hidden_dim,
         full = pick("full", true), with_bias = bias, skip = pick("skip", false),
         feature_dim = opts.feature_dim, start = opts.init or "identity",
-        init = builtin_init, forward = builtin_forward, feature_eps = FEATURE_EPS,
+        init = builtin_init, forward = builtin_forward, feature_eps = opts.feature_eps or FEATURE_EPS,
     }
 end
 

@@ -24,7 +24,8 @@ for _, name in ipairs {"custom", "checkpoint", "backward", "rng_state", "set_rng
   lc[name] = autograd[name]
 end
 for name, v in pairs(system) do lc[name] = v end
-lc.record = require("lolcats.core.graph").record
+local graph = require "lolcats.core.graph"
+lc.record, lc.rehearse, lc.record_room = graph.record, graph.rehearse, graph.record_room
 lc.einsum, lc.rearrange = einsum.einsum, einsum.rearrange
 lc.is_tensor, lc.fail, lc.is_error = bridge.is_tensor, bridge.fail, bridge.is_error
 

@@ -9,12 +9,15 @@ local attention = require "lolcats.attention"
 local tiles = require "lolcats.attention_tiles"
 local lora = require "lolcats.lora"
 local llama = require "lolcats.models.llama"
+local rope = require "lolcats.models.rope"
+local whole = require "lolcats.transfer_whole"
 
 local M = {}
 
 local START_FACTOR = -2.1972245773362196 -- -ln 9: sigmoid = 0.1
 local KINDS = { terrace = true, sliding = true, linear = true, scale = true }
 local FORMAT, VERSION = "lolcats-student", 1
+local FIRST = "first_stage." -- before the names of adapters that were merged after the first stage
 
 -- A student is a model with more methods.
 local Student = setmetatable({}, { __index = llama.Model })
@@ -25,7 +28,7 @@ Student.__tostring = llama.Model.__tostring
 local KNOWN = { map = true, window = true, kind = true, feature_dim = true, window_factor = true, affine = true,
                 skip = true, bias = true, full = true, init = true, softmax_layers = true, train_window_factor = true,
                 map_options = true, compat = true, attention = true, kernel = true, hidden_dim = true, tie_qk = true,
-                precision = true, sinks = true }
+                precision = true, sinks = true, rotary = true, feature_eps = true, eps = true }
 
 local function settings(teacher, opts)
     for k in pairs(opts) do
@@ -39,6 +42,10 @@ local function settings(teacher, opts)
     local kind = opts.kind or (opts.window == 0 and "linear") or "terrace"
     if not KINDS[kind] then lc.fail("kind: 'terrace', 'sliding', 'linear' or 'scale', not '%s'", tostring(kind)) end
     if opts.precision and opts.precision ~= "bf16" then lc.fail("precision: 'bf16' or nothing, not '%s'", tostring(opts.precision)) end
+    for _, k in ipairs { "eps", "feature_eps" } do
+        local v = opts[k]
+        if v ~= nil and (type(v) ~= "number" or not (v >= 0)) then lc.fail("%s: a number of at least 0, got %s", k, tostring(v)) end
+    end
     local s = opts.sinks
     if s and (type(s) ~= "number" or s < 0 or s % 1 ~= 0) then lc.fail("sinks: a number of tokens, got %s", tostring(s)) end
     if s and s > 0 and (kind == "linear" or kind == "scale" or opts.compat) then
@@ -62,13 +69,17 @@ local QUIRKS = {
     terrace = "terrace blocks counted from the end of a text, both parts on all keys up to one window, decoding by a " ..
               "sliding window",
     rope = "rotary frequencies rounded to bfloat16 as soon as LoRA is attached",
+    window = "a model's own sliding window (Mistral's) is left out, in the teacher's attention too",
+    flow = "in the first stage the student's outputs, not the teacher's, go on to the next layer",
 }
 
 local function quirks_of(compat)
     local out = {}
     if not compat then return out end
-    for name in (compat == "reference" and "terrace,rope" or tostring(compat)):gmatch "[^,%s]+" do
-        if not QUIRKS[name] then lc.fail("compat: 'reference', 'terrace' or 'rope', not '%s'", name) end
+    for name in (compat == "reference" and "terrace,rope,window,flow" or tostring(compat)):gmatch "[^,%s]+" do
+        if not QUIRKS[name] then
+            lc.fail("compat: 'reference', or some of 'terrace,rope,window,flow', not '%s'", name)
+        end
         out[name] = true
     end
     return out
@@ -92,14 +103,52 @@ local function by_name(opts)
     return out, found
 end
 
+-- The rotary settings of a `rotary` option, in a config's words. Its keys are those of the reference's rotary_config:
+-- rope_scaling_type (none, "linear" or "dynamic"), rope_scaling_factor (1), rope_theta (10000),
+-- max_position_embeddings (4096), head_dim (the model's).
+local ROTARY = { rope_scaling_type = true, rope_scaling_factor = true, rope_theta = true, max_position_embeddings = true,
+                 head_dim = true, device = true }
+local function own_rotary(r, c)
+    if type(r) ~= "table" then lc.fail("rotary: a table of settings is wanted, got a %s", type(r)) end
+    for k in pairs(r) do
+        if not ROTARY[k] then lc.fail("rotary has no setting '%s'", tostring(k)) end
+    end
+    local kind = r.rope_scaling_type
+    if kind ~= nil and kind ~= "linear" and kind ~= "dynamic" then
+        lc.fail("rotary: rope_scaling_type is 'linear', 'dynamic' or nothing, not '%s'", tostring(kind))
+    end
+    if r.head_dim and r.head_dim ~= c.head_dim then
+        lc.fail("rotary: head_dim is %s, the model's heads have %d", tostring(r.head_dim), c.head_dim)
+    end
+    for _, k in ipairs { "rope_theta", "max_position_embeddings", "rope_scaling_factor" } do
+        if r[k] ~= nil and (type(r[k]) ~= "number" or r[k] <= 0) then
+            lc.fail("rotary: %s must be a number above 0, got %s", k, tostring(r[k]))
+        end
+    end
+    return { head_dim = c.head_dim, rope_theta = r.rope_theta or 10000,
+             max_position_embeddings = r.max_position_embeddings or 4096,
+             rope_scaling = kind and { rope_type = kind, factor = r.rope_scaling_factor or 1 } or nil }
+end
+
+-- Layers without a sliding window of the model's own.
+local function leave_windows(student)
+    local had = false
+    for _, layer in ipairs(student.layers) do
+        had = had or (layer.window or 0) > 0
+        layer.window = nil
+    end
+    if had then say_quirk "window" end
+end
+
 --- A student that shares the teacher's frozen weights. opts: map (name, file or lc.feature_map), attention (one of the
 --- reference's names: see attention_types.lua), window (64), kind ("terrace", "sliding", "linear", or "scale": window
 --- and linear part with a normaliser each), sinks (first tokens that every query keeps in its window), kernel
 --- ("untied", "tied", "adapter", "none"), hidden_dim, tie_qk (one map for q and k), feature_dim, full, bias, skip, init
 --- ("identity", "kaiming", "normal"), window_factor, affine, softmax_layers (positions of layers that keep their
 --- softmax attention), train_window_factor, precision, map_options (plain values that a map finds as self.options),
---- compat ("reference", or some of "terrace,rope": quirks of the reference that published checkpoints and figures have;
---- see QUIRKS).
+--- compat ("reference", or some of "terrace,rope,window,flow": quirks of the reference that published checkpoints and
+--- figures have; see QUIRKS), rotary (frequencies of the linearized layers' own: see own_rotary), feature_eps (no feature is
+--- smaller), eps (beside the sum of purely linear weights), both 1e-12.
 function M.linearize(teacher, opts)
     opts = opts or {}
     if type(teacher) ~= "table" or not teacher.layers then
@@ -115,7 +164,7 @@ function M.linearize(teacher, opts)
     local quirks = quirks_of(opts.compat)
     local map = maps.resolve(opts.map, { feature_dim = opts.feature_dim, full = opts.full, bias = opts.bias,
                                          skip = opts.skip, init = opts.init, kernel = opts.kernel,
-                                         hidden_dim = opts.hidden_dim })
+                                         hidden_dim = opts.hidden_dim, feature_eps = opts.feature_eps })
     teacher:freeze()
     local student = setmetatable(teacher:share(), Student)
     student.is_student, student.teacher, student.map = true, teacher, map
@@ -126,7 +175,7 @@ function M.linearize(teacher, opts)
         if not keep[i] then
             local fq = map:instance(h, d, how)
             local a = { map = map, fq = fq, fk = opts.tie_qk and fq or map:instance(h, d, how, fq), kind = kind, window = window,
-                        affine = opts.affine or false, precision = opts.precision,
+                        affine = opts.affine or false, precision = opts.precision, eps = opts.eps,
                         sinks = opts.sinks and opts.sinks > 0 and opts.sinks or nil, compat = quirks.terrace and kind == "terrace" or nil }
             if window > 0 then
                 local value = opts.window_factor or START_FACTOR
@@ -143,8 +192,17 @@ function M.linearize(teacher, opts)
         softmax_layers = opts.softmax_layers, train_window_factor = opts.train_window_factor,
         map_options = opts.map_options, compat = opts.compat, attention = opts.attention, kernel = opts.kernel,
         hidden_dim = opts.hidden_dim, tie_qk = opts.tie_qk, precision = opts.precision, sinks = opts.sinks,
+        rotary = opts.rotary, feature_eps = opts.feature_eps, eps = opts.eps,
     }
     student.is_long = named and named.long or nil
+    if named and named.note then require("lolcats.log").say("%s: %s", named.name, named.note) end
+    if opts.rotary then student.own_rotary = own_rotary(opts.rotary, c) end
+    if quirks.window then leave_windows(student) end
+    -- of all names only this one has the student's outputs flow on; asked for by name, any student does it
+    if quirks.flow and (opts.compat ~= "reference" or named and named.flows) then
+        student.flows = true
+        say_quirk "flow"
+    end
     student.rounds_rope = quirks.rope
     if quirks.terrace and kind == "terrace" then say_quirk "terrace" end
     for _, p in ipairs(student:map_params()) do p.tensor:set_name(p.name) end
@@ -160,6 +218,51 @@ function Student:add_lora(opts)
         say_quirk "rope"
     end
     return self
+end
+
+--- Ends the part of adapters in the first stage: they are merged into the student's own copy of the weights, and kept
+--- aside for its files.
+function Student:merge_first_lora()
+    if not self.lora then lc.fail("merge_first_lora: there are no adapters") end
+    local kept = {}
+    for _, p in ipairs(lora.parameters(self)) do
+        kept[#kept + 1] = { name = FIRST .. p.name, tensor = lc.keep(lc.no_grad(function() return p.tensor:detach():clone() end)) }
+    end
+    self.first_lora = { options = self.lora, tensors = kept }
+    lora.merge(self)
+    lora.drop(self)
+    replay.forget(self)
+    return self
+end
+
+-- ---- rotary frequencies of the student's own ------------------------------------------------------------------------
+function Student:rotary_varies()
+    return llama.Model.rotary_varies(self) or (self.own_rotary ~= nil and rope.varies(self.own_rotary))
+end
+
+-- The rotation of layers with frequencies of their own, for positions pos of a text of `length`.
+local function own_turn(self, pos, length)
+    local about = ("%s %d"):format(tostring(self.rope_bf16), rope.varies(self.own_rotary) and length or 0)
+    if self.own_freq_of ~= about then
+        local list = rope.inv_freq(self.own_rotary, length)
+        if self.rope_bf16 then list = rope.round_bf16(list) end
+        self.own_freq, self.own_freq_of = lc.keep(lc.tensor(list, { dtype = self.fine, device = self.device })), about
+    end
+    return lc.rope_table(pos, self.own_freq)
+end
+
+function Student:context(ids, opts)
+    local ctx = llama.Model.context(self, ids, opts)
+    if self.own_rotary and not ctx.teacher then
+        local cos, sin = own_turn(self, ctx.pos, ctx.seen + ctx.t)
+        ctx.own = setmetatable({ cos = cos, sin = sin }, { __index = ctx })
+    end
+    return ctx
+end
+
+--- q, k, v as the model's; linearized layers may turn by frequencies of their own.
+function Student:qkv(layer, n, ctx)
+    return llama.Model.qkv(self, layer, n, layer.student and ctx.own or ctx)
 end
 
 -- ---- attention transfer ---------------------------------------------------------------------------------------------
@@ -201,7 +304,7 @@ function Student:transfer(ids, opts)
         return x.dtype ~= self.dtype and x:to(self.dtype) or x
     end
     local plain = self.device == "cpu" or opts.backward == false or opts.plain or (opts.xent or 0) ~= 0
-    if plain or opts.start or opts.cu_seqlens then
+    if plain or whole.needed(self) or opts.start or opts.cu_seqlens then
         return self:transfer_hidden(function() return embedded(ids) end, opts, ids)
     end
     local key = ("%.17g,%.17g"):format(opts.scale or 1, opts.mse or 1000)
@@ -244,29 +347,36 @@ function Student:transfer_losses(x, opts, ids)
     local scale, mse, xent = opts.scale or 1, opts.mse or 1000, opts.xent or 0
     if mse == 0 and xent == 0 then lc.fail("transfer: mse and xent are both 0; there is no loss") end
     local n, last = taught(self)
+    if whole.needed(self) then
+        return whole.losses(self, x, opts, ids, { mse = mse * scale / n, xent = xent * scale / n }, last)
+    end
     return lc.no_grad(lc.scope, function()
         local ctx = self:context(ids or x, opts)
         local losses = lc.zeros({ #self.layers }, { dtype = self.fine, device = self.device })
         local x = type(x) == "function" and x() or x:alias()
         for i = 1, last do
-            local before = x
-            x = lc.scope(self.transfer_layer, self, self.layers[i], x, ctx, losses, i == last,
-                         { mse = mse * scale / n, xent = xent * scale / n, opts = opts })
-            before:drop()
+            local layer = self.layers[i]
+            local attended = lc.scope(self.transfer_layer, self, layer, x, ctx, losses, i == last,
+                                      { mse = mse * scale / n, xent = xent * scale / n, opts = opts })
+            x:drop() -- before the MLP, whose memory is the most
+            if attended then
+                x = lc.scope(self.mlp, self, layer, attended, ctx)
+                attended:drop()
+            end
         end
         return losses
     end)
 end
 
--- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the layer.
+-- Teacher's attention, the student's loss beside it, its backward; returns the residual stream after the attention.
 function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
     local opts = how.opts
     local normed = self:norm_in(layer, x)
     local q, k, v = self:qkv(layer, normed, ctx)
-    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window,
-                   seen = 0 }
-    local y = attention.softmax(q, k, v, call)
     local a = layer.student
+    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index, window = layer.window, seen = 0 }
+    if a and a.map.custom then call.hidden = normed else normed:drop() end
+    local y = attention.softmax(q, k, v, call)
     if a then
         local generic = a.generic
         a.generic = opts.plain or generic
@@ -282,7 +392,7 @@ function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
         a.generic = generic
     end
     if is_last then return nil end -- nothing reads what follows the last pair
-    return self:finish(layer, x, y, ctx)
+    return self:attended(layer, x, y, ctx)
 end
 
 --- Both stages on texts longer than memory: long.lua. Backward runs inside; they return the loss as a number.
@@ -341,6 +451,7 @@ end
 --- What was trained, by name: feature maps, window factors, adapters.
 function Student:trained()
     local out = self:map_params()
+    for _, p in ipairs(self.first_lora and self.first_lora.tensors or {}) do out[#out + 1] = p end
     for _, p in ipairs(lora.saved(self)) do out[#out + 1] = p end
     return out
 end
@@ -352,6 +463,7 @@ function Student:save(dir)
     local tensors = {}
     for _, p in ipairs(self:trained()) do tensors[p.name] = p.tensor:detach() end
     local about = { format = FORMAT, version = VERSION, base = self.source, linearize = self.settings, lora = self.lora,
+                    first_lora = self.first_lora and self.first_lora.options,
                     shape = { layers = #self.layers, hidden_size = self.config.hidden_size } }
     if self.map.custom then
         local text, why = maps.source_of(self.map)
@@ -382,6 +494,18 @@ local function saved_map(dir, about, opts)
                 "run it, or give a map of your own as map = \"FILE.lua\"", dir, tostring(custom.name), path)
     end
     return maps.from_file(path)
+end
+
+-- The adapters of a first stage, under their own names in the file.
+local function read_first(student, path)
+    local f = files.open_tensors(path)
+    lc.no_grad(lc.scope, function()
+        for _, p in ipairs(lora.parameters(student)) do
+            if not f:has(FIRST .. p.name) then f:close(); lc.fail("%s has no tensor '%s%s'", path, FIRST, p.name) end
+            p.tensor:detach():copy_(f:tensor(FIRST .. p.name))
+        end
+    end)
+    f:close()
 end
 
 --- Reads a saved student. opts: base (a loaded model, or its name or folder), map, trust_code, and those of lc.load.
@@ -418,6 +542,11 @@ function M.load(dir, opts)
     end
     set.map = saved_map(dir, about, opts)
     local student = M.linearize(base, set)
+    if about.first_lora and about.first_lora ~= files.null then
+        lora.add(student, about.first_lora)
+        read_first(student, dir .. "/student.safetensors")
+        student:merge_first_lora()
+    end
     if about.lora and about.lora ~= files.null then student:add_lora(about.lora) end
     M.read_trained(student, dir .. "/student.safetensors")
     student.saved_in = dir

@@ -40,7 +40,7 @@ local function behind_state(a, q, k, v, fq, fk, st)
         return lc.cat({ lc.zeros({ b, h, n + m, width }, where), x }, 3)
     end
     local args = { mq = behind(fq, f), mk = #feats > 1 and lc.cat(feats, 3) or fk, map = "none", window = a.window,
-                   kind = a.window > 0 and a.kind or nil, affine = a.affine }
+                   kind = a.window > 0 and a.kind or nil, affine = a.affine, eps = a.eps }
     if a.window > 0 then args.factors = a.factors end
     local y = lc.hybrid_attention(behind(q, d), #keys > 1 and lc.cat(keys, 3) or k, #values > 1 and lc.cat(values, 3) or v, args)
     return n + m > 0 and y:narrow(3, n + m + 1, t) or y
@@ -166,6 +166,9 @@ end
 --- activations of a chunk it needs the teacher's keys and values of the text so far.
 function M.transfer(student, ids, opts)
     opts = opts or {}
+    if require("lolcats.transfer_whole").needed(student) then
+        lc.fail("adapters that learn in the first stage, and compat = 'flow', are not for training in chunks")
+    end
     local how = { mse = opts.mse or 1000, xent = opts.xent or 0, backward = opts.backward ~= false, each = {}, last = 0 }
     if how.mse == 0 and how.xent == 0 then lc.fail("transfer: mse and xent are both 0; there is no loss") end
     local n = 0

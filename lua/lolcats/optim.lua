@@ -57,6 +57,14 @@ function Optim:attach(params)
     return self
 end
 
+-- A buffer's values as bfloat16 has them.
+local function round_(x) lc.no_grad(lc.scope, function() x:copy_(x:to("bf16"):to { dtype = x.dtype }) end) end
+
+--- Rounds the gradients where the optimizer's state is kept in bfloat16 (rounded =): what a sum over micro-batches loses.
+function Optim:round_gradients()
+    if self.rounded then round_(self.flat.grad) end
+end
+
 local function attached(self)
     if not self.flat then
         lc.fail("this optimizer has no parameters yet: %s(params, {...}), or give it to lc.run", self.kind)
@@ -104,6 +112,29 @@ local function adam_step(self, flat, lr, step)
     lc.adamw_(flat.data, flat.grad, flat.m, flat.v, lr, step, self.args)
 end
 
+-- PyTorch's AdamW on bfloat16 parameters and moments: "fused" computes an update in f32 and rounds what it stores,
+-- "loop" rounds after every operation, so that a second moment may stand still.
+local function rounded_step(self, flat, lr, step)
+    local a = self.args
+    round_(flat.grad)
+    if self.rounded == "fused" then
+        adam_step(self, flat, lr, step)
+    else
+        lc.no_grad(lc.scope, function()
+            local p, g, m, v = flat.data, flat.grad, flat.m, flat.v
+            local function r(x) return x:to("bf16"):to { dtype = p.dtype } end
+            if a.weight_decay ~= 0 then
+                if a.decoupled then p:copy_(r(p * (1 - lr * a.weight_decay))) else g = r(g + p * a.weight_decay) end
+            end
+            m:copy_(r(m + (g - m) * (1 - a.beta1)))
+            v:copy_(r(r(v * a.beta2) + g * g * (1 - a.beta2)))
+            local denom = r(r(r(v:sqrt()) / math.sqrt(1 - a.beta2 ^ step)) + a.eps)
+            p:copy_(r(p - m / denom * (lr / (1 - a.beta1 ^ step))))
+        end)
+    end
+    for _, x in ipairs { flat.data, flat.m, flat.v } do round_(x) end
+end
+
 local function sgd_step(self, flat, lr, step)
     lc.sgd_(flat.data, flat.grad, self.args.momentum ~= 0 and flat.m or nil, lr, step, self.args)
 end
@@ -134,7 +165,7 @@ local function maker(kind, known, finish)
     end
 end
 
-local ADAM = { lr = 1e-3, betas = { 0.9, 0.999 }, eps = 1e-8, weight_decay = 0 }
+local ADAM = { lr = 1e-3, betas = { 0.9, 0.999 }, eps = 1e-8, weight_decay = 0, rounded = false }
 
 local function adam(decoupled)
     return function(self, set, what)
@@ -146,12 +177,22 @@ local function adam(decoupled)
         self.args = { beta1 = b[1], beta2 = b[2], eps = set.eps, weight_decay = set.weight_decay,
                       decoupled = decoupled }
         self.apply = adam_step
+        if set.rounded then
+            if set.rounded ~= "fused" and set.rounded ~= "loop" then
+                lc.fail("%s: rounded is 'fused' or 'loop' (which of PyTorch's), not '%s'", what, tostring(set.rounded))
+            end
+            self.rounded, self.apply = set.rounded, rounded_step
+            self.on_attach = function(o) round_(o.flat.data) end
+        else
+            set.rounded = nil
+        end
     end
 end
 
 --- AdamW. lc.adamw{lr = 1e-3, betas = {0.9, 0.999}, eps = 1e-8, weight_decay = 0} for lc.run, or lc.adamw(params,
 --- {...}) for a loop of your own: optim:zero_grad(), optim:clip(1), optim:step(). (weight_decay is 0 here, 0.01 in
---- PyTorch.)
+--- PyTorch.) rounded = "fused" or "loop": parameters, gradients and moments are kept to bfloat16's digits, as the
+--- reference has them, for one or the other of PyTorch's implementations.
 M.adamw = maker("adamw", ADAM, adam(true))
 
 --- Adam, with weight_decay added to the gradient (L2). Options and use as lc.adamw.

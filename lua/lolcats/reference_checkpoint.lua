@@ -244,13 +244,18 @@ function M.open(path, opts)
     if type(base) == "string" then
         base = require("lolcats.models").load(base, { dtype = opts.dtype, device = opts.device })
     end
-    local student = lc.linearize(base, options)
+    local student, first_lora = lc.linearize(base, options), configs.first_lora_options(tree)
+    local function load_first(file)
+        if first_lora then student:add_lora(first_lora) end
+        M.load_all(student, file)
+        if first_lora then student:merge_first_lora() end
+    end
     if path:match "_distill[_%d]*%.pt$" then
-        M.load_all(student, path)
+        load_first(path)
         return student:use_linear()
     end
     local first = opts.distill or first_stage(path)
-    if first then M.load_all(student, first) elseif not has_maps(path) then
+    if first then load_first(first) elseif not has_maps(path) then
         log.say("%s: no file of the first stage beside it", path)
     end
     student:use_linear():add_lora(M.lora_of(path, dir) or lc.fail("%s holds no adapters", path))

@@ -54,10 +54,12 @@ end
 
 --- What args (of lc.args with the rows of reference_flags) ask for: {model = the configuration, options = of
 --- lc.linearize, or nil where attention stays softmax; first, second = experiments, or nil; second_name; trains_first;
---- compat; paths; path, dtype = of the model; chunk; load() = the model, frozen; folder(checkpoint) = of its run}.
+--- compat; first_lora = options of student:add_lora for the first stage, or nil; rounded = training state has bfloat16's
+--- digits; paths; path, dtype = of the model; chunk; load() = the model, frozen; folder(checkpoint) = of its run}.
 function M.read(args)
     local flags = flags_of.check(args)
     local out = { compat = args.compat == "reference" }
+    flags.model_config = flags.model_config:gsub("^scaled/", "") -- names are those of that branch
     local model = configs.override_model(configs.load("model", args.model_config, args.config_dir), flags)
     use_token(args, model)
     local first = args.distill_config and
@@ -68,6 +70,10 @@ function M.read(args)
     if first and not options then log.say "softmax attention has nothing to learn from softmax: no first stage" end
     local loads = args.load_distill_checkpoint and not args.resume_distill
     out.trains_first = options and first and first.trainer.name and not loads and not args.no_distill
+    out.first_lora = options and configs.first_lora_options(model)
+    if out.first_lora and args.layers_per_model then
+        lc.fail("attention.peft: adapters of the first stage are not for blocks of layers")
+    end
     out.model, out.first, out.options, out.chunk = model, first, options, model.attention.state_chunk_len
     out.paths = names.paths(flags, out.trains_first and first.trainer or nil, { fsdp = args.enable_fsdp })
 
@@ -91,6 +97,7 @@ function M.read(args)
 
     out.path = model.model.pretrained_model_name_or_path
     out.dtype = args.dtype ~= "" and args.dtype or model.model.torch_dtype
+    out.rounded = out.compat and (out.dtype == "bf16" or out.dtype == "bfloat16") -- there all of it has the weights' dtype
     function out.load()
         local teacher = lc.load(out.path, { dtype = out.dtype, device = args.device }):freeze()
         configs.check_model(model, teacher.config)

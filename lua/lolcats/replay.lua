@@ -5,6 +5,8 @@ local lc = require "lolcats"
 
 local M = {}
 
+local SLACK = 2 * 2 ^ 20 -- holes between blocks
+
 local SWITCHES = { "plain_attention", "plain_hybrid", "plain_linear", "plain_loss", "plain_pointwise" }
 
 -- Where the weights, what is trained and the gradients lie, as text; nil when a gradient has no memory yet, or something
@@ -74,7 +76,15 @@ function M.step(model, kind, key, inputs, f)
     end
     for name, x in pairs(inputs) do lc.no_grad(step.inputs[name].copy_, step.inputs[name], x) end
     step.calls = step.calls + 1
-    if step.calls == 3 then -- the products' ways are chosen, and the memory is there
+    if step.calls == 2 then
+        local function note(room, ...)
+            step.room = room
+            return ...
+        end
+        return note(lc.rehearse(model.device, f, step.inputs))
+    end
+    if step.calls == 3 then -- the products' ways are chosen, and how much memory it takes is known
+        lc.record_room(step.room + SLACK)
         local ok, graph, why = pcall(lc.record, model.device, f, step.inputs)
         if not ok and lc.is_error(graph) and graph.code == "EINTR" then error(graph, 0) end
         step.graph, step.why = ok and graph or nil, ok and why or not ok and tostring(graph) or nil

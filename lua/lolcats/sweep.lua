@@ -78,25 +78,38 @@ local function words_of(cell, seed, fixed, folder)
     return out
 end
 
+-- Is there anything of a run in a folder, beyond what was asked for and what it said?
+local function has_run(folder)
+    for _, name in ipairs(files.is_folder(folder) and files.list(folder) or {}) do
+        if name ~= "command" and name ~= "log" then return true end
+    end
+    return false
+end
+
 -- Runs one command unless its summary is there already; returns the summary, or nil and why.
 local function run_one(recipe, words, folder, o, plain)
-    local parts = { quote(program.path), recipe }
+    local parts = { recipe }
     for _, word in ipairs(words) do parts[#parts + 1] = quote(word) end
-    local command = table.concat(parts, " ")
+    local command = table.concat(parts, " ") -- wherever the program is
     local told, summary = folder .. "/command", folder .. "/summary.json"
     local same = files.exists(told) and files.read(told) == command
     if same and files.exists(summary) and not o.fresh then return files.read_json(summary) end
+    if not same and not o.fresh and not plain and has_run(folder) then
+        lc.fail("%s holds a run with other arguments:\n  %s\nstart over with --fresh, or take another --out", folder,
+                files.read(told))
+    end
     files.make_dirs(folder)
     if (not same or o.fresh) and files.exists(summary) then files.remove(summary) end
     files.write(told, command)
     local again = (not same or o.fresh) and not plain and " --fresh" or ""
-    local status = os.execute(("%s%s > %s 2>&1 < /dev/null"):format(command, again, quote(folder .. "/log")))
+    local status = os.execute(("%s %s%s > %s 2>&1 < /dev/null"):format(quote(program.path), command, again,
+            quote(folder .. "/log")))
     if status ~= 0 or not files.exists(summary) then
         local last = ""
         for line in files.read(folder .. "/log"):gmatch "[^\r\n]+" do
             if line:match "^lolcats: " or last == "" then last = line end
         end
-        if status == 2 or status == 130 * 256 or status == 130 then lc.fail("interrupted; the same command goes on") end
+        if status == 2 or status == 130 * 256 or status == 130 then lc.fail("interrupted; the same command%s goes on", o.fresh and " without --fresh" or "") end
         return nil, last
     end
     return files.read_json(summary)

@@ -353,6 +353,7 @@ end
 function Run:end_micro()
     scope.leave(self.level)
     self.level = nil
+    self.optim:round_gradients()
     self.micro = self.micro + 1
     self.tokens_now = (self.tokens_now or 0) + self.micro_tokens
     if self.micro == self.accumulate then self:update() end

@@ -74,13 +74,22 @@ lc_status lc_scratch(int device, size_t bytes, void **out, size_t *granted); /* 
 void lc_scratch_release(int device, void *p, size_t granted);
 /* Memory that stays with a graph: what a device's blocks given back from begin to end become, to be taken again in between only. */
 typedef struct lc_keep lc_keep;
-lc_status lc_keep_begin(int device);
+lc_status lc_keep_begin(int device, double room);       /* room: bytes taken at once, for the larger blocks; 0: none */
 lc_keep *lc_keep_end(void);
 double lc_kept_bytes(int device);
 void lc_memory_holders(int device, char *out, size_t size); /* holders.c: the largest, a line each */
 void lc_keep_free(lc_keep *k);                          /* to the cache; NULL is fine */
 void lc_scope_adopt(lc_tensor *t);                      /* into the current scope's list */
 void lc_scope_forget(lc_tensor *t);
+
+/* ---- arena.c --------------------------------------------------------------------------------------------------------- */
+typedef struct lc_arena lc_arena;
+lc_arena *lc_arena_new(void *base, size_t bytes);       /* of memory that it does not own; free() ends it */
+void *lc_arena_base(const lc_arena *a);
+size_t lc_arena_in_use(const lc_arena *a);
+bool lc_arena_holds(const lc_arena *a, const void *p);
+void *lc_arena_take(lc_arena *a, size_t bytes, size_t *granted); /* NULL: no hole is large enough */
+void lc_arena_give(lc_arena *a, void *p, size_t granted);
 
 /* ---- graph.c --------------------------------------------------------------------------------------------------------- */
 int lc_graph_recording(void);                           /* the device that records, or -1 */

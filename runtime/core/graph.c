@@ -10,6 +10,9 @@ struct lc_graph {
     lc_keep *memory;
 };
 static int recording = -1; /* the device */
+static double next_room;
+
+void lc_graph_room(double bytes) { next_room = bytes; }
 
 int lc_graph_recording(void) { return recording; }
 
@@ -20,7 +23,9 @@ int lc_graph_begin(int device) {
     if (device < 0 || device >= lc_device_count()) return lc_fail(LC_EDEVICE, "no device %d", device);
     if (recording >= 0) return lc_fail(LC_EARG, "a graph is being recorded already");
     if (!d->backend || !d->backend->record_begin) return lc_fail(LC_ENOKERNEL, "%s records no graphs", d->name);
-    LC_TRY(lc_keep_begin(device));
+    double room = next_room;
+    next_room = 0;
+    LC_TRY(lc_keep_begin(device, room));
     if (d->backend->record_begin(d->index)) {
         lc_keep_free(lc_keep_end());
         return device_error(d);

@@ -19,14 +19,20 @@ typedef struct free_list {
 static struct pool {
     free_list list[CLASSES];
     double live, cached, peak, limit, kept; /* kept: of live, what stays with graphs */
+    double mark, high;                      /* live at the last mark, and the most since */
 } pools[LC_MAX_DEVICES];
 
-/* Blocks given back while a graph is recorded (graph.c): they count as live until it is freed. */
+/* Blocks given back while a graph is recorded (graph.c): they count as live until it is freed. Larger ones are parts of an arena. */
+enum { ARENA_FROM = 1 << 20 };
 struct lc_keep {
     int device;
+    bool ended;     /* freed, but for parts of the arena that somebody still holds */
+    lc_arena *arena;
+    size_t room;    /* of the arena */
+    lc_keep *next;  /* those with an arena */
     free_list list[CLASSES];
 };
-static lc_keep *keeping;
+static lc_keep *keeping, *with_arena;
 
 double lc_debt = 0;
 
@@ -100,8 +106,56 @@ static lc_status no_memory(int device, size_t bytes, bool over) {
                    pools[device].live / 1e6, rest);
 }
 
+/* The piece of memory that the larger blocks of a recording are cut from. Without it they are blocks like others. */
+static void make_arena(lc_keep *k, double room) {
+    struct pool *p = &pools[k->device];
+    size_t bytes = ((size_t)room >> 16 << 16) + 65536;
+    if (room < ARENA_FROM) return;
+    lc_trim(k->device); /* what steps before this one have used */
+    if (p->limit > 0 && p->live + (double)bytes > p->limit) return;
+    void *base = system_alloc(k->device, bytes);
+    if (!base) return;
+    if (!(k->arena = lc_arena_new(base, bytes))) {
+        system_free(k->device, base, bytes);
+        return;
+    }
+    k->room = bytes;
+    k->next = with_arena;
+    with_arena = k;
+    p->live += (double)bytes;
+    p->kept += (double)bytes;
+    if (p->live > p->peak) p->peak = p->live;
+}
+
+static void end_arena(lc_keep *k) {
+    lc_keep **at = &with_arena;
+    while (*at != k) at = &(*at)->next;
+    *at = k->next;
+    pools[k->device].live -= (double)k->room;
+    pools[k->device].kept -= (double)k->room;
+    system_free(k->device, lc_arena_base(k->arena), k->room);
+    free(k->arena);
+    free(k);
+}
+
+/* Was it part of an arena? Then it is so again. */
+static bool given_to_arena(int device, void *ptr, size_t granted) {
+    for (lc_keep *k = with_arena; k; k = k->next) {
+        if (k->device != device || !lc_arena_holds(k->arena, ptr)) continue;
+        lc_arena_give(k->arena, ptr, granted);
+        pools[device].kept += (double)granted;
+        if (k->ended && !lc_arena_in_use(k->arena)) end_arena(k);
+        return true;
+    }
+    return false;
+}
+
 lc_status lc_scratch(int device, size_t bytes, void **out, size_t *granted) {
     struct pool *p = &pools[device];
+    if (keeping && keeping->device == device && keeping->arena && bytes >= ARENA_FROM && (*out = lc_arena_take(keeping->arena, bytes, granted))) {
+        p->kept -= (double)*granted;
+        return LC_OK;
+    }
     int k = class_of(bytes, granted);
     if (k >= CLASSES) return lc_fail(LC_ENOMEM, "an allocation of %.1f GB", (double)bytes / 1e9);
     if (keeping && keeping->device == device && keeping->list[k].count) {
@@ -129,12 +183,14 @@ lc_status lc_scratch(int device, size_t bytes, void **out, size_t *granted) {
     }
     p->live += (double)*granted;
     if (p->live > p->peak) p->peak = p->live;
+    if (p->live > p->high) p->high = p->live;
     return LC_OK;
 }
 
 void lc_scratch_release(int device, void *ptr, size_t granted) {
     struct pool *p = &pools[device];
     size_t again;
+    if (with_arena && given_to_arena(device, ptr, granted)) return;
     int k = class_of(granted, &again);
     if (keeping && keeping->device == device && again == granted && push_block(&keeping->list[k], ptr)) {
         p->kept += (double)granted;
@@ -147,12 +203,13 @@ void lc_scratch_release(int device, void *ptr, size_t granted) {
 
 double lc_kept_bytes(int device) { return pools[device].kept; }
 
-lc_status lc_keep_begin(int device) {
+lc_status lc_keep_begin(int device, double room) {
     if (exact_memory()) return lc_fail(LC_ENOKERNEL, "with LOLCATS_EXACT_MEMORY no block may stay with a graph");
     keeping = lc_alloc(1, sizeof *keeping);
     if (!keeping) return LC_ENOMEM;
     memset(keeping, 0, sizeof *keeping);
     keeping->device = device;
+    make_arena(keeping, room);
     return LC_OK;
 }
 
@@ -169,6 +226,11 @@ void lc_keep_free(lc_keep *k) {
             lc_scratch_release(k->device, k->list[i].item[--k->list[i].count], class_bytes(i));
         }
         free(k->list[i].item);
+    }
+    if (k && k->arena) {
+        k->ended = true;
+        if (!lc_arena_in_use(k->arena)) end_arena(k);
+        return;
     }
     free(k);
 }
@@ -315,6 +377,7 @@ double lc_memory(int device, const char *what) {
     if (!strcmp(what, "cached")) return p->cached;
     if (!strcmp(what, "peak")) return p->peak;
     if (!strcmp(what, "limit")) return p->limit;
+    if (!strcmp(what, "rise")) return p->high - p->mark;
     if (!strcmp(what, "free") || !strcmp(what, "total")) { /* of the device itself; 0: not known */
         const lc_device *d = lc_device_get(device);
         size_t left = 0, all = 0;
@@ -327,6 +390,12 @@ double lc_memory(int device, const char *what) {
 int lc_memory_reset_peak(int device) {
     if (device < 0 || device >= LC_MAX_DEVICES) return lc_fail(LC_EDEVICE, "no device %d", device);
     pools[device].peak = pools[device].live;
+    return LC_OK;
+}
+
+int lc_memory_mark(int device) {
+    if (device < 0 || device >= LC_MAX_DEVICES) return lc_fail(LC_EDEVICE, "no device %d", device);
+    pools[device].mark = pools[device].high = pools[device].live;
     return LC_OK;
 }
 

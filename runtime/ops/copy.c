@@ -193,3 +193,15 @@ const lc_rule lc_rule_arange_ = {.shape = nothing};
 const lc_rule lc_rule_eye_ = {.shape = eye_shape};
 const lc_rule lc_rule_tril = {.shape = tril_shape, .backward = tril_backward};
 const lc_rule lc_rule_scale_ = {.shape = nothing};
+
+/* ---- add_pairs_ ------------------------------------------------------------------------------------------------------ */
+static lc_status add_pairs_shape(lc_frame *c) {
+    for (int i = 0; i < 6; i += 2) {
+        const lc_tensor *x = c->x[i], *from = c->x[i + 1];
+        if ((x == NULL) != (from == NULL)) return lc_op_error(c, LC_EARG, "x_i and from_i come together");
+        if (x && !lc_same_shape(x, from)) return lc_op_error(c, LC_ESHAPE, "shapes differ");
+        if (x && x->dtype != LC_F32 && x->dtype != LC_F64) return lc_op_error(c, LC_EDTYPE, "f32 or f64 is wanted");
+    }
+    return LC_OK;
+}
+const lc_rule lc_rule_add_pairs_ = {.shape = add_pairs_shape};

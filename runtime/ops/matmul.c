@@ -222,12 +222,24 @@ static lc_status projections_shape(lc_frame *c) {
 
 static bool wants(const lc_tensor *t) { return t && t->requires_grad; }
 
+/* A norm's result is not kept where memory is scarce, on a device: what the norm itself keeps gives it again, in one pass. */
+static bool is_made_anew(const lc_tensor *x) { return x->node && x->node->op == LC_OP_rms_norm && lc_device_get(x->device)->backend; }
+
+static lc_tensor *input_anew(lc_expr *e, const lc_node *n) {
+    const lc_node *norm = n->edge[0].node;
+    if (!norm || norm->op != LC_OP_rms_norm || !norm->x[0] || !norm->x[1] || e->rc != LC_OK) return NULL;
+    lc_frame c;
+    lc_frame_init(&c, LC_OP_rms_norm);
+    c.x[0] = norm->x[0], c.x[1] = norm->x[1], c.f[0] = norm->f[0];
+    return x_run(e, &c);
+}
+
 static void projections_save(const lc_frame *c, uint32_t *save_x, uint32_t *save_y) {
     const bool gx = wants(c->x[0]);
     *save_x = *save_y = 0;
     for (int i = 0; i < PARTS; i++) {
         const bool ga = wants(c->x[P_A + i]);
-        if (ga || wants(c->x[P_W + i])) *save_x |= 1u;
+        if ((ga || wants(c->x[P_W + i])) && !is_made_anew(c->x[0])) *save_x |= 1u;
         if (gx) *save_x |= 1u << (P_W + i) | 1u << (P_A + i);
         if (gx || ga) *save_x |= 1u << (P_B + i);
         if (wants(c->x[P_B + i])) *save_y |= 1u << P_LOW;
@@ -285,8 +297,11 @@ static lc_status projections_backward(lc_back *b) {
     lc_expr e = {.rc = LC_OK};
     const lc_node *n = b->node;
     lc_tensor *g[PARTS], *x = n->x[0] ? rows_of(&e, n->x[0]) : NULL, *low = n->y[P_LOW];
-    bool need_low = false;
-    for (int i = 0; i < PARTS; i++) need_low |= b->g[i] && b->need[P_A + i];
+    bool need_low = false, need_x = false;
+    for (int i = 0; i < PARTS; i++) {
+        need_low |= b->g[i] && b->need[P_A + i];
+        need_x |= b->g[i] && (b->need[P_A + i] || b->need[P_W + i]);
+    }
     lc_frame c;
     lc_frame_init(&c, LC_OP_projections_backward);
     for (int i = 0; i < PARTS; i++) {
@@ -303,7 +318,9 @@ static lc_status projections_backward(lc_back *b) {
         if (e.rc == LC_OK) g_low = c.y[1];
         if (gx) x_give(&e, b, 0, x_reshape(&e, gx, n->edge[0].ndim, n->edge[0].dim));
     }
-    const bool joined = need_low && add_joined(&e, b, g, x, low, g_low);
+    if (need_x && !x) x = rows_of(&e, input_anew(&e, n));
+    if (need_x && !x && e.rc == LC_OK) e.rc = lc_fail(LC_EGRAD, "projections: backward a second time through the same graph");
+    const bool joined = need_low && e.rc == LC_OK && add_joined(&e, b, g, x, low, g_low);
     int32_t at = 0, g_at = 0; /* columns of low, of g_low: that has none for a result without a gradient */
     for (int i = 0; i < PARTS; i++) {
         const int32_t r = n->edge[P_A + i].ndim == 2 ? n->edge[P_A + i].dim[0] : 0;

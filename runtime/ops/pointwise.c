@@ -39,7 +39,13 @@ static lc_status compare_shape(lc_frame *c) {
     return lc_out(c, 0, LC_U8, ndim, dims);
 }
 
-/* The MLP's gate, most of a step's elementwise bytes: both gradients in one pass. */
+/* Does the tape alone hold it? Then its gradient may take its place. */
+static bool for_the_tape_alone(const lc_tensor *t) {
+    const lc_device *d = lc_device_get(t->device);
+    return d->backend && t->refs == 1 && t->storage->refs == 1 && !t->storage->readonly && lc_tensor_contiguous(t);
+}
+
+/* The MLP's gate, most of a step's elementwise bytes, and of its memory: both gradients in one pass, on a device in place of gate and up. */
 static lc_status swiglu_both(lc_back *b) {
     lc_expr e = {.rc = LC_OK};
     lc_frame c;
@@ -47,6 +53,15 @@ static lc_status swiglu_both(lc_back *b) {
     c.x[0] = b->g[0];
     c.x[1] = b->node->x[0];
     c.x[2] = b->node->x[1];
+    if (for_the_tape_alone(c.x[1]) && for_the_tape_alone(c.x[2]) && c.x[1]->dtype == b->g[0]->dtype) {
+        c.y[0] = lc_tensor_view(c.x[1]); /* without history */
+        c.y[1] = lc_tensor_view(c.x[2]);
+        if (!c.y[0] || !c.y[1]) {
+            lc_release(c.y[0]);
+            lc_release(c.y[1]);
+            return LC_ENOMEM;
+        }
+    }
     x_run(&e, &c);
     for (int i = 0; i < 2; i++) x_give(&e, b, i, c.y[i]);
     return x_done(&e);
@@ -54,6 +69,7 @@ static lc_status swiglu_both(lc_back *b) {
 
 static lc_status swiglu_backward_shape(lc_frame *c) {
     if (!lc_same_shape(c->x[0], c->x[1]) || !lc_same_shape(c->x[0], c->x[2])) return lc_op_error(c, LC_ESHAPE, "shapes differ");
+    if (c->y[0]) return LC_OK; /* swiglu_both chose */
     LC_TRY(lc_out_like(c, 0, c->x[1]));
     return lc_out_like(c, 1, c->x[2]);
 }

@@ -33,9 +33,12 @@ local function make_student(folder, s, dtype, noise)
     })
 end
 
-local function set_params(student, t, prefix)
+local function set_params(student, t, prefix, noise)
     lc.no_grad(function()
-        for _, p in ipairs(student:map_params()) do p.tensor:detach():copy_(t[prefix .. p.name]) end
+        for _, p in ipairs(student:map_params()) do
+            local x = t[prefix .. p.name]
+            p.tensor:detach():copy_(noise and noise(x:to "f64") or x)
+        end
     end)
 end
 
@@ -45,8 +48,8 @@ local function adamw(flat, lr)
     flat:zero_grad()
 end
 
-local function transfer_stage(c, student, t, ids, tol)
-    set_params(student, t, "init.")
+local function transfer_stage(c, student, t, ids, tol, noise)
+    set_params(student, t, "init.", noise)
     local loss = student:transfer(ids, { mse = 1000, xent = 1 })
     c.close("transfer loss with both terms", loss, t["transfer.loss_mse1000_xent1"], tol.loss, tol.floor)
     for _, p in ipairs(student:map_params()) do
@@ -67,15 +70,15 @@ local function transfer_stage(c, student, t, ids, tol)
     end
 end
 
-local function student_stage(c, student, t, ids, labels, tol)
+local function student_stage(c, student, t, ids, labels, tol, noise)
     -- from here on with the golden maps, so that what follows does not inherit the trajectory's rounding
-    set_params(student, t, "transferred.")
+    set_params(student, t, "transferred.", noise)
     student:use_linear()
     c.close("student.logits", lc.no_grad(function() return student:logits(ids) end), t["student.logits"], tol.out, tol.floor)
     c.close("student.loss", lc.no_grad(function() return (student:loss(ids, labels)) end), t["student.loss"], tol.loss, tol.floor)
 end
 
-local function lora_stage(c, student, t, ids, labels, tol)
+local function lora_stage(c, student, t, ids, labels, tol, noise)
     local rank
     for name, x in pairs(t) do
         if name:match "^lora%.init%..*lora_A$" then rank = x:size(1) end
@@ -84,7 +87,10 @@ local function lora_stage(c, student, t, ids, labels, tol)
     local list = require("lolcats.lora").parameters(student)
     local function key(name) return (name:gsub("^base_model%.model%.", ""):gsub("%.weight$", "")) end
     lc.no_grad(function()
-        for _, p in ipairs(list) do p.tensor:detach():copy_(t["lora.init." .. key(p.name)]) end
+        for _, p in ipairs(list) do
+            local x = t["lora.init." .. key(p.name)]
+            p.tensor:detach():copy_(noise and noise(x:to "f64") or x)
+        end
     end)
     local flat, losses = nn.flatten(student:trainable()), {}
     for step = 1, t["lora.losses"]:numel() do
@@ -157,9 +163,9 @@ return function(dir, T)
                             local t = T.tensors(path)
                             local ids, labels = int_rows(t.ids), int_rows(t.labels)
                             local student = make_student(folder, students[name], kind, noise)
-                            transfer_stage(c, student, t, ids, tol)
-                            student_stage(c, student, t, ids, labels, tol)
-                            lora_stage(c, student, t, ids, labels, tol)
+                            transfer_stage(c, student, t, ids, tol, noise)
+                            student_stage(c, student, t, ids, labels, tol, noise)
+                            lora_stage(c, student, t, ids, labels, tol, noise)
                             decode_stage(c, student, t, #ids[1], tol)
                         end)
                     end

@@ -103,7 +103,28 @@ local function run_case(c, p, run)
     end
 end
 
+-- AdamW with parameters, gradients and moments in bfloat16, in both of PyTorch's ways: equal to the last bit.
+local function bf16_case(c, json, way)
+    local w = lc.param(lc.tensor(json.start, { dtype = "f32" }))
+    local o = lc.adamw({ w }, { lr = tonumber(json.how:match "lr ([%d.e-]+)"), rounded = way })
+    for _, g in ipairs(json.gradients) do
+        o.flat.grad:copy_(lc.tensor(g, { dtype = "f32" }))
+        o:step()
+    end
+    local got = { w = w:detach(), m = o.flat.m, v = o.flat.v }
+    for name, want in pairs(json.result[way]) do
+        local x = got[name:match "^exp_avg_sq" and "v" or name:match "^exp_avg" and "m" or name]
+        if x and type(want) == "table" then c.close(name, x:reshape(-1), lc.tensor(want, { dtype = "f32" }), 0, 1e-30) end
+    end
+end
+
 return function(dir, T)
+    if files.exists(dir .. "/adamw_bf16.json") then
+        local json = files.read_json(dir .. "/adamw_bf16.json")
+        for way in pairs(json.result) do
+            T.case("optim/adamw_bf16 " .. way, function(c) bf16_case(c, json, way) end)
+        end
+    end
     local json = files.read_json(dir .. "/optim.json")
     local names = {}
     for name in pairs(json.runs) do names[#names + 1] = name end

@@ -109,7 +109,8 @@ end)
 t.test("every kind of student, optimizer and schedule; stitched, it is the same", function()
     for i, student in ipairs { { window = 4, kind = "sliding", sinks = 2, affine = true, window_factor = 1 },
                                { window = 0, kind = "linear", map = "t2r", init = "kaiming", tie_qk = true },
-                               { window = 4, kernel = "adapter", train_window_factor = false } } do
+                               { window = 4, kernel = "adapter", train_window_factor = false },
+                               { window = 4, map = "performer" }, { window = 4, map = "cosformer" } } do
         local bw = blockwise.new(options("kind" .. i, {
             student = student, layers = 3, transfer = { steps = 3, lr = 1e-3, optim = "sgd", optim_options = { momentum = 0.9 },
                                                         schedule = { name = "cosine_warmup", num_warmup_steps = 1 } },

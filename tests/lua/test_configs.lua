@@ -154,11 +154,15 @@ t.test("there are no other files, and every one can be read by name", function()
             n = n + 1
             t.ok(seen[name], name .. " is not in the table")
             local kind, rest = name:match "^(%a+)/(.+)$"
-            if kind ~= "scaled" then t.ok(configs.load(kind, rest).model or configs.load(kind, rest).dataset) end
+            if kind == "scaled" then
+                kind, rest = rest:match "^(%a+)/(.+)$"
+                rest = "scaled/" .. rest
+            end
+            t.ok(configs.load(kind, rest).model or configs.load(kind, rest).dataset)
         end
     end
     t.eq(n, 59)
-    t.eq(#configs.names "model", 26)
+    t.eq(#configs.names "model", 27)
     t.eq(#configs.names "experiment", 32)
 end)
 
@@ -225,6 +229,8 @@ t.test("what the keys mean", function()
     t.eq({ o.kind, o.window, o.kernel, o.hidden_dim, o.tie_qk }, { "terrace", 64, "adapter", 32, true })
     t.eq(configs.linearize_options({ attention = { attention_type = "lolcats_llama",
                                                    learned_kernel = files.null } }).kernel, "none")
+    o = configs.linearize_options { attention = { attention_type = "lolcats_llama", eps = 1e-6, feature_map_kwargs = { eps = 1e-4 } } }
+    t.eq({ o.eps, o.feature_eps }, { 1e-6, 1e-4 })
     t.errors(configs.linearize_options, "did you mean '?lolcats_llama_window_tk'?%?",
              { attention = { attention_type = "lolcats_llama_window_tkk" } })
     local lora, train = configs.lora_options(configs.load("experiment", "finetune_lora_fqkvo_alpaca_clean"))
@@ -259,7 +265,7 @@ t.test("every configuration can be used: attention, optimizer, schedule, trainer
             end)
         end
     end
-    t.eq(linear, 22)
+    t.eq(linear, 23)
     for _, name in ipairs(configs.names "experiment") do
         local e = configs.load("experiment", name)
         t.ok(configs.optimizer(e).lr > 0 and configs.schedule(e) and configs.length(e), name)

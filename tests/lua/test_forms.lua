@@ -25,6 +25,8 @@ local function case_of(name)
     c.affine = c.hybrid and chance(0.4)
     c.fade = c.hybrid and chance(0.2) and 0.3 or nil
     c.tied = chance(0.2)
+    c.eps = chance(0.2) and 0.1 or nil
+    c.map.feature_eps = chance(0.2) and 0.05 or nil
     if chance(0.3) then c.map.kernel = pick { "tied", "adapter", "none" }
     else
         if chance(0.4) and name ~= "l2" then c.map.full = false end
@@ -42,7 +44,7 @@ local function record(c)
     local where = { dtype = "f64", device = "cpu", options = { nu = 2, max_length = 64 } }
     local fq = map:instance(c.h, c.d, where)
     local a = { map = map, fq = fq, fk = c.tied and fq or map:instance(c.h, c.d, where, fq), kind = c.kind, window = c.window,
-                affine = c.affine, sinks = c.sinks, fade = c.fade }
+                affine = c.affine, sinks = c.sinks, fade = c.fade, eps = c.eps }
     local list = {}
     for _, inst in ipairs(c.tied and { fq } or { fq, a.fk }) do
         for _, p in ipairs(inst:parameters()) do

@@ -173,6 +173,58 @@ t.test("training steps that are recorded give what single ones give", function()
   t.close(run(true), run(false), 1e-6)
 end)
 
+t.test("a recording's memory is one piece, which outlives it while somebody holds a part", function()
+  collectgarbage()
+  local x = lc.keep(lc.randn({512, 1024}, {device = "mock:0"}))
+  local function work() return lc.scope(function() return ((x + 1) * 2 - x):square() end) * 3 end
+  local before = lc.memory("live", "mock:0")
+  local room, want = lc.rehearse("mock:0", function() return lc.scope(function() return work():to "cpu" end) end)
+  t.eq(room, 4 * 2 ^ 21)
+  lc.record_room(room)
+  local graph = lc.record("mock:0", work)
+  t.ok(lc.memory("live", "mock:0") - before <= room + 2 ^ 17)
+  for _ = 1, 2 do
+    graph.results[1]:zero_()
+    graph:run()
+    t.close(graph.results[1]:to "cpu", want, 0)
+  end
+  local held = lc.keep(graph.results[1]:alias())
+  graph:drop()
+  t.close(held:to "cpu", want, 0)
+  t.ok(lc.memory("live", "mock:0") - before >= room)
+  held:drop()
+  t.eq(lc.memory("live", "mock:0"), before)
+  x:drop()
+end)
+
+t.test("values of a device are read when an update comes", function()
+  local student = lc.linearize(lc.model(CONFIG, {dtype = "f32", device = "mock:0"}), {map = "hedgehog", window = 8})
+  local dir = os.tmpname()
+  os.remove(dir)
+  local rows_of = {rows = 8, batch = function(_, list) return {ids = lc.tensor(rows(1, 20), {dtype = "i32"}), index = list[1]} end}
+  local seen = {}
+  local function run(name, body)
+    local run = lc.run {name = name, out = dir, data = rows_of, params = student:trainable(), optim = lc.adamw {lr = 1e-3}, accumulate = 2,
+                        max_steps = 2, quiet = true, seed = 1}
+    for batch in run:steps() do body(run, batch) end
+    return run
+  end
+  local r = run("a", function(run, batch)
+    local loss = student:transfer(batch.ids, {scale = 0.5, wait = false})
+    t.ok(lc.is_tensor(loss))
+    seen[#seen + 1] = loss:item()
+    run:log {mse = loss * 2}
+  end)
+  t.close({r.shown.mse}, {seen[3] + seen[4]}, 1e-6)
+  local ok, why = pcall(run, "b", function(run, batch)
+    local loss = lc.zeros({1}, {device = "mock:0"})
+    run:log {mse = batch.micro == 1 and loss / 0 * 0 or loss}
+    seen.bad = seen.bad or batch.index
+  end)
+  t.ok(not ok and tostring(why):find("mse is %-?nan at update 1 %(row " .. seen.bad .. "%)"), tostring(why))
+  os.execute("rm -rf '" .. dir .. "'")
+end)
+
 t.test("operands on two devices are refused", function()
   t.errors(function() return lc.ones(2) + lc.ones({2}, {device = "mock:0"}) end, "different devices")
   t.errors(function() return lc.ones({2}, {device = "mock:0"}) + lc.ones({2}, {device = "mock:1"}) end, "different devices")

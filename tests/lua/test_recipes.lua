@@ -79,6 +79,9 @@ t.test("a table of the paper: every cell, a table, a plot, values; done runs sta
     before.lora_ppl = 5 -- not measured again
     files.write_json(summary, before)
     t.ok(ok(words):find "sliding 4 [^\n]* 5%.000")
+    local status, _, why = run(words .. " -- --rank=2")
+    t.ok(status ~= 0 and why:find("holds a run with other arguments", 1, true), why)
+    t.ok(not ok(words .. " --fresh -- --rank=2"):find "sliding 4 [^\n]* 5%.000", "begun anew")
 end)
 
 t.test("tables whose cells have names: a row of the plot each", function()

@@ -92,6 +92,11 @@ S.rows = {
     return {{randn {2, 3, 3, 8}, cos, sin, frozen = frozen}, {randn {2, 3, 3, 8}, cos, sin, true, frozen = frozen},
             {randn {2, 3, 4, 8}:transpose(2, 3), cos, sin, frozen = frozen}}
   end,
+  rope_pair = function()
+    local cos, sin = lc.rope_table(ints {0, 1, 2}, positive {4})
+    local frozen = {[3] = true, [4] = true}
+    return {{randn {2, 3, 3, 8}, randn {2, 1, 3, 8}, cos, sin, frozen = frozen}, {randn {2, 2, 3, 8}, randn {2, 3, 4, 8}:transpose(2, 3):narrow(3, 1, 3), cos, sin, true, frozen = frozen}}
+  end,
   attention = function()
     return {{randn {1, 2, 7, 8}, randn {1, 1, 7, 8}, randn {1, 1, 7, 8}}, {randn {2, 4, 5, 8}, randn {2, 2, 9, 8}, randn {2, 2, 9, 8}},
             {randn {1, 2, 20, 4}, randn {1, 2, 20, 4}, randn {1, 2, 20, 4}, {window = 6}}, {randn {1, 1, 1, 4}, randn {1, 1, 1, 4}, randn {1, 1, 1, 4}},

@@ -22,6 +22,9 @@ local args = lc.args {
     { "dtype", "f32", "of weights and arithmetic", { "f32", "f64" } },
 }
 local folder = args.folder
+if args.seq <= 2 * args.window then
+    lc.fail("rows of %d tokens lie within two windows of %d: there is no linear part to learn", args.seq, args.window)
+end
 
 local function source()
     if args.data ~= "" then return args.data end

@@ -26,6 +26,16 @@ function Graph:drop()
   self.results = {}
 end
 
+--- lc.rehearse(device, f, ...): f(...), and before its results how many bytes it needed at once. A recording of the same work
+--- is told with lc.record_room: memory for it is then one piece of about that size, instead of the most of each size of block.
+function M.rehearse(device, f, ...)
+  local id = tensor.device_id(device)
+  bridge.check(C.lc_memory_mark(id), "rehearse")
+  local function after(...) return C.lc_memory(id, "rise"), ... end
+  return after(f(...))
+end
+function M.record_room(bytes) C.lc_graph_room(bytes) end
+
 --- lc.record(device, f, ...): calls f with the device recording: ops do nothing yet, and copies from and to the host
 --- fail. Returns a graph, whose run() does the work and whose `results` are f's, or nil and the reason where the device
 --- records none. Plain numbers are recorded as they are; what changes from run to run must lie on the device. Tensors

@@ -24,7 +24,7 @@ function M.score(model, ids, queries)
                 local normed = model:norm_in(layer, x)
                 local q, k, v = model:qkv(layer, normed, ctx)
                 local call = { start = ctx.start, pos = ctx.pos, layer = layer.index, hidden = normed,
-                               window = ctx.window, seen = 0 }
+                               window = layer.window, seen = 0 }
                 local fine = model.fine
                 -- seen from the row's middle, to lose fewer digits
                 local at = lc.arange(0, t, 1, { dtype = fine, device = model.device })

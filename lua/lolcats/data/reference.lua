@@ -141,12 +141,14 @@ local function file_spec(spec, opts, c)
             table.concat(looked, ", "))
 end
 
--- Documents within the limits, as token ids in one stream: list of {first, n}.
+-- Documents within the limits on length, as token ids in one stream: list of {first, n}. limit: records that are looked
+-- at; with use_c4 only its records count.
 local function documents(stream, how, c, source, limit)
     local out = {}
     local eos = how.pad
+    local looked = 0
     local function read(record, n)
-        if limit and n > limit then return true end
+        if limit and looked >= limit then return true end
         if type(record.text) ~= "string" then
             lc.fail("%s: record %d has no text (conversations are not part of this data set)", tostring(source), n)
         end
@@ -154,6 +156,7 @@ local function documents(stream, how, c, source, limit)
             :find("['\"]source['\"]: ?['\"]c4['\"]") then
             return false
         end
+        looked = looked + 1
         local ids = how.tokenizer:encode(record.text, { special = true, parse = true })
         if #ids < c.min_length then return false end
         if #ids < c.max_length then

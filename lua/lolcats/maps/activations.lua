@@ -8,7 +8,7 @@ local M = {}
 
 local FEATURE_EPS = 1e-12
 
-local function clamped(x) return x:clamp { min = FEATURE_EPS } end
+local function clamped(x, map) return x:clamp { min = map.feature_eps or FEATURE_EPS } end
 
 -- ---- the reference's ------------------------------------------------------------------------------------------------
 local function softmax_dim(x, full)
@@ -22,11 +22,11 @@ local function exp_dim(x, full)
     return lc.cat({ hi, (x:amin(-1, { keep = true }) - x):exp() }, -1)
 end
 
-local SOFTMAX = { op = "softmax_dim", doubles = true, forward = function(x, _, map) return clamped(softmax_dim(x, map.full)) end }
-local EXP = { op = "exp_dim", doubles = true, forward = function(x, _, map) return clamped(exp_dim(x, map.full)) end }
+local SOFTMAX = { op = "softmax_dim", doubles = true, forward = function(x, _, map) return clamped(softmax_dim(x, map.full), map) end }
+local EXP = { op = "exp_dim", doubles = true, forward = function(x, _, map) return clamped(exp_dim(x, map.full), map) end }
 -- 1 + elu(x) without taking 1 from an exponential and adding it again
-local ELU = { op = "pos_elu", forward = function(x) return clamped(x:clamp({ max = 0 }):exp() + x:relu()) end }
-local RELU = { op = "relu", forward = function(x) return clamped(x:relu()) end }
+local ELU = { op = "pos_elu", forward = function(x, _, map) return clamped(x:clamp({ max = 0 }):exp() + x:relu(), map) end }
+local RELU = { op = "relu", forward = function(x, _, map) return clamped(x:relu(), map) end }
 
 local function row(base, more)
     local out = {}
@@ -41,7 +41,7 @@ M.exp_dim = row(EXP, { doc = "exp(xW - max), and exp(min - xW) when full" })
 M.pos_elu = row(ELU, { doc = "1 + elu(xW)" })
 M.relu = row(RELU, { doc = "relu(xW)" })
 M.t2r = row(RELU, { bias = true, doc = "relu(xW + b)" })
-M.none = { doc = "xW itself, limited to what is above 0", forward = function(x) return clamped(x) end }
+M.none = { doc = "xW itself, limited to what is above 0", forward = function(x, _, map) return clamped(x, map) end }
 
 -- ---- from the wider field -------------------------------------------------------------------------------------------
 -- Random directions, orthogonal in blocks of d, with the lengths of normal vectors: [d, m].
@@ -97,7 +97,7 @@ M.performer = {
 M.dpfp = {
     doc = "DPFP (Schlag et al.): products of relu(x), relu(-x) with themselves shifted by 1 to nu (map_options.nu, 3)",
     kernel = "none",
-    forward = function(x, self)
+    forward = function(x, self, map)
         local nu, parts = self.options.nu or 3, {}
         local two = lc.cat({ x:relu(), (-x):relu() }, -1)
         local n = two:size(-1)
@@ -106,20 +106,20 @@ M.dpfp = {
             local rolled = s == 0 and two or lc.cat({ two:narrow(-1, n - s + 1, s), two:narrow(-1, 1, n - s) }, -1)
             parts[i] = two * rolled
         end
-        return clamped(#parts == 1 and parts[1] or lc.cat(parts, -1))
+        return clamped(#parts == 1 and parts[1] or lc.cat(parts, -1), map)
     end,
 }
 
 M.cosformer = {
     doc = "cosFormer: relu(x) times cos and sin of pi/2 * position / max_length (map_options.max_length, 4096; later positions count as it)",
     kernel = "none",
-    forward = function(x, self, _, ctx)
+    forward = function(x, self, map, ctx)
         local top, t = self.options.max_length or 4096, x:size(3)
         local pos = ctx.pos:to { dtype = x.dtype }
         pos = pos:dim() == 1 and pos:reshape(1, 1, t, 1) or pos:reshape(x:size(1), 1, t, 1)
         local angle = pos:clamp { max = top } * (math.pi / 2 / top)
         local y = x:relu()
-        return clamped(lc.cat({ y * angle:cos(), y * angle:sin() }, -1))
+        return clamped(lc.cat({ y * angle:cos(), y * angle:sin() }, -1), map)
     end,
 }
 
@@ -153,7 +153,7 @@ local function length(x) return (x:square():mean(-1, { keep = true }) + 1e-12):s
 M.hedgehog_norm = {
     doc = "hedgehog times the length of x over sqrt(head_dim): the norm is kept",
     half = true, wants_x = true,
-    forward = function(y, _, map, _, x) return clamped(softmax_dim(y, map.full) * length(x)) end,
+    forward = function(y, _, map, _, x) return clamped(softmax_dim(y, map.full) * length(x), map) end,
 }
 
 M.hedgehog_gated = {
@@ -165,7 +165,7 @@ M.hedgehog_gated = {
     end,
     forward = function(y, self, map, _, x)
         local e = (x:matmul(self.gate) + self.norm * length(x)):clamp { min = -8, max = 8 }
-        return clamped(softmax_dim(y, map.full) * e:exp())
+        return clamped(softmax_dim(y, map.full) * e:exp(), map)
     end,
 }
 

@@ -308,8 +308,8 @@ function Model:qkv(layer, n, ctx)
     if layer.q_norm then
         q, k = lc.rms_norm(q, layer.q_norm, c.rms_norm_eps), lc.rms_norm(k, layer.k_norm, c.rms_norm_eps)
     end
-    return lc.rope(q:permute(1, 3, 2, 4), ctx.cos, ctx.sin), lc.rope(k:permute(1, 3, 2, 4), ctx.cos, ctx.sin),
-           heads_view(v, b, t, g, d)
+    q, k = lc.rope_pair(q:permute(1, 3, 2, 4), k:permute(1, 3, 2, 4), ctx.cos, ctx.sin)
+    return q, k, heads_view(v, b, t, g, d)
 end
 
 function Model:norm_in(layer, x) return lc.rms_norm(x, layer.input_norm, self.config.rms_norm_eps) end
@@ -323,24 +323,35 @@ function Model:attend(layer, q, k, v, n, ctx)
     return attention.softmax(q, k, v, call)
 end
 
---- What follows the attention: output projection, residual, MLP, residual.
-function Model:finish(layer, x, y, ctx)
+--- x plus the output projection of an attention's result y.
+function Model:attended(layer, x, y, ctx)
     local c = self.config
-    local flat = y:permute(1, 3, 2, 4):reshape(ctx.b, ctx.t, c.num_attention_heads * c.head_dim)
-    x = nn.project(flat, layer.proj.o_proj, x)
+    return nn.project(y:permute(1, 3, 2, 4):reshape(ctx.b, ctx.t, c.num_attention_heads * c.head_dim), layer.proj.o_proj, x)
+end
+
+-- The MLP's inner values of x.
+local function inner(self, layer, x, ctx)
+    local c = self.config
     local n = lc.rms_norm(x, layer.post_norm, c.rms_norm_eps)
-    local gate, up
     local recorded = lc.grad_enabled() and n.requires_grad
     if (ctx.b * ctx.t <= FEW_ROWS or self.device ~= "cpu") and not recorded and
        fused(layer, layer.gate_up, layer.gate_up_bias, GATE_UP) then
         local both = lc.linear(n, layer.gate_up, layer.gate_up_bias)
-        gate = both:narrow(-1, 1, c.intermediate_size)
-        up = both:narrow(-1, c.intermediate_size + 1, c.intermediate_size)
-    else
-        gate, up = nn.project_all(n, layer.proj.gate_proj, layer.proj.up_proj)
+        return lc.swiglu(both:narrow(-1, 1, c.intermediate_size), both:narrow(-1, c.intermediate_size + 1, c.intermediate_size))
     end
-    return nn.project(lc.swiglu(gate, up), layer.proj.down_proj, x)
+    local gate, up = nn.project_all(n, layer.proj.gate_proj, layer.proj.up_proj)
+    return lc.swiglu(gate, up)
 end
+
+--- x plus the MLP of it.
+function Model:mlp(layer, x, ctx)
+    -- of many rows a scope of its own: gate and up are the largest tensors of a layer
+    local y = ctx.b * ctx.t <= FEW_ROWS and inner(self, layer, x, ctx) or lc.scope(inner, self, layer, x, ctx)
+    return nn.project(y, layer.proj.down_proj, x)
+end
+
+--- What follows the attention: output projection, residual, MLP, residual.
+function Model:finish(layer, x, y, ctx) return self:mlp(layer, self:attended(layer, x, y, ctx), ctx) end
 
 function Model:layer_forward(layer, x, ctx)
     local n = self:norm_in(layer, x)

@@ -72,7 +72,7 @@ end
 
 -- ---- the stage ------------------------------------------------------------------------------------------------------
 --- Trains. o: name ("distill" or "ft"), out (folder of lc.run's files), tree (the experiment), student, params, data
---- ({train =, validation =}), seed, batch, clip, compat, csv (path), fresh, chunk, save(step, values): called at every
+--- ({train =, validation =}), seed, batch, clip, compat, rounded (training state to bfloat16's digits), csv (path), fresh, chunk, save(step, values): called at every
 --- num_save_ckpt_steps updates with an evaluation. Returns lc.run's summary.
 function M.train(o)
     local trainer, t = trainers.find(o.tree.trainer.name), o.tree.trainer
@@ -92,10 +92,14 @@ function M.train(o)
     if t.evaluation_strategy == "epoch" then
         length.eval_every = math.max(1, math.floor(o.data.train.rows / length.accumulate))
     end
+    local optimizer = configs.optimizer(o.tree, o.rounded)
+    if optimizer.rounded then
+        quirk(("parameters, gradients and moments have bfloat16's digits (AdamW, %s)"):format(optimizer.rounded))
+    end
     local run
     run = lc.run {
         name = o.name, out = o.out, data = o.data.train, params = o.params, model = o.student,
-        optim = configs.optimizer(o.tree),
+        optim = optimizer,
         schedule = configs.schedule(o.tree), clip = clip, epochs = length.epochs,
         max_steps = length.max_steps,
         settings = trainer.stage == "language" and { maps = lc.no_grad(lc.scope, maps_digest, o.student) } or nil,
