@@ -55,7 +55,8 @@ int hybrid_backward_keys(const gradients &o, const fast &p);
 int hybrid_backward_rows(const gradients &o, const fast &p, bool usual);
 int hybrid_backward_sums(const gradients &o, const fast &p);
 int hybrid_backward_finish(const gradients &o, const fast &p);
-/* hybrid_backward_usual_{queries,keys}.cu: the same of the usual call. */
+/* hybrid_backward_usual_{sums,queries,keys}.cu: the same of the usual call. */
+int usual_sums(const gradients &o, const fast &p);
 int usual_queries(const gradients &o, const fast &p);
 int usual_keys(const gradients &o, const fast &p);
 

@@ -14,7 +14,7 @@
 
 namespace hybrid_backward_usual {
 
-enum { DIM = 128, INPUTS = 64, FEATURED = 128, TILE = 64 * DIM, PART = FEATURED * (DIM + 1) };
+enum { DIM = 128, INPUTS = 64, FEATURED = 128, TILE = 64 * DIM, PART = FEATURED * (DIM + 1), LOADERS = 256 };
 enum { FEATURES, STATE, WINDOW = 3 };                    /* groups */
 enum { INNER = 1, FREE = 3, INPUT_GRADIENT, NEAR, ROOM, WEIGHTS, SCORES }; /* barriers; INNER + 1 too */
 /* Tiles in shared memory: q, g, k, v of two chunks each, both maps' weights, the state, features, gradients of the map's inputs, the half of
@@ -144,6 +144,12 @@ struct state_rows {
         }
         if (threadIdx.x & 3) return;
         z[0][0] += part[FEATURED * DIM + first + ((threadIdx.x & 31) >> 2)], z[0][2] += part[FEATURED * DIM + first + ((threadIdx.x & 31) >> 2) + 8];
+    }
+    __device__ __forceinline__ void leave(float *part) const {
+        float *to = part + (first >> 6) * (16 * 512) + threadIdx.x % 128 * 4;
+#pragma unroll
+        for (int j = 0; j < 16; j++) *(float4 *)(to + 512 * j) = make_float4(sum[j][0], sum[j][1], sum[j][2], sum[j][3]);
+        put_z(part + FEATURED * DIM, threadIdx.x);
     }
     __device__ __forceinline__ void put(bf16 *tile, int tid) const {
         uint32_t a[8][4];
