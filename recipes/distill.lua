@@ -32,6 +32,7 @@ local function distill(d) -- d: defaults of the arguments
         { "schedule", d.schedule or "plateau", "learning rate over time",
           { "plateau", "cosine", "linear", "constant" } },
         { "clip", d.clip or 0, "largest gradient norm; 0: no clipping", min = 0 },
+        { "recompute", d.recompute or false, "gradient checkpointing in the second stage: less memory, more time" },
         { "rank", d.rank or 8, "rank of LoRA", min = 1 },
         { "alpha", d.alpha or 16, "scale of LoRA is alpha / rank" },
         { "targets", d.targets or { "q_proj", "k_proj", "v_proj", "o_proj" }, "projections that LoRA adapts" },
@@ -138,7 +139,7 @@ local function distill(d) -- d: defaults of the arguments
     end
 
     -- 2. Low-rank repair: plain next-token loss through the linear attentions.
-    student:use_linear { keep_training = args.train_maps and { "." } or nil }
+    student:use_linear({ keep_training = args.train_maps and { "." } or nil }):recompute_layers(args.recompute)
     student:add_lora { rank = args.rank, alpha = args.alpha, targets = args.targets }
     local max_steps, epochs = steps_or_epochs(args.lora_steps)
     local run = lc.run {

@@ -128,6 +128,7 @@ local function distill(d)
             lora = checkpoint.lora_of(args.load_finetune_checkpoint, args.config_dir)
         end
         if options then student:use_linear { keep_training = train } end
+        student:recompute_layers(args.fsdp_activation_checkpointing == true)
         if lora then student:add_lora(lora) end
         if args.load_finetune_checkpoint then checkpoint.load(student, args.load_finetune_checkpoint) end
     end

@@ -25,6 +25,7 @@ local function finetune(d)
         { "rank", d.rank or 8, "rank of LoRA, where the student has none yet", min = 1 },
         { "alpha", d.alpha or 16, "scale of LoRA is alpha / rank" },
         { "targets", d.targets or { "q_proj", "k_proj", "v_proj", "o_proj" }, "projections that LoRA adapts" },
+        { "recompute", d.recompute or false, "gradient checkpointing: less memory, more time" },
         { "train_maps", d.train_maps or false, "train maps and window factors too" },
         { "eval_every", d.eval_every or 100, "updates between evaluations", min = 1 },
         { "dtype", d.dtype or "f32", "dtype of the frozen weights", { "f32", "bf16", "f16", "f64" } },
@@ -42,6 +43,7 @@ local function finetune(d)
     else
         student:freeze()
     end
+    student:recompute_layers(args.recompute)
     if not student.lora then student:add_lora { rank = args.rank, alpha = args.alpha, targets = args.targets } end
     local data = lc.data(args.data, { model = student, seq = args.seq, hold_out = args.hold_out,
                                       limit = args.records > 0 and args.records or nil })

@@ -15,14 +15,14 @@ local args = lc.args {
 -- Where the time of decoding and training goes, in the dtypes of those. Instances for widths that no common model has may be
 -- larger than the registers (head dim 128 with 128 inputs of the map).
 local HOT = { "gemv_one", "gemv_denseI13__nv_bfloat16Li1", "decode_many", "decode_kernel", "many_features", "query_features",
-              "13forward_kernelILi%d+ELi%d+ELi64", "14forward_kernelILi%d+ELi%d+ELi64", "keys_tile_kernelILi%d+ELi%d+ELi64",
+              "12pairs_kernelILi%d+ELi%d+ELi%d+ELb1", "16pairs_sum_kernel", "13forward_kernelILi%d+ELi%d+ELi64", "14forward_kernelILi%d+ELi%d+ELi64", "keys_tile_kernelILi%d+ELi%d+ELi64",
               "queries_tile_kernelILi%d+ELi%d+ELi64", "segment_sums_kernel", "norm_rowsI13__nv_bfloat16", "norm_back_rowsI13__nv_bfloat16",
               "rope_rowsI13__nv_bfloat16", "swiglu_vectors", "swiglu_row13__nv_bfloat16", "adamw_vectors", "lce_rows", "tiles_forward",
               "tiles_gq", "tiles_gkv", "add_vectors" }
 
 -- Where bytes on the stack are known: calls of hybrid attention that are not the usual one (its window, map, both signs, no skip and no
--- bias have an instance of their own, ..ELb1EE), 128 features of 64 inputs, four keys at a time in decoding, norms of rows above 8,192.
-local KNOWN = { ["tile_kernelILi%d+ELi%d+ELi64ELb%dELb0"] = 336, ["forward_kernelILi64ELi128ELi64"] = 80, segment_sums_kernel = 32,
+-- bias have an instance of their own, ..ELb1EE), 128 features of 64 inputs, what the forward keeps from chunk to chunk, four keys at a time in decoding, norms of rows above 8,192.
+local KNOWN = { ["tile_kernelILi%d+ELi%d+ELi64ELb%dELb0"] = 336, ["forward_kernelILi64ELi128ELi64"] = 80, segment_sums_kernel = 32, pairs_kernel = 64, pairs_sum_kernel = 16,
                 ["decode_kernelILi%d+ELi4"] = 8, ["norm_back_rowsI13__nv_bfloat16Li8ELb0ELi1024"] = 16 }
 
 local function allowed(name)

@@ -42,18 +42,19 @@ template <int N, class T> struct group_mma;
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, " A ", " B          \
                          ", " TRANSPOSE ";" : __VA_ARGS__ : "l"(a), "l"(b), "n"(ADD), "n"(TA), "n"(TB));                        \
         }                                                                                                                       \
-        template <int TB> static __device__ __forceinline__ void run(float (&acc)[N / 8][4], const uint32_t (&a)[4], uint64_t b) { \
+        template <int TB, int ADD> static __device__ __forceinline__ void run(float (&acc)[N / 8][4], const uint32_t (&a)[4], uint64_t b) { \
             asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {" A4 "}, " B4      \
-                         ", 1, 1, 1, " TRANSPOSE4 ";" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(TB)); \
+                         ", " TRANSPOSE4 ";" : __VA_ARGS__ : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(TB)); \
         }                                                                                                                       \
     };
-LC_GROUP_MMA(16, bf16, "bf16", LC_REGISTERS8, "%8", "%9", "%10, 1, 1, %11, %12", "%8, %9, %10, %11", "%12", "%13", LC_ACC8(0))
-LC_GROUP_MMA(32, bf16, "bf16", LC_REGISTERS16, "%16", "%17", "%18, 1, 1, %19, %20", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
-LC_GROUP_MMA(64, bf16, "bf16", LC_REGISTERS32, "%32", "%33", "%34, 1, 1, %35, %36", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
-LC_GROUP_MMA(128, bf16, "bf16", LC_REGISTERS64, "%64", "%65", "%66, 1, 1, %67, %68", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
-LC_GROUP_MMA(32, f16, "f16", LC_REGISTERS16, "%16", "%17", "%18, 1, 1, %19, %20", "%16, %17, %18, %19", "%20", "%21", LC_ACC16(0))
-LC_GROUP_MMA(64, f16, "f16", LC_REGISTERS32, "%32", "%33", "%34, 1, 1, %35, %36", "%32, %33, %34, %35", "%36", "%37", LC_ACC16(0), LC_ACC16(4))
-LC_GROUP_MMA(128, f16, "f16", LC_REGISTERS64, "%64", "%65", "%66, 1, 1, %67, %68", "%64, %65, %66, %67", "%68", "%69", LC_ACC64)
+LC_GROUP_MMA(8, bf16, "bf16", "%0, %1, %2, %3", "%4", "%5", "%6, 1, 1, %7, %8", "%4, %5, %6, %7", "%8", "%9, 1, 1, %10", LC_ACC4(0))
+LC_GROUP_MMA(16, bf16, "bf16", LC_REGISTERS8, "%8", "%9", "%10, 1, 1, %11, %12", "%8, %9, %10, %11", "%12", "%13, 1, 1, %14", LC_ACC8(0))
+LC_GROUP_MMA(32, bf16, "bf16", LC_REGISTERS16, "%16", "%17", "%18, 1, 1, %19, %20", "%16, %17, %18, %19", "%20", "%21, 1, 1, %22", LC_ACC16(0))
+LC_GROUP_MMA(64, bf16, "bf16", LC_REGISTERS32, "%32", "%33", "%34, 1, 1, %35, %36", "%32, %33, %34, %35", "%36", "%37, 1, 1, %38", LC_ACC16(0), LC_ACC16(4))
+LC_GROUP_MMA(128, bf16, "bf16", LC_REGISTERS64, "%64", "%65", "%66, 1, 1, %67, %68", "%64, %65, %66, %67", "%68", "%69, 1, 1, %70", LC_ACC64)
+LC_GROUP_MMA(32, f16, "f16", LC_REGISTERS16, "%16", "%17", "%18, 1, 1, %19, %20", "%16, %17, %18, %19", "%20", "%21, 1, 1, %22", LC_ACC16(0))
+LC_GROUP_MMA(64, f16, "f16", LC_REGISTERS32, "%32", "%33", "%34, 1, 1, %35, %36", "%32, %33, %34, %35", "%36", "%37, 1, 1, %38", LC_ACC16(0), LC_ACC16(4))
+LC_GROUP_MMA(128, f16, "f16", LC_REGISTERS64, "%64", "%65", "%66, 1, 1, %67, %68", "%64, %65, %66, %67", "%68", "%69, 1, 1, %70", LC_ACC64)
 #endif
 
 __device__ __forceinline__ void shared_fence() {
@@ -169,6 +170,11 @@ __device__ __forceinline__ void group_step(float (&acc)[N / 8][4], const T *a, i
     int row = m + (threadIdx.x >> 5 & 3) * 16;
     if (LA == ALONG_K) fragment_a<RA>(x, a, row, k);
     else fragment_a_t<RA>(x, a, row, k);
+    if constexpr (N == 8) { /* ALONG_K alone */
+        int l = threadIdx.x & 31;
+        const T *at = tile_at<RB>(b, n + l / 4, k + l % 4 * 2), *next = tile_at<RB>(b, n + l / 4, k + 8 + l % 4 * 2);
+        mma16<T>(acc[0], x, *(const uint32_t *)at, *(const uint32_t *)next);
+    }
 #pragma unroll
     for (int i = 0; i < N / 16; i++) {
         if (LB == ALONG_K) fragment_b<RB>(y, b, n + 16 * i, k);
@@ -194,30 +200,40 @@ __device__ __forceinline__ void group_product_new(float (&acc)[N / 8][4], const 
     for (int k = 16; k < K; k += 16) group_step<N, RA, LA, RB, LB>(acc, a, m, b, n, k);
 }
 
-/* acc += A B with A in registers, as fragments of the warp's 16 rows: a[k / 16]. */
+/* acc += A B (ADD 0: acc = A B) with A in registers, as fragments of the warp's 16 rows: a[k / 16]. */
+template <int N, int RB, int LB, int ADD, class T>
+__device__ __forceinline__ void group_step(float (&acc)[N / 8][4], const uint32_t (&a)[4], const T *b, int n, int k) {
+#if LC_WGMMA
+    int pb = LB == ALONG_K ? (k >> 6) * (RB * 64) + n * 64 + (k & 63) : (n >> 6) * (RB * 64) + k * 64 + (n & 63);
+    group_mma<N, T>::template run<LB, ADD>(acc, a, group_tile(b, LB == ALONG_K ? 16 : RB * 128, pb));
+#else
+#pragma unroll
+    for (int i = 0; !ADD && i < N / 8; i++) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+    uint32_t y[4];
+#pragma unroll
+    for (int i = 0; i < N / 16; i++) {
+        if (LB == ALONG_K) fragment_b<RB>(y, b, n + 16 * i, k);
+        else fragment_b_t<RB>(y, b, n + 16 * i, k);
+        mma16<T>(acc[2 * i], a, y[0], y[1]);
+        mma16<T>(acc[2 * i + 1], a, y[2], y[3]);
+    }
+#endif
+}
 template <int N, int K, int RB, int LB, class T>
 __device__ __forceinline__ void group_product(float (&acc)[N / 8][4], const uint32_t (&a)[K / 16][4], const T *b, int n) {
 #pragma unroll
-    for (int k = 0; k < K; k += 16) {
-#if LC_WGMMA
-        int pb = LB == ALONG_K ? (k >> 6) * (RB * 64) + n * 64 + (k & 63) : (n >> 6) * (RB * 64) + k * 64 + (n & 63);
-        group_mma<N, T>::template run<LB>(acc, a[k / 16], group_tile(b, LB == ALONG_K ? 16 : RB * 128, pb));
-#else
-        uint32_t y[4];
+    for (int k = 0; k < K; k += 16) group_step<N, RB, LB, 1>(acc, a[k / 16], b, n, k);
+}
+template <int N, int K, int RB, int LB, class T>
+__device__ __forceinline__ void group_product_new(float (&acc)[N / 8][4], const uint32_t (&a)[K / 16][4], const T *b, int n) {
+    group_step<N, RB, LB, 0>(acc, a[0], b, n, 0);
 #pragma unroll
-        for (int i = 0; i < N / 16; i++) {
-            if (LB == ALONG_K) fragment_b<RB>(y, b, n + 16 * i, k);
-            else fragment_b_t<RB>(y, b, n + 16 * i, k);
-            mma16<T>(acc[2 * i], a[k / 16], y[0], y[1]);
-            mma16<T>(acc[2 * i + 1], a[k / 16], y[2], y[3]);
-        }
-#endif
-    }
+    for (int k = 16; k < K; k += 16) group_step<N, RB, LB, 1>(acc, a[k / 16], b, n, k);
 }
 
 /* Four registers of each of four lanes, transposed: the lane's i-th of the result is its quad's lane i's register (lane % 4). */
-__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4], int lane) {
-    bool odd = lane & 1, high = lane & 2;
+__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) {
+    bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
         uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? v[i] : v[i + 1], 1);
@@ -229,7 +245,6 @@ __device__ __forceinline__ void quad_transpose(uint32_t (&v)[4], int lane) {
         (high ? v[i] : v[i + 2]) = x;
     }
 }
-__device__ __forceinline__ void quad_transpose(uint32_t (&v)[4]) { quad_transpose(v, threadIdx.x); }
 
 /* An accumulator [16][N] of a warp as fragments for the product after it. */
 template <int N, class T = bf16> __device__ __forceinline__ void as_fragments(uint32_t (&a)[N / 16][4], const float (&x)[N / 8][4]) {

@@ -198,6 +198,15 @@ size_t hybrid_plain_work(const lc_kargs *k, const hybrid &a);
 bool hybrid_tiles_fit(const lc_kargs *k, const hybrid &a);
 int hybrid_tiles(const lc_kargs *k, const hybrid &a, const carried &s);
 size_t hybrid_tiles_work(const lc_kargs *k, const hybrid &a);
+bool hybrid_tiles_take(const lc_kargs *k, const hybrid &a); /* but for its shape */
+/* hybrid_forward_pairs.cu: the same where there is more shared memory. */
+bool hybrid_pairs_fit(const lc_kargs *k, const hybrid &a);
+int hybrid_pairs(const lc_kargs *k, const hybrid &a, const carried &s);
+size_t hybrid_pairs_work(const hybrid &a);
+/* hybrid_forward_wide.cu: f32, and halves that the others do not take. */
+bool hybrid_wide_fit(const lc_kargs *k, const hybrid &a);
+int hybrid_wide(const lc_kargs *k, const hybrid &a, const carried &s);
+size_t hybrid_wide_work(const hybrid &a);
 /* hybrid_decode.cu: one token with a carried state, f32 or bf16, for the shapes of decoding. */
 bool hybrid_decode_fit(const lc_kargs *k, const hybrid &a);
 int hybrid_decode(const lc_kargs *k, const hybrid &a, const carried &s);

@@ -1,4 +1,4 @@
-/* hybrid_forward.cu: the entry of hybrid attention on CUDA: takes the call apart and picks the tiled kernels (hybrid_forward_tiles.cu), the
+/* hybrid_forward.cu: the entry of hybrid attention on CUDA: takes the call apart and picks the tiled kernels (hybrid_forward_pairs.cu, hybrid_forward_tiles.cu, hybrid_forward_wide.cu), the
  * one-token kernels (hybrid_decode.cu, hybrid_state.cu) or the plain twin. A carried state or cache in halves is the business of decoding:
  * the other ways work on a copy in f32, which is rounded at their end. */
 #include "gemm.cuh"
@@ -9,12 +9,13 @@ static int open_call(const lc_kargs *k, hybrid *a, carried *s) {
     return rc ? rc : carried_open(s, k, a);
 }
 
-enum { WAY_PLAIN, WAY_DECODE, WAY_STEP, WAY_TILES };
+enum { WAY_PLAIN, WAY_DECODE, WAY_STEP, WAY_TILES, WAY_PAIRS, WAY_WIDE };
 static int way_of(const lc_kargs *k, const hybrid &a) {
     if (k->host->option(LC_OPTION_PLAIN_HYBRID)) return WAY_PLAIN;
     if (hybrid_decode_fit(k, a)) return WAY_DECODE;
     if (hybrid_step_fit(k, a)) return WAY_STEP;
-    return hybrid_tiles_fit(k, a) ? WAY_TILES : WAY_PLAIN;
+    if (hybrid_pairs_fit(k, a)) return WAY_PAIRS;
+    return hybrid_tiles_fit(k, a) ? WAY_TILES : hybrid_wide_fit(k, a) ? WAY_WIDE : WAY_PLAIN;
 }
 
 /* Bytes of the copy of x[i] (9 state, 11 cache), if it needs one. */
@@ -30,6 +31,8 @@ static size_t own_work(const lc_kargs *k, const hybrid &a) {
     case WAY_DECODE: bytes = hybrid_decode_work(a); break;
     case WAY_STEP: break;
     case WAY_TILES: bytes = hybrid_tiles_work(k, a); break;
+    case WAY_PAIRS: bytes = hybrid_pairs_work(a); break;
+    case WAY_WIDE: bytes = hybrid_wide_work(a); break;
     default: bytes = hybrid_plain_work(k, a);
     }
     return (bytes + 255) / 256 * 256;
@@ -52,6 +55,8 @@ static int go(const lc_kargs *k, const hybrid &a, const carried &s) {
     case WAY_DECODE: return hybrid_decode(k, a, s);
     case WAY_STEP: return hybrid_step(k, a, s);
     case WAY_TILES: return hybrid_tiles(k, a, s);
+    case WAY_PAIRS: return hybrid_pairs(k, a, s);
+    case WAY_WIDE: return hybrid_wide(k, a, s);
     default: return hybrid_plain(k, a, s);
     }
 }

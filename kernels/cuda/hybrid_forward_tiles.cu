@@ -12,6 +12,13 @@
 
 enum { BLOCKS_WANTED = 132, MOST_SEGMENTS = 32 };
 
+/* On Hopper the shapes but one are hybrid_forward_pairs.cu's. */
+#if LC_WGMMA
+#define ELSEWHERE(D, F, IN) (IN < 128)
+#else
+#define ELSEWHERE(D, F, IN) false
+#endif
+
 /* early: there is room of their own for the queries' features and the weights, and the next chunk's queries and keys are fetched early; else
  * those take the chunk's queries and old keys, and the next are fetched late; not where there is wgmma, which has room enough. */
 template <int D, int F, int IN> struct forward_tiles {
@@ -344,6 +351,7 @@ template <int D, int F, int IN> struct walker {
 /* Grid [b][segments][h]. parts [b * h][segments][PART]: what the sum kernel left. */
 template <int D, int F, int IN>
 __global__ void __launch_bounds__(TILE_THREADS, 1) forward_kernel(hybrid a, carried c, hybrid_out o, int segments, const float *parts, bool early) {
+    if (ELSEWHERE(D, F, IN)) return;
     LC_SHARED(shared);
     int rest = blockIdx.x / a.h, h = blockIdx.x % a.h, group = __shfl_sync(0xffffffffu, (int)threadIdx.x / 128, 0);
     bool old = group < 2;
@@ -384,6 +392,7 @@ template <int D, int F, int IN> struct sum_tiles {
 /* Grid [b][segments - 1][h]: part s of a head = sum over the keys that the segment adds to the state, of phi_k^T v and of phi_k. The
  * first segment's begins with the carried state, of which part segments - 1 is a copy. Two chunks at a time, two groups each. */
 template <int D, int F, int IN> __global__ void __launch_bounds__(TILE_THREADS, 1) sum_kernel(hybrid a, carried c, int segments, float *parts) {
+    if (ELSEWHERE(D, F, IN)) return;
     typedef tile_sizes<D, F, IN> Z;
     typedef state<D, F> S;
     typedef halves<F, IN> H;
@@ -525,15 +534,19 @@ static bool even_rows(const lc_view *v) {
     return ok;
 }
 
-bool hybrid_tiles_fit(const lc_kargs *k, const hybrid &a) {
-    int shape = shape_of(a);
-    if (shape < 0 || lc_cuda_select(k->device) || (size_t)shapes[shape].shared > lc_cuda_now->shared_max) return false;
+bool hybrid_tiles_take(const lc_kargs *k, const hybrid &a) {
     if (k->x[0].dtype != LC_K_BF16 || (a.window && a.window != CHUNK) || !(a.scale > 0)) return false;
     for (int i = 0; i < 5; i++)
         if ((i < 3 || a.map == MAP_NONE) && !even_rows(k->x + i)) return false;
     if (a.map != MAP_NONE && (a.mq.s[1] % 2 || a.mq.s[2] % 2 || a.mk.s[1] % 2 || a.mk.s[2] % 2)) return false;
     if (k->x[11].data && ((uintptr_t)k->x[11].data % 16)) return false;
     return even_rows(k->y);
+}
+
+bool hybrid_tiles_fit(const lc_kargs *k, const hybrid &a) {
+    int shape = shape_of(a);
+    if (shape < 0 || lc_cuda_select(k->device) || (size_t)shapes[shape].shared > lc_cuda_now->shared_max) return false;
+    return hybrid_tiles_take(k, a);
 }
 
 size_t hybrid_tiles_work(const lc_kargs *k, const hybrid &a) {

@@ -189,7 +189,7 @@ local function transfer(self, b, student, data, held)
     local run = run_of(self, ("b%02d-transfer"):format(b), how, student:trainable(), 1e-2, data, function()
         local sum = 0
         for _, x in ipairs(held) do
-            sum = sum + loss_of(x, { backward = false, mse = how.mse, xent = how.xent }) / #held
+            sum = sum + lc.scope(loss_of, x, { backward = false, mse = how.mse, xent = how.xent }) / #held
         end
         return sum
     end)
@@ -243,7 +243,9 @@ local function repair(self, b, student, teacher, data, held)
     student:use_linear():add_lora { rank = how.rank, alpha = how.alpha, targets = how.targets, dropout = how.dropout }
     local run = run_of(self, ("b%02d-lora"):format(b), how, student:trainable(), 1e-4, data, function()
         local sum = 0
-        for _, x in ipairs(held) do sum = sum + lora_loss(student, teacher, x, how):item() / #held end
+        for _, x in ipairs(held) do -- nothing is kept of a row
+            sum = sum + lc.no_grad(lc.scope, function() return lora_loss(student, teacher, x, how):item() end) / #held
+        end
         return sum
     end)
     for batch in run:steps() do

@@ -63,7 +63,7 @@ local ROWS = {
     { "shard_dir", "s", nil, "accepted; blocks are read from the model's own files" },
     { "attentions_data_dir", "s", nil, "folder of the blocks' inputs; without it beside the checkpoints" },
     { "enable_fsdp", "b", nil, "accepted; names become those of the scripts for many GPUs" },
-    { "fsdp_activation_checkpointing", "b", nil, "accepted; part of the name" },
+    { "fsdp_activation_checkpointing", "b", nil, "gradient checkpointing in the second stage; part of the name" },
     { "low_cpu_fsdp", "b", nil, "accepted" }, { "pure_bf16", "b", nil, "accepted" },
     { "fsdp_cpu_offload", "b", nil, "accepted" },
     { "finetune_attn_mlps", "b", nil, "no effect, as in the reference" },

@@ -230,6 +230,8 @@ int lc_plugin_open(const lc_host *host, lc_backend *out, const char **why) {
     *why = "";
     lc_cuda_host = host;
     lc_emu_start();
+    const char *shared = getenv("LOLCATS_EMULATOR_SHARED"); /* KB a block may ask for: another GPU's kernels are taken */
+    if (shared && atoi(shared) > 0 && atoi(shared) <= (int)(LC_EMU_SHARED_MAX >> 10)) device.shared_max = (size_t)atoi(shared) << 10;
     lc_backend b = {0};
     b.abi = lc_kernel_abi();
     b.kind = "emulated";

@@ -175,15 +175,16 @@ t.test("peak memory does not depend on the number of blocks", function()
         lc.model(c):save_weights(dir)
         return dir
     end
-    local function peak(layers, kind)
+    local function peak(layers, kind, watched)
         local dir = big(layers)
         collectgarbage() collectgarbage()
         lc.trim()
         local before = lc.memory "live"
         lc.reset_peak()
-        local bw = blockwise.new { model = dir, out = ("%s/peak-%s%d"):format(root, kind, layers), data = rows(6, 64),
+        local bw = blockwise.new { model = dir, data = rows(6, 64),
+                                   out = ("%s/peak-%s%d-%d"):format(root, kind, layers, watched or 1),
                                    layers = 5, student = { window = 16 }, transfer = { steps = 2 }, lora = { steps = 2 }, shard = 3,
-                                   eval_rows = 1, inputs = kind, quiet = true }
+                                   eval_rows = watched or 1, inputs = kind, quiet = true }
         bw:train()
         local most = lc.memory "peak" - before
         collectgarbage() collectgarbage()
@@ -195,6 +196,9 @@ t.test("peak memory does not depend on the number of blocks", function()
         t.ok(b <= 1.05 * a, ("%s: %d bytes with 2 blocks, %d with many"):format(kind, a, b))
         t.ok(left_b <= left_a + 65536, ("%s: %d bytes stay with 2 blocks, %d with many"):format(kind, left_a, left_b))
     end
+    local a, b = peak(10, "disk", 2), peak(10, "disk", 3)
+    local held = 64 * 128 * 4 -- hidden states of one more row
+    t.ok(b <= 1.02 * a + held, ("%d bytes while two held-out rows are watched, %d with three"):format(a, b))
 end)
 
 os.execute("rm -rf '" .. root .. "'")

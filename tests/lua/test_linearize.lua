@@ -414,6 +414,40 @@ t.test("options of a custom map are stored with it", function()
     t.errors(function() lc.load(scratch .. "/homeless", { trust_code = true }) end, "made from 'gone/away'.*give the base model")
 end)
 
+t.test("gradient checkpointing: the same losses and gradients, dropout and drawn windows too, with less memory", function()
+    for _, how in ipairs { {}, { dropout = 0.3 }, { drawn = true }, { maps = true } } do
+        local seen = {}
+        for k = 1, 2 do
+            lc.manual_seed(4)
+            local m = lc.model({ model_type = "llama", vocab_size = 50, hidden_size = 32, intermediate_size = 96, num_hidden_layers = 8,
+                                 num_attention_heads = 4, num_key_value_heads = 2, max_position_embeddings = 512,
+                                 initializer_range = 0.15 }, { dtype = "f64" })
+            local s = lc.linearize(m, { window = 4 }):use_linear { keep_training = how.maps and { "." } or nil }
+            s:add_lora { rank = 2, dropout = how.dropout }
+            for _, p in ipairs(s:trainable()) do
+                p.tensor:detach():add_(lc.randn(p.tensor.shape, { dtype = "f64" }), 0.1)
+            end
+            s:recompute_layers(k == 2)
+            if how.drawn then s:draw_windows(0.5) end
+            collectgarbage() collectgarbage()
+            lc.reset_peak()
+            local before = lc.memory "live"
+            local row = ids(200)
+            for i, id in ipairs(row) do row[i] = id % 50 end
+            seen[k] = { lc.scope(function()
+                local loss = s:loss(row)
+                loss:backward()
+                return loss:item()
+            end), lc.memory "peak" - before, s:trainable() }
+        end
+        t.close({ seen[2][1] }, { seen[1][1] }, 1e-12)
+        for i, p in ipairs(seen[1][3]) do t.close(seen[2][3][i].tensor.grad, p.tensor.grad, 1e-10, p.name) end
+        if not how.maps then
+            t.ok(seen[2][2] < 0.6 * seen[1][2], ("%d bytes, without %d"):format(seen[2][2], seen[1][2]))
+        end
+    end
+end)
+
 t.test("damaged checkpoints are named", function()
     files.make_dirs(scratch .. "/bad")
     files.write(scratch .. "/bad/student.json", "{")

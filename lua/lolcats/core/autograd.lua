@@ -284,7 +284,15 @@ function M.checkpoint(f, ...)
   local args = pack(...)
   local inputs, given = {}, tensors_in(args)
   local state = M.rng_state()
-  local results = pack(scope.scope(scope.no_grad, f, ...))
+  -- recorded, so that what looks at the switch (dropout, windows drawn for training) does the same both times; forgotten
+  -- at once, since nothing of the record is returned
+  local results = pack(scope.scope(function(...)
+    local r = pack(f(...))
+    for i = 1, r.n do
+      if is_tensor(r[i]) then r[i] = methods.detach(r[i]) end
+    end
+    return unpack(r, 1, r.n)
+  end, ...))
   separate(results, given)
   local outputs, outlines, owned = tensors_in(results, true), {}, {}
   if #outputs == 0 then bridge.fail("checkpoint: the function returned no float tensor") end

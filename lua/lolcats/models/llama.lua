@@ -353,6 +353,13 @@ end
 --- What follows the attention: output projection, residual, MLP, residual.
 function Model:finish(layer, x, y, ctx) return self:mlp(layer, self:attended(layer, x, y, ctx), ctx) end
 
+--- Gradient checkpointing: while gradients are recorded a layer keeps its input alone, and its backward computes it once
+--- more. Losses and gradients stay what they are; memory is that of one layer, time a third more.
+function Model:recompute_layers(on)
+    self.recomputes = on ~= false or nil
+    return self
+end
+
 function Model:layer_forward(layer, x, ctx)
     local n = self:norm_in(layer, x)
     local q, k, v = self:qkv(layer, n, ctx)
@@ -375,10 +382,16 @@ function Model:forward(ids, opts)
     if many then return self:forward_slices(ids, opts, many) end
     local ctx = self:context(ids, opts)
     local x = self:embed_ids(ids)
+    local again = self.recomputes and lc.grad_enabled()
+    if again then lc.keep { ctx.cos, ctx.sin, ctx.pos, ctx.start, ctx.own and { ctx.own.cos, ctx.own.sin } } end
     for _, layer in ipairs(self.layers) do
         -- a scope each: with gradients on, the tape alone holds what the backward needs
         local before = x
-        x = lc.scope(self.layer_forward, self, layer, x, ctx)
+        if again then
+            x = lc.checkpoint(function(at) return self:layer_forward(layer, at, ctx) end, x)
+        else
+            x = lc.scope(self.layer_forward, self, layer, x, ctx)
+        end
         if opts.hidden then opts.hidden[layer.index] = x else before:drop() end
     end
     if opts.state and not opts.fixed then self:advance(opts.state, ctx.t) end
