@@ -61,7 +61,7 @@ size_t hybrid_backward_fast_work(const gradients *o) {
 int hybrid_backward_fast(const gradients *o, void *work) {
     fast p;
     plan(*o, &p, work);
-    bool usual = o->a.d == 128 && o->a.window && o->a.kind == KIND_TERRACE && is_usual(o->a), keys = o->through_k || o->dv.p || o->dk.p;
+    bool usual = is_usual(o->a), keys = o->through_k || o->dv.p || o->dk.p;
     int rc = hybrid_backward_rows(*o, p, usual);
     if (!rc) rc = usual ? usual_sums(*o, p) : hybrid_backward_sums(*o, p);
     if (!rc) rc = usual ? usual_queries(*o, p) : hybrid_backward_queries(*o, p);

@@ -63,7 +63,7 @@ template <int D, int BF, int FW> struct sums_layout {
     static constexpr size_t bytes = 2 * ((size_t)3 * L::tile + L::weights + 64 * BF) + 2048; /* 2048: 4 * 64 + BF floats */
 };
 
-template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_THREADS, 2) segment_sums_kernel(gradients o, fast p) {
+template <int D, int BF, int FW> __global__ void __launch_bounds__(SUM_THREADS, 2) segment_sums_kernel(gradients o, fast p) {
     LC_SHARED(memory);
     next_may_start();
     typedef layout<D, BF, FW> L;
@@ -107,10 +107,10 @@ template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_T
         if (tid < 128) delta[tid] = value;
         copy_wait<0>();
         meet();
-        features<D, BF, FW, U>(a, s, back ? 0 : 1, tx, w, bias, c, hf, m, v);
+        features<D, BF, FW>(a, s, back ? 0 : 1, tx, w, bias, c, hf, m, v);
         int r0 = m + ((tid & 31) >> 2);
         const float by[2] = {rz[r0], rz[r0 + 8]};
-        put_features<BF, FW, U>(a, feature, hf, m, by, v);
+        put_features<BF, FW>(a, feature, hf, m, by, v);
         meet();
         load_chunk(c + 1);
         value = fetch(c + 1);
@@ -124,12 +124,12 @@ template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_T
     copy_wait<0>();
 }
 
-template <int D, int BF, int FW, bool TRI, bool U> struct sums_launcher {
-    static int launch(const gradients &o, const fast &p) { return sums<D, BF, FW, U>(o, p); }
-    template <int D_, int BF_, int FW_, bool U_> static int sums(const gradients &o, const fast &p) {
+template <int D, int BF, int FW, bool TRI> struct sums_launcher {
+    static int launch(const gradients &o, const fast &p) { return sums<D, BF, FW>(o, p); }
+    template <int D_, int BF_, int FW_> static int sums(const gradients &o, const fast &p) {
         size_t bytes = sums_layout<D_, BF_, FW_>::bytes;
-        if (allow_shared(segment_sums_kernel<D_, BF_, FW_, U_>, bytes)) return LC_K_DEVICE;
-        launch_next(segment_sums_kernel<D_, BF_, FW_, U_>, dim3((unsigned)(o.a.b * o.a.h * (p.segments - 1)), 2), SUM_THREADS, bytes, o, p);
+        if (allow_shared(segment_sums_kernel<D_, BF_, FW_>, bytes)) return LC_K_DEVICE;
+        launch_next(segment_sums_kernel<D_, BF_, FW_>, dim3((unsigned)(o.a.b * o.a.h * (p.segments - 1)), 2), SUM_THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };

@@ -12,13 +12,20 @@
 
 #include "hybrid_backward_tile.cuh"
 
+/* Elsewhere a block has too little shared memory for them: nothing need be compiled. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define LC_USUAL_RUNS 0
+#else
+#define LC_USUAL_RUNS 1
+#endif
+
 namespace hybrid_backward_usual {
 
 enum { DIM = 128, INPUTS = 64, FEATURED = 128, TILE = 64 * DIM, PART = FEATURED * (DIM + 1), LOADERS = 256 };
 enum { FEATURES, STATE, WINDOW = 3 };                    /* groups */
 enum { INNER = 1, FREE = 3, INPUT_GRADIENT, NEAR, ROOM, WEIGHTS, SCORES }; /* barriers; INNER + 1 too */
-/* Tiles in shared memory: q, g, k, v of two chunks each, both maps' weights, the state, features, gradients of the map's inputs, the half of
- * what the window's side makes that lies here. */
+/* Tiles in shared memory: q, g, k, v of two chunks each, both maps' weights, the state, features, gradients of the map's inputs, half of
+ * what the window's side makes (the rest stays in registers, or lies where features did). */
 constexpr size_t shared_tiles = 2 * (size_t)(14 * TILE);
 
 template <bool ROWS> constexpr int threads_of = ROWS ? 512 : 384;
@@ -143,7 +150,8 @@ struct state_rows {
             sum[j][0] += v.x, sum[j][1] += v.y, sum[j][2] += v.z, sum[j][3] += v.w;
         }
         if (threadIdx.x & 3) return;
-        z[0][0] += part[FEATURED * DIM + first + ((threadIdx.x & 31) >> 2)], z[0][2] += part[FEATURED * DIM + first + ((threadIdx.x & 31) >> 2) + 8];
+        from = part + FEATURED * DIM + first + ((threadIdx.x & 31) >> 2);
+        z[0][0] += from[0], z[0][2] += from[8];
     }
     __device__ __forceinline__ void leave(float *part) const {
         float *to = part + (first >> 6) * (16 * 512) + threadIdx.x % 128 * 4;

@@ -92,7 +92,8 @@ template <bool ROWS> struct key_walk : usual_block {
         copy_commit();
         state_of.clear_all(half, strip_of(threadIdx.x));
 #pragma unroll 1
-        for (int n = 1, after = p.segments - 1 - blockIdx.x % p.segments; n <= after; n++) state_of.add(p.state[1] + ((int64_t)blockIdx.x + n) * PART);
+        for (int n = 1, after = p.segments - 1 - blockIdx.x % p.segments; n <= after; n++)
+            state_of.add(p.state[1] + ((int64_t)blockIdx.x + n) * PART);
         state_of.put(state(), threadIdx.x), state_of.put_z(rows().z, threadIdx.x);
         copy_wait<0>();
         meet();
@@ -166,8 +167,8 @@ template <bool ROWS> struct key_walk : usual_block {
                 }
                 w[n % 2 * 2 + i] = pack2<bf16>(u[0], u[1]);
                 u[0] *= fmaf(dp[n][2 * i], scale, -delta.x), u[1] *= fmaf(dp[n][2 * i + 1], scale, -delta.y);
-                if ((int16_t)most_of.x == first + 8 * i) u[0] += __uint_as_float(most_of.x & 0xffff0000u); /* what the maximum gets */
-                if ((int16_t)most_of.y == first + 8 * i) u[1] += __uint_as_float(most_of.y & 0xffff0000u);
+                if ((int16_t)most_of.x == first + 8 * i) u[0] += unpack2<bf16>(most_of.x).y; /* what the maximum gets */
+                if ((int16_t)most_of.y == first + 8 * i) u[1] += unpack2<bf16>(most_of.y).y;
                 a[n / 2][n % 2 * 2 + i] = pack2<bf16>(u[0], u[1]);
             }
             if (n % 2) matrix_store(weights + fragment_at<64>(16 * strip_of(tid), 8 * n - 8, l & 15, l >> 4), w);
@@ -223,7 +224,8 @@ template <bool ROWS> struct key_walk : usual_block {
             chunk_range s = range();
             if (ROWS && threadIdx.x < 2) {
                 bf16 *own = threadIdx.x ? p.rows[1] : p.rows[0];
-                rows().result[threadIdx.x] = own ? own + (s.head * o.a.t + s.s0) * DIM : either(threadIdx.x, o.dv, o.dk).row<bf16>(s.b, s.hk, s.s0);
+                rows().result[threadIdx.x] =
+                    own ? own + (s.head * o.a.t + s.s0) * DIM : either(threadIdx.x, o.dv, o.dk).row<bf16>(s.b, s.hk, s.s0);
             }
             __syncthreads();
             if (loads()) {
@@ -248,10 +250,12 @@ template <bool ROWS> struct key_walk : usual_block {
 };
 
 template <bool ROWS> __global__ void __launch_bounds__(threads_of<ROWS>, 1) usual_keys_kernel(gradients o, fast p) {
+#if LC_USUAL_RUNS
     LC_SHARED(memory);
     next_may_start();
     key_walk<ROWS> walk(o, p, memory);
     walk.run();
+#endif
 }
 
 template <bool ROWS> static int launch(const gradients &o, const fast &p) {

@@ -72,7 +72,8 @@ template <bool ROWS> struct query_walk : usual_block {
         copy_commit();
         state_of.clear_all(half, strip_of(threadIdx.x));
 #pragma unroll 1
-        for (int n = 0, seg = blockIdx.x % p.segments; n < seg; n++) state_of.add(p.state[0] + ((int64_t)blockIdx.x - seg + n) * PART);
+        for (int n = 0, seg = blockIdx.x % p.segments; n < seg; n++)
+            state_of.add(p.state[0] + ((int64_t)blockIdx.x - seg + n) * PART);
         state_of.put(state(), threadIdx.x), state_of.put_z(rows().z, threadIdx.x);
         copy_wait<0>();
         meet();
@@ -236,10 +237,12 @@ template <bool ROWS> struct query_walk : usual_block {
 };
 
 template <bool ROWS> __global__ void __launch_bounds__(threads_of<ROWS>, 1) usual_queries_kernel(gradients o, fast p) {
+#if LC_USUAL_RUNS
     LC_SHARED(memory);
     next_may_start();
     query_walk<ROWS> walk(o, p, memory);
     walk.run();
+#endif
 }
 
 template <bool ROWS> static int launch(const gradients &o, const fast &p) {

@@ -11,6 +11,7 @@ struct sum_rows {
 constexpr size_t shared_sums = 2 * (size_t)SUM_TILES * TILE + sizeof(sum_rows);
 
 __global__ void __launch_bounds__(LOADERS, 2) usual_sums_kernel(gradients o, fast p) {
+#if LC_USUAL_RUNS
     LC_SHARED(memory);
     next_may_start();
     const hybrid &a = o.a;
@@ -67,6 +68,7 @@ __global__ void __launch_bounds__(LOADERS, 2) usual_sums_kernel(gradients o, fas
     }
     copy_wait<0>();
     state_of.leave((back ? p.state[1] : p.state[0]) + (s.head * p.segments + s.seg) * PART);
+#endif
 }
 
 int hybrid_backward_tiles::usual_sums(const gradients &o, const fast &p) {
