@@ -8,7 +8,8 @@ local files = require "lolcats.files"
 local here = debug.getinfo(1, "S").source:match "^@(.*)golden%.lua$" or "tests/"
 
 local SLOW = { quality = "takes long; add --all or --only quality" }
-local ORDER = { "attention", "model", "models", "optim", "tokenizer", "chat_template", "data", "eval", "quant", "checkpoints", "compat",
+local ORDER = { "attention", "model", "models", "optim", "tokenizer", "chat_template", "data", "eval", "quant",
+                "checkpoints", "compat",
                 "quality" }
 
 local function parse(argv)
@@ -67,7 +68,8 @@ function T.case(name, f)
     end
     function c.near(label, got, want, limit)
         worst = math.max(worst, math.abs(got - want) / limit)
-        return c.check(label, math.abs(got - want) <= limit, ("%.9g, expected %.9g within %.3g"):format(got, want, limit))
+        return c.check(label, math.abs(got - want) <= limit,
+                       ("%.9g, expected %.9g within %.3g"):format(got, want, limit))
     end
     local t0 = lc.now()
     local ok, err = xpcall(function() return lc.scope(f, c) end, function(e)
@@ -88,20 +90,23 @@ function T.case(name, f)
     collectgarbage()
 end
 
--- Float32 has cases in which no engine can meet a tolerance: a feature at the kink of its ReLU, or a gradient within rounding of 0
--- whose sign AdamW's first step turns into a whole step. How much that is, float64 tells: the same case with its inputs moved
--- by about float32's rounding.
+-- Float32 has cases in which no engine can meet a tolerance: a feature at the kink of its ReLU, or a gradient within
+-- rounding of 0 whose sign AdamW's first step turns into a whole step. How much that is, float64 tells: the same case
+-- with its inputs moved by about float32's rounding.
 local TRIES, NOISE, MARGIN = 24, 2 ^ -22, 4 -- not the inputs alone are rounded: every op on the way is
 
---- Runs f(c, "f32", tolerances), or the same in f64. A comparison that misses in float32 is held against what float32's rounding of
---- the inputs does to the float64 result: f(c, "f64", tolerances, noise), where noise(x) moves a tensor by that much.
+--- Runs f(c, "f32", tolerances), or the same in f64. A comparison that misses in float32 is held against what float32's
+--- rounding of the inputs does to the float64 result: f(c, "f64", tolerances, noise), where noise(x) moves a tensor by
+--- that much.
 function T.dtype_case(name, dtype, f)
     T.case(name .. " " .. dtype, function(c)
         if dtype == "f64" then return f(c, dtype, T.TOL.f64) end
         local missed, probe = {}, setmetatable({}, { __index = c })
         function probe.close(label, got, want, rel, floor)
             local d, top, bad = lc.no_grad(lc.scope, T.difference, got, want)
-            if bad or d > math.max(rel * top, floor or 0) then missed[#missed + 1] = { label, d, rel, top, floor, bad } else
+            if bad or d > math.max(rel * top, floor or 0) then
+                missed[#missed + 1] = { label, d, rel, top, floor, bad }
+            else
                 c.close(label, got, want, rel, floor)
             end
         end
@@ -130,7 +135,8 @@ function T.dtype_case(name, dtype, f)
             local spread = MARGIN * (cost[label] or 0)
             T.loosened = T.loosened + (d <= spread and not bad and 1 or 0)
             c.check(label, not bad and d <= spread, bad or
-                ("differs by %.3g, allowed %.3g (largest entry %.3g; rounding the inputs costs %.3g)"):format(d, limit, top, spread))
+                ("differs by %.3g, allowed %.3g (largest entry %.3g; rounding the inputs costs %.3g)")
+                    :format(d, limit, top, spread))
         end
     end)
 end
@@ -219,7 +225,8 @@ for _, kind in ipairs(kinds) do
             T.failed = T.failed + 1
             print("FAIL  " .. kind .. ": " .. err)
         end
-        print(("%-14s %d passed, %d failed, %d skipped, %.1f s"):format(kind, T.passed - before[1], T.failed - before[2],
+        print(("%-14s %d passed, %d failed, %d skipped, %.1f s"):format(kind, T.passed - before[1],
+            T.failed - before[2],
                                                                      T.skipped - before[3], lc.now() - t0))
     end
 end

@@ -21,8 +21,8 @@ enum { BLOCKS_WANTED = 132, MOST_SEGMENTS = 32 };
 enum { PAIRS_SHARED = 200 << 10 }; /* what those have at least, and others do not */
 /* Barriers, two of each: of A's and of B's. L: the loader. */
 enum {
-    QK_LOADED = 1,    /* L tells: keys (queries a group loads itself) */
-    V_LOADED = 3,     /* L tells: values */
+    QK_LOADED = 1,    /* L tells: keys (what is of queries a group loads itself) */
+    V_LOADED = 3,     /* L tells: values, and ready features of keys */
     QK_FREE = 5,      /* tells L: scores are done */
     PHI = 7,          /* tells L: features of keys are there */
     STATE_READ = 9,   /* tells L: results are done, with state and values */
@@ -89,6 +89,7 @@ template <int D, int F, int IN, bool USUAL> struct pair_worker {
 
     __device__ __forceinline__ void load_queries(int c) {
         if (c < g.c1) load_tile<D>(t.queries(group), query_source(a, g, a.q), c * CHUNK);
+        if (c < g.c1 && ready()) load_tile<F>(t.weights(group), query_source(a, g, a.mq), c * CHUNK);
         copy_commit();
     }
 
@@ -129,10 +130,7 @@ template <int D, int F, int IN, bool USUAL> struct pair_worker {
             if (!USUAL && bias_q != 0) M::add(in_q, bias_q);
             if (!USUAL && IN == D && a.skip) M::add_rows(in_q, q);
             M::map(a, map(), in_q, lambda, fq);
-        } else {
-            groups_meet(V_LOADED + group, 2); /* ready features came with them */
-            M::read(t.weights(group), lambda, fq);
-        }
+        } else M::read(t.weights(group), lambda, fq);
         group_wait<0>();
         group_hold(before);
         group_hold(here);
@@ -258,7 +256,7 @@ template <int D, int F, int IN, bool USUAL> struct pair_worker {
                 set_all(here, 0), set_all(before, 0);
                 no_window(c);
             }
-            if (!ready()) groups_meet(V_LOADED + group, 2);
+            groups_meet(V_LOADED + group, 2); /* and ready features of keys */
             if (!windowed()) linear_weights(fq, here, sum);
             else if (!terrace() && c * CHUNK > g.at.k_min) linear_weights(fq, before, sum);
             as_fragments<64>(p_before, before);
@@ -299,7 +297,7 @@ template <int D, int F, int IN, bool USUAL> struct pair_loader {
         if (c < g.c1) load_tile<D>(t.keys(c), t.sources()[0], c * CHUNK);
         copy_commit();
     }
-    /* And ready features, of the keys that chunk c's group would make and of its queries. */
+    /* And ready features of the keys that chunk c's group would make. */
     __device__ __forceinline__ void load_values(int c, int group) {
         if (c < g.c1) load_tile<D>(t.values(c), t.sources()[1], c * CHUNK);
         int block = USUAL || a.window ? c - 1 : c;
@@ -307,7 +305,6 @@ template <int D, int F, int IN, bool USUAL> struct pair_loader {
             row_source f = key_source(a, s, g, 2);
             f.to = min(f.to, g.absorb_end);
             load_tile<F>(t.phi(group), f, block * CHUNK);
-            load_tile<F>(t.weights(group), query_source(a, g, a.mq), c * CHUNK);
         }
         copy_commit();
     }

@@ -323,15 +323,17 @@ template <class T, int M> __global__ void __launch_bounds__(WIDE_THREADS, 2) wid
         wide_weights(a, o, w, chunk, gamma, x);
     }
     if (!a.window || (a.kind == KIND_SLIDING && p > w.at.k_min)) { /* linear weights within a block */
+        int block = a.window ? p - CHUNK : p;
         float u[4][4] = {};
         __syncthreads();
-        make_features(a, k, rows_of<T>(a, c, w, 2), a.mk, bias_of<float>(a.bk, a.bk_dtype, w.h), w.h, a.window ? p - CHUNK : p, t, t.weights);
+        make_features(a, k, rows_of<T>(a, c, w, 2), a.mk, bias_of<float>(a.bk, a.bk_dtype, w.h), w.h, block, t, t.weights);
         multiply<1>(u, t.features, ROW, t.weights, ROW, a.F);
 #pragma unroll
         for (int i = 0; i < 4; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float v = n4 + j <= r4 + i ? lambda * u[i][j] : 0;
+                bool seen = n4 + j <= r4 + i && block + n4 + j >= w.first; /* earlier ones are in the state */
+                float v = seen ? lambda * u[i][j] : 0;
                 if (a.window) x[i][j] += v;
                 else x[i][4 + j] += v;
             }

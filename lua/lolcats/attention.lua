@@ -105,7 +105,8 @@ end
 --- The state of n rows from `first` on, which writes through to the whole. like: {shape, dtype, device} of the keys
 --- that the whole is about to be given; caches grow before they are taken apart.
 function M.rows_of(state, first, n, like)
-    local part = { seen = state.seen, batch = n, layers = {}, pos = state.pos:narrow(1, first, n), as_teacher = state.as_teacher,
+    local part = { seen = state.seen, batch = n, layers = {}, pos = state.pos:narrow(1, first, n),
+                   as_teacher = state.as_teacher,
                    start = state.start and state.start:narrow(1, first, n), padding = state.padding }
     for i, s in ipairs(state.layers) do
         if not s.state then M.reserve(s, like, state.seen, state.seen + like.shape[3]) end
@@ -131,7 +132,9 @@ function M.hybrid(a, q, k, v, ctx)
     if a.drawn and lc.grad_enabled() then a = a.drawn end -- a smaller window, while training
     a = M.faded(a)
     if a.compat then return M.reference(a, q, k, v, ctx) end
-    if a.sinks or a.kind == "scale" or a.precision then return require("lolcats.attention_forms").hybrid(a, q, k, v, ctx) end
+    if a.sinks or a.kind == "scale" or a.precision then
+        return require("lolcats.attention_forms").hybrid(a, q, k, v, ctx)
+    end
     if a.window_only then return M.window_only(a, q, k, v, ctx) end
     if a.generic or not a.map.fused then return M.generic(a, q, k, v, ctx) end
     local st = ctx.state or {}
@@ -154,7 +157,8 @@ function M.generic(a, q, k, v, ctx)
     local st = ctx.state or {}
     if ctx.state and not st.state then return M.recurrent(a, q, k, v, fq, fk, ctx) end
     local args = { mq = fq, mk = fk, map = "none", window = a.window, kind = a.window > 0 and a.kind or nil,
-                   affine = a.affine, start = ctx.start, state = st.state, zsum = st.zsum, cache = st.cache, eps = a.eps,
+                   affine = a.affine, start = ctx.start, state = st.state, zsum = st.zsum, cache = st.cache,
+                   eps = a.eps,
                    pos = ctx.state and ctx.pos_tensor or nil }
     if a.window > 0 then args.factors = a.factors end
     return (lc.hybrid_attention(q, k, v, args))
@@ -188,9 +192,13 @@ end
 -- The reference's terrace as it is: quadratic where a text is read at once, the plain sliding window where it goes on
 -- token by token; the two do not agree.
 function M.reference(a, q, k, v, ctx)
-    if ctx.start then lc.fail('compat = "reference" has no left padding (the reference ignores it); give rows one by one') end
+    if ctx.start then
+        lc.fail('compat = "reference" has no left padding (the reference ignores it); give rows one by one')
+    end
     local y
-    if ctx.state then y = M.hybrid(setmetatable({ kind = "sliding", compat = false }, { __index = a }), q, k, v, ctx) end
+    if ctx.state then
+        y = M.hybrid(setmetatable({ kind = "sliding", compat = false }, { __index = a }), q, k, v, ctx)
+    end
     if ctx.state and ctx.seen > 0 then return y end
     local fq, fk
     if a.window_only then
@@ -408,7 +416,8 @@ function M.fold(a, st, keys, values, feats, places, seen)
     end
     if first then
         local f, v = feats:narrow(3, first, last - first + 1), values:narrow(3, first, last - first + 1)
-        if f.dtype ~= "f64" and f.dtype ~= "f32" then f, v = f:to "f32", v:to "f32" end -- long sums of halves would stand still
+        -- long sums of halves would stand still
+        if f.dtype ~= "f64" and f.dtype ~= "f32" then f, v = f:to "f32", v:to "f32" end
         local sum, zsum = f:transpose(-1, -2):matmul(v), f:sum(3)
         if st.sum then sum, zsum = sum + st.sum, zsum + st.zsum end
         replace("sum", sum)

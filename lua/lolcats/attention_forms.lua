@@ -65,7 +65,8 @@ function M.sinks(a, q, k, v, fq, fk)
     k, v = attention.repeat_heads(k, h), attention.repeat_heads(v, h)
     local few = math.min(a.sinks, t)
     local sink_k, sink_v = k:narrow(3, 1, few):unsqueeze(3), v:narrow(3, 1, few):unsqueeze(3)
-    local far = lc.arange(0, t, 1, { dtype = fk.dtype, device = fk.device }):ge(a.sinks):to(fk.dtype):reshape(1, 1, t, 1)
+    local far = lc.arange(0, t, 1, { dtype = fk.dtype, device = fk.device }):ge(a.sinks)
+    far = far:to(fk.dtype):reshape(1, 1, t, 1)
     local rest = (w - t % w) % w
     local Q, K, V = blocks(padded(q, rest), w), blocks(padded(k, rest), w), blocks(padded(v, rest), w)
     local FQ, FK = blocks(padded(fq, rest), w), blocks(padded(fk * far, rest), w)
@@ -142,7 +143,8 @@ function M.hybrid(a, q, k, v, ctx)
     local out, t = {}, q:size(3)
     for i, pad in ipairs(ctx.start:totable()) do
         local function cut(x) return x:narrow(1, i, 1):narrow(3, pad + 1, t - pad) end
-        local row = { seen = 0, layer = ctx.layer, hidden = ctx.hidden and ctx.hidden:narrow(1, i, 1):narrow(2, pad + 1, t - pad),
+        local row = { seen = 0, layer = ctx.layer,
+                      hidden = ctx.hidden and ctx.hidden:narrow(1, i, 1):narrow(2, pad + 1, t - pad),
                       pos = lc.arange(0, t - pad, 1, { dtype = "i32", device = q.device }) }
         out[i] = pad == t and lc.zeros({ 1, q:size(2), t, q:size(4) }, { dtype = q.dtype, device = q.device }) or
             padded(whole(a, cut(q), cut(k), cut(v), row), pad, true)

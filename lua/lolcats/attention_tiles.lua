@@ -42,7 +42,8 @@ end
 local function run(a, x, want, how)
     local b, h, t = x.q:size(1), x.q:size(2), how.t
     local rows = math.max(8, math.min(256, math.floor((how.tile or TILE) / (b * h * t))))
-    local total, grads = lc.zeros({}, { dtype = x.q.dtype, device = x.q.device }), {} -- summed where it lies: nothing waits for it
+    -- summed where it lies: nothing waits for it
+    local total, grads = lc.zeros({}, { dtype = x.q.dtype, device = x.q.device }), {}
     for name, on in pairs(want) do
         if on then grads[name] = lc.zeros_like(x[name]) end
     end

@@ -15,7 +15,8 @@ local TYPES = {
     lolcats_llama_window_sw = { options = { kind = "sliding" } },
     lolcats_llama_window_sw_linear = {
         options = { kind = "sliding", train_window_factor = false },
-        note = "the reference lets no gradient through its window part, so the window factors stay as they start; here the rest of the " ..
+        note = "the reference lets no gradient through its window part, so the window factors stay as they " ..
+            "start; here the rest of the " ..
                "gradient is whole",
     },
     lolcats_llama_window_sw_scale = { options = { kind = "scale" } },
@@ -27,7 +28,8 @@ local TYPES = {
         options = { kind = "terrace" }, flows = true,
         note = "in the reference the student's outputs go on to the next layer while it learns: compat = \"flow\"",
     },
-    lolcats_llama_window_tk_sdpa = { options = { kind = "terrace" }, note = "broken in the reference; here it is the terrace" },
+    lolcats_llama_window_tk_sdpa = { options = { kind = "terrace" },
+                                     note = "broken in the reference; here it is the terrace" },
     lolcats_llama_window_tk_gen = { options = { kind = "terrace", window = 64 }, note = "its window is always 64" },
     lolcats_long_llama_window_tk = { options = { kind = "terrace" }, long = true },
     lolcats_long_llama_window_sw = { options = { kind = "sliding" }, long = true },
@@ -46,7 +48,8 @@ function M.find(name)
     local t = TYPES[name]
     if not t then
         local near = type(name) == "string" and bridge.nearest(name, TYPES)
-        lc.fail("there is no attention '%s'%s; there are %s", tostring(name), near and (" (did you mean '%s'?)"):format(near) or "",
+        lc.fail("there is no attention '%s'%s; there are %s", tostring(name),
+                near and (" (did you mean '%s'?)"):format(near) or "",
                 table.concat(M.names(), ", "))
     end
     local options = {}

@@ -41,8 +41,8 @@ function M.names(kind, dir)
     return out
 end
 
---- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; scaled/NAME for
---- the one of the branch for large models, where both have the name; or a file's path.
+--- The text of a configuration and where it stands. name: as under configs/KIND/, with or without .yaml; scaled/NAME
+--- for the one of the branch for large models, where both have the name; or a file's path.
 function M.find(kind, name, dir)
     if not KINDS[kind] then lc.fail("configs: a kind is 'model' or 'experiment', not '%s'", tostring(kind)) end
     if type(name) ~= "string" or name == "" then lc.fail("configs: the name of a %s configuration is missing", kind) end
@@ -260,8 +260,8 @@ function M.linearize_options(tree)
     }
 end
 
---- Options of student:add_lora for adapters that learn in the first stage (attention.peft or peft_config, in the form of
---- a finetune block), or nil.
+--- Options of student:add_lora for adapters that learn in the first stage (attention.peft or peft_config, in the form
+--- of a finetune block), or nil.
 function M.first_lora_options(tree)
     local block = tree.attention.peft or tree.attention.peft_config
     if not block then return nil end

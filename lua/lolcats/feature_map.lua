@@ -178,7 +178,8 @@ function M.builtin(name, opts)
     -- the fused op knows the reference's activations over one matrix a head with one bias a head
     local fused = row.op and (kernel == "untied" or (kernel == "tied" and not bias)) and bias ~= "feature"
     return M.feature_map {
-        custom = false, name = name, doc = row.doc, row = row, op = row.op, fused = fused or false, half = row.half, few = row.few,
+        custom = false, name = name, doc = row.doc, row = row, op = row.op, fused = fused or false, half = row.half,
+        few = row.few,
         signed = row.signed, buffers = row.buffers, kernel = kernel, hidden_dim = opts.hidden_dim,
         full = pick("full", true), with_bias = bias, skip = pick("skip", false),
         feature_dim = opts.feature_dim, start = opts.init or "identity",

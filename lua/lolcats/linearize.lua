@@ -41,13 +41,19 @@ local function settings(teacher, opts)
     end
     local kind = opts.kind or (opts.window == 0 and "linear") or "terrace"
     if not KINDS[kind] then lc.fail("kind: 'terrace', 'sliding', 'linear' or 'scale', not '%s'", tostring(kind)) end
-    if opts.precision and opts.precision ~= "bf16" then lc.fail("precision: 'bf16' or nothing, not '%s'", tostring(opts.precision)) end
+    if opts.precision and opts.precision ~= "bf16" then
+        lc.fail("precision: 'bf16' or nothing, not '%s'", tostring(opts.precision))
+    end
     for _, k in ipairs { "eps", "feature_eps" } do
         local v = opts[k]
-        if v ~= nil and (type(v) ~= "number" or not (v >= 0)) then lc.fail("%s: a number of at least 0, got %s", k, tostring(v)) end
+        if v ~= nil and (type(v) ~= "number" or not (v >= 0)) then
+            lc.fail("%s: a number of at least 0, got %s", k, tostring(v))
+        end
     end
     local s = opts.sinks
-    if s and (type(s) ~= "number" or s < 0 or s % 1 ~= 0) then lc.fail("sinks: a number of tokens, got %s", tostring(s)) end
+    if s and (type(s) ~= "number" or s < 0 or s % 1 ~= 0) then
+        lc.fail("sinks: a number of tokens, got %s", tostring(s))
+    end
     if s and s > 0 and (kind == "linear" or kind == "scale" or opts.compat) then
         lc.fail("sinks go with the windows 'terrace' and 'sliding', without compat")
     end
@@ -66,7 +72,8 @@ end
 
 -- What compat asks for: "reference" stands for all quirks, else their names with commas between.
 local QUIRKS = {
-    terrace = "terrace blocks counted from the end of a text, both parts on all keys up to one window, decoding by a " ..
+    terrace = "terrace blocks counted from the end of a text, both parts on all keys up to one window, decoding " ..
+        "by a " ..
               "sliding window",
     rope = "rotary frequencies rounded to bfloat16 as soon as LoRA is attached",
     window = "a model's own sliding window (Mistral's) is left out, in the teacher's attention too",
@@ -95,7 +102,8 @@ local function by_name(opts)
     for k, v in pairs(found.options) do
         if k ~= "softmax" then
             if opts[k] ~= nil and opts[k] ~= v and k ~= "train_window_factor" then
-                lc.fail("attention '%s' means %s = %s; %s was given too", opts.attention, k, tostring(v), tostring(opts[k]))
+                lc.fail("attention '%s' means %s = %s; %s was given too", opts.attention, k, tostring(v),
+                        tostring(opts[k]))
             end
             out[k] = v
         end
@@ -106,7 +114,8 @@ end
 -- The rotary settings of a `rotary` option, in a config's words. Its keys are those of the reference's rotary_config:
 -- rope_scaling_type (none, "linear" or "dynamic"), rope_scaling_factor (1), rope_theta (10000),
 -- max_position_embeddings (4096), head_dim (the model's).
-local ROTARY = { rope_scaling_type = true, rope_scaling_factor = true, rope_theta = true, max_position_embeddings = true,
+local ROTARY = { rope_scaling_type = true, rope_scaling_factor = true, rope_theta = true,
+                 max_position_embeddings = true,
                  head_dim = true, device = true }
 local function own_rotary(r, c)
     if type(r) ~= "table" then lc.fail("rotary: a table of settings is wanted, got a %s", type(r)) end
@@ -147,8 +156,8 @@ end
 --- ("identity", "kaiming", "normal"), window_factor, affine, softmax_layers (positions of layers that keep their
 --- softmax attention), train_window_factor, precision, map_options (plain values that a map finds as self.options),
 --- compat ("reference", or some of "terrace,rope,window,flow": quirks of the reference that published checkpoints and
---- figures have; see QUIRKS), rotary (frequencies of the linearized layers' own: see own_rotary), feature_eps (no feature is
---- smaller), eps (beside the sum of purely linear weights), both 1e-12.
+--- figures have; see QUIRKS), rotary (frequencies of the linearized layers' own: see own_rotary), feature_eps (no
+--- feature is smaller), eps (beside the sum of purely linear weights), both 1e-12.
 function M.linearize(teacher, opts)
     opts = opts or {}
     if type(teacher) ~= "table" or not teacher.layers then
@@ -174,9 +183,11 @@ function M.linearize(teacher, opts)
     for i, layer in ipairs(student.layers) do
         if not keep[i] then
             local fq = map:instance(h, d, how)
-            local a = { map = map, fq = fq, fk = opts.tie_qk and fq or map:instance(h, d, how, fq), kind = kind, window = window,
+            local a = { map = map, fq = fq, fk = opts.tie_qk and fq or map:instance(h, d, how, fq), kind = kind,
+                        window = window,
                         affine = opts.affine or false, precision = opts.precision, eps = opts.eps,
-                        sinks = opts.sinks and opts.sinks > 0 and opts.sinks or nil, compat = quirks.terrace and kind == "terrace" or nil }
+                        sinks = opts.sinks and opts.sinks > 0 and opts.sinks or nil,
+                        compat = quirks.terrace and kind == "terrace" or nil }
             if window > 0 then
                 local value = opts.window_factor or START_FACTOR
                 local factors = lc.full({ 1, h, 1, 1 }, value, where)
@@ -226,7 +237,8 @@ function Student:merge_first_lora()
     if not self.lora then lc.fail("merge_first_lora: there are no adapters") end
     local kept = {}
     for _, p in ipairs(lora.parameters(self)) do
-        kept[#kept + 1] = { name = FIRST .. p.name, tensor = lc.keep(lc.no_grad(function() return p.tensor:detach():clone() end)) }
+        kept[#kept + 1] = { name = FIRST .. p.name,
+                            tensor = lc.keep(lc.no_grad(function() return p.tensor:detach():clone() end)) }
     end
     self.first_lora = { options = self.lora, tensors = kept }
     lora.merge(self)
@@ -374,7 +386,8 @@ function Student:transfer_layer(layer, x, ctx, losses, is_last, how)
     local normed = self:norm_in(layer, x)
     local q, k, v = self:qkv(layer, normed, ctx)
     local a = layer.student
-    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index, window = layer.window, seen = 0 }
+    local call = { start = ctx.start, sequences = ctx.sequences, pos = ctx.pos, layer = layer.index,
+                   window = layer.window, seen = 0 }
     if a and a.map.custom then call.hidden = normed else normed:drop() end
     local y = attention.softmax(q, k, v, call)
     if a then
@@ -400,7 +413,9 @@ function Student:transfer_long(ids, opts) return require("lolcats.long").transfe
 function Student:loss_long(ids, labels, opts) return require("lolcats.long").loss(self, ids, labels, opts) end
 
 --- Beyond the reference's recipe: improve.lua.
-function Student:distill_loss(ids, labels, opts) return require("lolcats.improve").distill_loss(self, ids, labels, opts) end
+function Student:distill_loss(ids, labels, opts)
+    return require("lolcats.improve").distill_loss(self, ids, labels, opts)
+end
 function Student:draw_windows(p, sizes) return require("lolcats.improve").draw_windows(self, p, sizes) end
 function Student:fade(share) return require("lolcats.improve").fade(self, share) end
 function Student:keep_softmax(list) return require("lolcats.improve").keep_softmax(self, list) end
@@ -412,7 +427,8 @@ function Student:use_linear(opts)
     for _, p in ipairs(self:map_params()) do
         local wanted = false
         for _, pattern in ipairs(keep) do wanted = wanted or p.name:match(pattern) ~= nil end
-        wanted = wanted and not (self.map.buffers and self.map.buffers[p.name:match "[^.]+$"]) -- what a map does not train
+        -- what a map does not train
+        wanted = wanted and not (self.map.buffers and self.map.buffers[p.name:match "[^.]+$"])
         p.tensor:requires_grad_(wanted)
     end
     self.stage = "linear"

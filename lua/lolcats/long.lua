@@ -42,7 +42,8 @@ local function behind_state(a, q, k, v, fq, fk, st)
     local args = { mq = behind(fq, f), mk = #feats > 1 and lc.cat(feats, 3) or fk, map = "none", window = a.window,
                    kind = a.window > 0 and a.kind or nil, affine = a.affine, eps = a.eps }
     if a.window > 0 then args.factors = a.factors end
-    local y = lc.hybrid_attention(behind(q, d), #keys > 1 and lc.cat(keys, 3) or k, #values > 1 and lc.cat(values, 3) or v, args)
+    local y = lc.hybrid_attention(behind(q, d), #keys > 1 and lc.cat(keys, 3) or k,
+                                  #values > 1 and lc.cat(values, 3) or v, args)
     return n + m > 0 and y:narrow(3, n + m + 1, t) or y
 end
 
@@ -63,7 +64,8 @@ function M.attend(a, q, k, v, ctx)
     local y = behind_state(a, q, k, v, fq, fk, st)
     lc.no_grad(lc.scope, function()
         local keys, values, feats = k:detach(), v:detach(), fk:detach()
-        local places = lc.arange(ctx.seen, ctx.seen + t, 1, { dtype = q.dtype == "f64" and "f64" or "f32", device = q.device })
+        local places = lc.arange(ctx.seen, ctx.seen + t, 1,
+                                 { dtype = q.dtype == "f64" and "f64" or "f32", device = q.device })
         if st.k then
             keys, values, feats = lc.cat({ st.k, keys }, 3), lc.cat({ st.v, values }, 3), lc.cat({ st.f, feats }, 3)
             places = lc.cat({ st.places, places }, 1)
@@ -108,7 +110,9 @@ end
 local function chunks(model, ids, opts, f)
     if opts.start then lc.fail("training in chunks takes no left padding") end
     local size = opts.chunk or 1024
-    if type(size) ~= "number" or size < 1 or size % 1 ~= 0 then lc.fail("chunk: a number of tokens, got %s", tostring(opts.chunk)) end
+    if type(size) ~= "number" or size < 1 or size % 1 ~= 0 then
+        lc.fail("chunk: a number of tokens, got %s", tostring(opts.chunk))
+    end
     ids = model:check_ids(ids)
     local t, states, at = ids:size(2), {}, 0
     for i = 1, #model.layers do states[i] = { teacher = {}, student = {} } end
@@ -132,7 +136,8 @@ local function embed(model, ids)
 end
 
 local function call_of(layer, ctx, normed, state)
-    return { state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = normed, window = layer.window }
+    return { state = state, seen = ctx.seen, pos = ctx.pos, layer = layer.index, hidden = normed,
+             window = layer.window }
 end
 
 -- ---- attention transfer ---------------------------------------------------------------------------------------------
@@ -169,7 +174,8 @@ function M.transfer(student, ids, opts)
     if require("lolcats.transfer_whole").needed(student) then
         lc.fail("adapters that learn in the first stage, and compat = 'flow', are not for training in chunks")
     end
-    local how = { mse = opts.mse or 1000, xent = opts.xent or 0, backward = opts.backward ~= false, each = {}, last = 0 }
+    local how = { mse = opts.mse or 1000, xent = opts.xent or 0, backward = opts.backward ~= false, each = {},
+                  last = 0 }
     if how.mse == 0 and how.xent == 0 then lc.fail("transfer: mse and xent are both 0; there is no loss") end
     local n = 0
     for i, layer in ipairs(student.layers) do

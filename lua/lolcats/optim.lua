@@ -60,7 +60,8 @@ end
 -- A buffer's values as bfloat16 has them.
 local function round_(x) lc.no_grad(lc.scope, function() x:copy_(x:to("bf16"):to { dtype = x.dtype }) end) end
 
---- Rounds the gradients where the optimizer's state is kept in bfloat16 (rounded =): what a sum over micro-batches loses.
+--- Rounds the gradients where the optimizer's state is kept in bfloat16 (rounded =): what a sum over micro-batches
+--- loses.
 function Optim:round_gradients()
     if self.rounded then round_(self.flat.grad) end
 end

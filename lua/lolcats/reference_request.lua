@@ -54,8 +54,9 @@ end
 
 --- What args (of lc.args with the rows of reference_flags) ask for: {model = the configuration, options = of
 --- lc.linearize, or nil where attention stays softmax; first, second = experiments, or nil; second_name; trains_first;
---- compat; first_lora = options of student:add_lora for the first stage, or nil; rounded = training state has bfloat16's
---- digits; paths; path, dtype = of the model; chunk; load() = the model, frozen; folder(checkpoint) = of its run}.
+--- compat; first_lora = options of student:add_lora for the first stage, or nil; rounded = training state has
+--- bfloat16's digits; paths; path, dtype = of the model; chunk; load() = the model, frozen; folder(checkpoint) = of its
+--- run}.
 function M.read(args)
     local flags = flags_of.check(args)
     local out = { compat = args.compat == "reference" }
@@ -97,7 +98,8 @@ function M.read(args)
 
     out.path = model.model.pretrained_model_name_or_path
     out.dtype = args.dtype ~= "" and args.dtype or model.model.torch_dtype
-    out.rounded = out.compat and (out.dtype == "bf16" or out.dtype == "bfloat16") -- there all of it has the weights' dtype
+    -- there all of it has the weights' dtype
+    out.rounded = out.compat and (out.dtype == "bf16" or out.dtype == "bfloat16")
     function out.load()
         local teacher = lc.load(out.path, { dtype = out.dtype, device = args.device }):freeze()
         configs.check_model(model, teacher.config)

@@ -15,6 +15,7 @@ local function places(model)
     local out = { model.embed:storage_id(), model.head:storage_id(), model.inv_freq:storage_id(), model.stage or "" }
     if model.recomputes then return nil end -- its backward runs Lua
     if model:rotary_varies() then return nil end -- the frequencies of a text of another length lie elsewhere
+    if model.own_freq then out[#out + 1] = model.own_freq:storage_id() end
     for _, name in ipairs(SWITCHES) do out[#out + 1] = lc.get_option(name) end
     for _, p in ipairs { model.embed_proj, model.head_proj } do
         local l = p.lora

@@ -1,6 +1,6 @@
--- transfer_whole.lua: attention transfer as one graph over all layers, for what cannot be taught layer by layer: adapters
--- that learn in the first stage (an output projection's reaches the losses of all later layers), and, with the quirk
--- "flow", students whose own outputs go on to the next layer. Needs the activations of all layers at once.
+-- transfer_whole.lua: attention transfer as one graph over all layers, for what cannot be taught layer by layer:
+-- adapters that learn in the first stage (an output projection's reaches the losses of all later layers), and, with the
+-- quirk "flow", students whose own outputs go on to the next layer. Needs the activations of all layers at once.
 local lc = require "lolcats"
 local attention = require "lolcats.attention"
 local tiles = require "lolcats.attention_tiles"
@@ -35,9 +35,9 @@ local function layer_step(student, layer, x, ctx, how)
     return student:finish(layer, x, student.flows and y_pred or y, ctx), loss
 end
 
---- The layers' parts of the loss as one tensor, after their backward (unless opts.backward is false). x: a function that
---- makes the hidden states before the first layer, or those. how: mse and xent, ready for one layer; last: the last layer
---- that learns.
+--- The layers' parts of the loss as one tensor, after their backward (unless opts.backward is false). x: a function
+--- that makes the hidden states before the first layer, or those. how: mse and xent, ready for one layer; last: the
+--- last layer that learns.
 function M.losses(student, x, opts, ids, how, last)
     local function run()
         local ctx = student:context(ids or x, opts)

@@ -15,7 +15,8 @@ local function student(e, t, dtype, noise)
         x = x:to(dtype)
         return (noise and noise(x) or x:clone()):requires_grad_()
     end
-    local a = { map = map, kind = e.type, window = e.type == "linear" and 0 or e.window, affine = e.affine_attention_factors }
+    local a = { map = map, kind = e.type, window = e.type == "linear" and 0 or e.window,
+                affine = e.affine_attention_factors }
     for _, side in ipairs { "q", "k" } do
         local inst = setmetatable({}, map.meta)
         inst.layer = leaf(t["w_" .. side])
@@ -27,7 +28,8 @@ local function student(e, t, dtype, noise)
 end
 
 local function params(a)
-    local out = { w_q = a.fq.layer, w_k = a.fk.layer, bias_q = a.fq.bias, bias_k = a.fk.bias, window_factors = a.factors }
+    local out = { w_q = a.fq.layer, w_k = a.fk.layer, bias_q = a.fq.bias, bias_k = a.fk.bias,
+                  window_factors = a.factors }
     return out
 end
 
@@ -86,7 +88,8 @@ local function run(c, e, t, dtype, tol, noise)
         ;(lc.mse_loss(out, y_true:detach()) * 1000):backward()
         c.close("y_pred, " .. form, out, t.y_pred, tol.out, tol.floor)
         for name, p in pairs(params(b)) do
-            c.close(("grad %s, %s"):format(name, form), p.grad or lc.zeros_like(p), plain[name].grad or lc.zeros_like(p), tol.grad,
+            c.close(("grad %s, %s"):format(name, form), p.grad or lc.zeros_like(p),
+                    plain[name].grad or lc.zeros_like(p), tol.grad,
                     tol.floor)
         end
     end

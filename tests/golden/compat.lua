@@ -53,7 +53,8 @@ local function run(c, e, t, dtype, tol, noise)
     local fq, fk = attention.features(a, q, k, ctx)
     local y_true, a_true = attention.quadratic_softmax(q, k, v)
     c.close("y_true", y_true, t.y_true, tol.out, tol.floor)
-    c.close("y_pred, by the student's attention", lc.no_grad(attention.hybrid, a, q, k, v, ctx), t.y_pred, tol.out, tol.floor)
+    c.close("y_pred, by the student's attention", lc.no_grad(attention.hybrid, a, q, k, v, ctx), t.y_pred, tol.out,
+            tol.floor)
     local y, w = attention.quadratic(a, q, k, v, fq, fk)
     c.close("y_pred", y, t.y_pred, tol.out, tol.floor)
     c.close("a_pred", w, t.a_pred, tol.out, tol.floor)
@@ -61,7 +62,8 @@ local function run(c, e, t, dtype, tol, noise)
     c.close("loss_mse", mse, t.loss_mse, tol.loss, tol.floor)
     c.close("loss_xent", xent, t.loss_xent, tol.loss, tol.floor)
     ;(mse * 1000 + xent):backward()
-    local params = { w_q = a.fq.layer, w_k = a.fk.layer, bias_q = a.fq.bias, bias_k = a.fk.bias, window_factors = a.factors }
+    local params = { w_q = a.fq.layer, w_k = a.fk.layer, bias_q = a.fq.bias, bias_k = a.fk.bias,
+                     window_factors = a.factors }
     for name, p in pairs(params) do
         local want = t["grad_" .. name]
         if want then c.close("grad_" .. name, p.grad or lc.zeros_like(p), want, tol.grad, tol.floor) end
@@ -72,7 +74,8 @@ local function run(c, e, t, dtype, tol, noise)
     local first = math.ceil(l / 2)
     if first < l then
         local both = decoded(a, q, k, v, first)
-        c.close("y_decode after a prefill", both:narrow(3, first + 1, l - first), t.y_decode:narrow(3, first + 1, l - first),
+        c.close("y_decode after a prefill", both:narrow(3, first + 1, l - first),
+                t.y_decode:narrow(3, first + 1, l - first),
                 tol.out, tol.floor)
     end
 end
@@ -116,6 +119,7 @@ return function(dir, T)
     end
     if not files.exists(dir .. "/rope.json") then return end
     for i, e in ipairs(files.read_json(dir .. "/rope.json").cases) do
-        T.case(("compat/rope %d: head_dim %d, base %g"):format(i, e.head_dim, e.rope_theta), function(c) rope_case(c, e) end)
+        T.case(("compat/rope %d: head_dim %d, base %g"):format(i, e.head_dim, e.rope_theta),
+               function(c) rope_case(c, e) end)
     end
 end

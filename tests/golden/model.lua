@@ -16,7 +16,8 @@ local function softmax_case(c, folder, dtype, tol, T)
         local want = t["hidden." .. (i - 1)]
         if want then c.close("hidden." .. (i - 1), h, want, tol.out, tol.floor) end
     end
-    c.close("loss", lc.no_grad(function() return (model:loss(ids, int_rows(t.labels))) end), t.loss, tol.loss, tol.floor)
+    c.close("loss", lc.no_grad(function() return (model:loss(ids, int_rows(t.labels))) end), t.loss, tol.loss,
+            tol.floor)
 end
 
 local function make_student(folder, s, dtype, noise)
@@ -28,7 +29,8 @@ local function make_student(folder, s, dtype, noise)
     end
     local value = function(v) if v ~= files.null then return v end end
     return lc.linearize(teacher, {
-        map = s.map, kind = s.type, window = value(s.window), full = s.fullspace, feature_dim = value(s.f), bias = s.bias,
+        map = s.map, kind = s.type, window = value(s.window), full = s.fullspace, feature_dim = value(s.f),
+        bias = s.bias,
         affine = value(s.affine),
     })
 end
@@ -74,8 +76,10 @@ local function student_stage(c, student, t, ids, labels, tol, noise)
     -- from here on with the golden maps, so that what follows does not inherit the trajectory's rounding
     set_params(student, t, "transferred.", noise)
     student:use_linear()
-    c.close("student.logits", lc.no_grad(function() return student:logits(ids) end), t["student.logits"], tol.out, tol.floor)
-    c.close("student.loss", lc.no_grad(function() return (student:loss(ids, labels)) end), t["student.loss"], tol.loss, tol.floor)
+    c.close("student.logits", lc.no_grad(function() return student:logits(ids) end), t["student.logits"], tol.out,
+            tol.floor)
+    c.close("student.loss", lc.no_grad(function() return (student:loss(ids, labels)) end), t["student.loss"], tol.loss,
+            tol.floor)
 end
 
 local function lora_stage(c, student, t, ids, labels, tol, noise)
@@ -101,7 +105,8 @@ local function lora_stage(c, student, t, ids, labels, tol, noise)
         end)
         if step == 2 then
             for _, p in ipairs(list) do
-                c.close("gradient at step 2 of " .. p.name, p.tensor.grad, t["lora.grad_at_step2." .. key(p.name)], tol.grad, tol.floor)
+                c.close("gradient at step 2 of " .. p.name, p.tensor.grad, t["lora.grad_at_step2." .. key(p.name)],
+                        tol.grad, tol.floor)
             end
         end
         adamw(flat, 1e-2)
@@ -125,7 +130,9 @@ local function decode_stage(c, student, t, prefill, tol)
         for _, n in ipairs(sizes) do
             local part = {}
             for i = at, at + n - 1 do part[#part + 1] = all[i] end
-            rows[#rows + 1] = lc.no_grad(function() return student:lm_head(student:forward({ part }, { state = state })) end)
+            rows[#rows + 1] = lc.no_grad(function()
+                return student:lm_head(student:forward({ part }, { state = state }))
+            end)
             at = at + n
         end
         c.close(label, lc.cat(rows, 2), t["decode.logits"], tol.out, tol.floor)

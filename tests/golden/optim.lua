@@ -1,4 +1,5 @@
--- optim.lua: optimizers, schedules, accumulation and clipping against thirty steps of PyTorch on a small quartic problem.
+-- optim.lua: optimizers, schedules, accumulation and clipping against thirty steps of PyTorch on a small quartic
+-- problem.
 local lc = require "lolcats"
 local files = require "lolcats.files"
 local optim = require "lolcats.optim"
@@ -25,7 +26,8 @@ local function make_optimizer(run)
     end
     local kind, lr = run.optimizer:match "^(%a+) lr ([%d.e-]+)"
     if not kind then return nil end
-    return optim[kind:lower()] { lr = tonumber(lr), weight_decay = kind ~= "SGD" and tonumber(run.optimizer:match " wd ([%d.e-]+)") or nil }
+    local decay = kind ~= "SGD" and tonumber(run.optimizer:match " wd ([%d.e-]+)") or nil
+    return optim[kind:lower()] { lr = tonumber(lr), weight_decay = decay }
 end
 
 local function make_schedule(text)
@@ -75,7 +77,9 @@ end
 
 local function run_case(c, p, run)
     local o, s = make_optimizer(run), make_schedule(run.scheduler)
-    if not o or not s then c.skip("unknown optimizer or schedule: " .. run.optimizer .. " " .. tostring(run.scheduler)) end
+    if not o or not s then
+        c.skip("unknown optimizer or schedule: " .. run.optimizer .. " " .. tostring(run.scheduler))
+    end
     o:attach { p.x, p.y }
     s:start(o.lr, run.rows and #run.rows)
     local micro = tonumber(run.optimizer:match "accumulated over (%d+)") or 1
@@ -114,7 +118,9 @@ local function bf16_case(c, json, way)
     local got = { w = w:detach(), m = o.flat.m, v = o.flat.v }
     for name, want in pairs(json.result[way]) do
         local x = got[name:match "^exp_avg_sq" and "v" or name:match "^exp_avg" and "m" or name]
-        if x and type(want) == "table" then c.close(name, x:reshape(-1), lc.tensor(want, { dtype = "f32" }), 0, 1e-30) end
+        if x and type(want) == "table" then
+            c.close(name, x:reshape(-1), lc.tensor(want, { dtype = "f32" }), 0, 1e-30)
+        end
     end
 end
 

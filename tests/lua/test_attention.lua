@@ -23,11 +23,16 @@ for _, name in ipairs(maps.names()) do
 end
 
 t.test("options of maps", function()
-    for _, o in ipairs { { "softmax_dim", skip = true }, { "softmax_dim", full = false }, { "relu", bias = true, init = "kaiming" },
-                         { "relu", bias = "feature" }, { "softmax_dim", bias = "feature", init = "normal", feature_dim = 3 },
-                         { "l2", full = false, windows = { 4 } }, { "performer", feature_dim = 11 }, { "taylor", feature_dim = 5 },
-                         { "exp_dim", skip = true, bias = true }, { "pos_elu", kernel = "untied_head_einsum", dim = 4, heads = 3 } } do
-        local v = lc.check(o[1], { windows = o.windows or { 0, 4 }, skip = o.skip, full = o.full, bias = o.bias, init = o.init,
+    for _, o in ipairs { { "softmax_dim", skip = true }, { "softmax_dim", full = false },
+                         { "relu", bias = true, init = "kaiming" },
+                         { "relu", bias = "feature" }, { "softmax_dim", bias = "feature", init = "normal",
+                                                         feature_dim = 3 },
+                         { "l2", full = false, windows = { 4 } }, { "performer", feature_dim = 11 },
+                         { "taylor", feature_dim = 5 },
+                         { "exp_dim", skip = true, bias = true },
+                         { "pos_elu", kernel = "untied_head_einsum", dim = 4, heads = 3 } } do
+        local v = lc.check(o[1], { windows = o.windows or { 0, 4 }, skip = o.skip, full = o.full, bias = o.bias,
+                                   init = o.init,
                                    feature_dim = o.feature_dim, kernel = o.kernel, dim = o.dim, heads = o.heads })
         if o[1] == "l2" then -- a cosine alone may be negative, and is said to be
             t.ok(v.finite and v.gradient and v["row-wise"] and v.positive == false, tostring(v))
@@ -44,7 +49,8 @@ t.test("what is special about the field's maps", function()
     local x = lc.randn({ 1, 2, 5, 6 }, F64)
     local function features(name, side, opts)
         local map = maps.builtin(name, opts)
-        return map:instance(2, 6, where):features(x, { side = side or "k", pos = lc.arange(0, 5, 1, { dtype = "i32" }) }), map
+        local ctx = { side = side or "k", pos = lc.arange(0, 5, 1, { dtype = "i32" }) }
+        return map:instance(2, 6, where):features(x, ctx), map
     end
     local taylor = features("taylor", "k", { feature_dim = 6 })
     local s = x:matmul(x:transpose(-1, -2)) * 6 ^ -0.5
@@ -76,7 +82,8 @@ local function record(name, h, d, opts)
     local map = maps.builtin(name, { full = opts.full, feature_dim = opts.feature_dim })
     local where = { dtype = "f64", device = "cpu" }
     local fq = map:instance(h, d, where)
-    local a = { map = map, fq = fq, fk = map:instance(h, d, where, fq), kind = opts.kind, window = opts.window, affine = opts.affine,
+    local a = { map = map, fq = fq, fk = map:instance(h, d, where, fq), kind = opts.kind, window = opts.window,
+                affine = opts.affine,
                 compat = opts.compat, sinks = opts.sinks }
     for _, inst in ipairs { a.fq, a.fk } do
         for _, p in ipairs(inst:parameters()) do p.tensor:detach():add_(lc.randn(p.tensor.shape, F64), 0.3) end
@@ -102,9 +109,51 @@ local function gradients(list, loss)
     return out
 end
 
+-- Rows that were worked out with the reference's own functions, to six digits: inputs and weights are sines.
+t.test("worked examples of both windows and of the reference's terrace", function()
+    local function sines(rows, columns, a, b, c)
+        local out = {}
+        for i = 1, rows do
+            out[i] = {}
+            for j = 1, columns do out[i][j] = math.sin(a * (i - 1) + b * (j - 1) + c) end
+        end
+        return lc.tensor(out, F64)
+    end
+    local function rows(n, kind, compat)
+        local map = maps.builtin("softmax_dim", { feature_dim = 2 })
+        local a = { map = map, kind = kind, window = 2, compat = compat,
+                    factors = lc.full({ 1, 1, 1, 1 }, -2.1972245773362196, F64) }
+        for side, x in pairs { q = { 0.9, 0.4, 0.2 }, k = { 0.5, 1.1, 0.6 } } do
+            local inst = setmetatable({}, map.meta)
+            inst.layer = sines(4, 2, unpack(x)):reshape(1, 4, 2)
+            a["f" .. side] = inst
+        end
+        local function input(c) return sines(n, 4, 0.7, 1.3, c):reshape(1, 1, n, 4) end
+        return attention.hybrid(a, input(0.1), input(0.5), input(0.9), { seen = 0 }):reshape(n, 4)
+    end
+    local function row(x, i, want) t.close(x:select(1, i), want, 2e-6) end
+    local x = rows(2, "terrace", true)
+    row(x, 1, { 0.783327, 0.808497, -0.350783, -0.996165 })
+    row(x, 2, { 0.894866, 0.514881, -0.619405, -0.846262 })
+    row(rows(2, "sliding"), 2, { 0.895283, 0.513783, -0.620410, -0.845701 })
+    for _, compat in ipairs { false, true } do -- a multiple of the window: both agree
+        x = rows(6, "terrace", compat)
+        row(x, 3, { 0.855657, 0.150905, -0.774923, -0.565488 })
+        row(x, 5, { 0.790708, 0.365675, -0.595073, -0.684037 })
+        row(x, 6, { 0.705960, 0.358514, -0.514156, -0.633586 })
+    end
+    x = rows(5, "terrace", true)
+    row(x, 4, { 0.753629, 0.581830, -0.442352, -0.818487 })
+    row(x, 5, { 0.638384, 0.457876, -0.393421, -0.668356 })
+    x = rows(6, "sliding")
+    row(x, 4, { 0.862559, 0.430100, -0.632456, -0.768462 })
+    row(x, 6, { 0.578915, -0.125142, -0.645866, -0.220395 })
+end)
+
 t.test("the fused op's gradients at the lengths where its panels end, with a bias", function()
     local h, d, f = 2, 6, 5
-    for _, o in ipairs { { kind = "linear", window = 0 }, { kind = "sliding", window = 1 }, { kind = "terrace", window = 3 } } do
+    for _, o in ipairs { { kind = "linear", window = 0 }, { kind = "sliding", window = 1 },
+                         { kind = "terrace", window = 3 } } do
         for _, name in ipairs { "relu", "pos_elu" } do
             for _, n in ipairs { 1, 31, 32, 33, 65 } do
                 local label = ("%s %s %d"):format(o.kind, name, n)
@@ -113,9 +162,12 @@ t.test("the fused op's gradients at the lengths where its panels end, with a bia
                 local fq = map:instance(h, d, where)
                 local a = { map = map, fq = fq, fk = map:instance(h, d, where, fq), kind = o.kind, window = o.window }
                 if o.window > 0 then a.factors = lc.param(lc.full({ 1, h, 1, 1 }, -0.7, F64)) end
-                local q, k, v = lc.randn({ 1, h, n, d }, F64), lc.randn({ 1, h, n, d }, F64), lc.randn({ 1, h, n, d }, F64)
+                local q, k, v = lc.randn({ 1, h, n, d }, F64), lc.randn({ 1, h, n, d }, F64),
+                    lc.randn({ 1, h, n, d }, F64)
                 local weight, list = lc.randn({ 1, h, n, d }, F64), leaves(a)
-                local want = gradients(list, (attention.quadratic(a, q, k, v, attention.features(a, q, k, {})) * weight):sum())
+                local want = gradients(list,
+                                       (attention.quadratic(a, q, k, v,
+                                                            attention.features(a, q, k, {})) * weight):sum())
                 local got = gradients(list, (attention.hybrid(a, q, k, v, { seen = 0 }) * weight):sum())
                 for i = 1, #want do t.close(got[i], want[i], 1e-9, label .. ", gradient " .. i) end
             end
@@ -126,8 +178,10 @@ end)
 t.test("sinks and separate normalisers: three forms, gradients, padding", function()
     local forms = require "lolcats.attention_forms"
     local h, g, d = 4, 2, 6
-    for _, o in ipairs { { kind = "terrace", window = 4, sinks = 2 }, { kind = "sliding", window = 4, sinks = 3, affine = true },
-                         { kind = "sliding", window = 5, sinks = 9 }, { kind = "terrace", window = 3, sinks = 1, affine = true },
+    for _, o in ipairs { { kind = "terrace", window = 4, sinks = 2 },
+                         { kind = "sliding", window = 4, sinks = 3, affine = true },
+                         { kind = "sliding", window = 5, sinks = 9 },
+                         { kind = "terrace", window = 3, sinks = 1, affine = true },
                          { kind = "scale", window = 4 }, { kind = "scale", window = 64 } } do
         for _, n in ipairs { 1, 3, 8, 23, 32 } do
             local label = ("%s %d, %s sinks, %d tokens"):format(o.kind, o.window, tostring(o.sinks), n)
@@ -166,8 +220,10 @@ end)
 
 t.test("cross entropy of weights in tiles equals the whole", function()
     local h, g, d, n = 4, 2, 6, 23
-    for _, o in ipairs { { kind = "terrace", window = 4 }, { kind = "sliding", window = 5, affine = true }, { kind = "linear", window = 0 },
-                         { kind = "terrace", window = 7, compat = true }, { kind = "terrace", window = 32, compat = true },
+    for _, o in ipairs { { kind = "terrace", window = 4 }, { kind = "sliding", window = 5, affine = true },
+                         { kind = "linear", window = 0 },
+                         { kind = "terrace", window = 7, compat = true },
+                         { kind = "terrace", window = 32, compat = true },
                          { kind = "scale", window = 4 }, { kind = "terrace", window = 4, sinks = 2 } } do
         local q = lc.randn({ 2, h, n, d }, F64):requires_grad_(true)
         local k = lc.randn({ 2, g, n, d }, F64):requires_grad_(true)
@@ -207,7 +263,8 @@ t.test("cross entropy with left padding is that of the rows alone", function()
         rows = rows + n - p
     end
     -- the columns of padding count in the reference's log-softmax: 1e-12 each
-    t.close({ tiles.xent(a, q, k, fq, fk, { start = lc.tensor(pads, { dtype = "i32" }) }, { tile = 400 }):item() }, { sum / rows }, 1e-9)
+    t.close({ tiles.xent(a, q, k, fq, fk, { start = lc.tensor(pads, { dtype = "i32" }) }, { tile = 400 }):item() },
+            { sum / rows }, 1e-9)
 end)
 
 t.test("memory of the cross entropy grows with the length, not with its square", function()
@@ -215,7 +272,8 @@ t.test("memory of the cross entropy grows with the length, not with its square",
         local q, k = lc.randn { 1, 2, n, 8 }, lc.randn { 1, 2, n, 8 }
         local map = maps.builtin "hedgehog"
         local where = { dtype = "f32", device = "cpu" }
-        local a = { map = map, fq = map:instance(2, 8, where), fk = map:instance(2, 8, where), kind = "terrace", window = 16,
+        local a = { map = map, fq = map:instance(2, 8, where), fk = map:instance(2, 8, where), kind = "terrace",
+                    window = 16,
                     factors = lc.param(lc.zeros { 1, 2, 1, 1 }) }
         collectgarbage() collectgarbage()
         local before = lc.memory "live"
@@ -269,13 +327,17 @@ t.test("every attention of the reference by its name", function()
             s:drop_state(state)
         end
     end
-    t.errors(function() lc.linearize(teacher(), { attention = "lolcats_llama_window_tkk" }) end, "did you mean 'lolcats_llama_window_tk'")
-    t.errors(function() lc.linearize(teacher(), { attention = "lolcats_llama_window_tk", kind = "sliding" }) end, "means kind = terrace")
+    t.errors(function() lc.linearize(teacher(), { attention = "lolcats_llama_window_tkk" }) end,
+             "did you mean 'lolcats_llama_window_tk'")
+    t.errors(function() lc.linearize(teacher(), { attention = "lolcats_llama_window_tk", kind = "sliding" }) end,
+             "means kind = terrace")
 end)
 
 t.test("rows with padding before them, in a carried state, decode as each row alone", function()
-    for _, how in ipairs { { window = 4 }, { kind = "sliding", window = 5, map = "taylor" }, { kind = "linear", map = "cosformer" },
-                           { window = 4, sinks = 2 }, { kind = "scale", window = 4 }, { window = 4, softmax_layers = { 1 } },
+    for _, how in ipairs { { window = 4 }, { kind = "sliding", window = 5, map = "taylor" },
+                           { kind = "linear", map = "cosformer" },
+                           { window = 4, sinks = 2 }, { kind = "scale", window = 4 },
+                           { window = 4, softmax_layers = { 1 } },
                            { attention = "softmax" }, { window = 3, window_only = true } } do
         local only = how.window_only
         how.window_only = nil
@@ -295,7 +357,9 @@ t.test("rows with padding before them, in a carried state, decode as each row al
                     for _, m in ipairs(sizes) do
                         local part = {}
                         for i = 1, #pads do part[i] = { unpack(rows[i], at + 1, at + m) } end
-                        parts[#parts + 1] = s:lm_head(s:forward(part, { state = state, start = at == 0 and pads or nil, tokens_at_once = slice }))
+                        parts[#parts + 1] = s:lm_head(s:forward(part,
+                                                                { state = state, start = at == 0 and pads or nil,
+                                                                  tokens_at_once = slice }))
                         at = at + m
                     end
                     local got = lc.cat(parts, 2)

@@ -150,6 +150,15 @@ for _, dtype in ipairs {"f32", "f16"} do
   whole(dtype, case(hedgehog, {d = 64, f = 32, t = 140, dtype = dtype}))
   whole(dtype .. ", odd sizes", case(hedgehog, {d = 20, f = 12, t = 70, dtype = dtype, window = 10, kind = "sliding", start = {5}}))
 end
+whole("f32, d 128", case(hedgehog, {d = 128, f = 64, t = 200, h = 4, g = 2, dtype = "f32", plain = true}))
+whole("f32, window 0", case(hedgehog, {d = 64, f = 32, t = 150, dtype = "f32", window = 0, plain = true}))
+whole("f32, sliding, padding", case(hedgehog, {d = 64, f = 64, t = 150, b = 2, start = {3, 140}, dtype = "f32", kind = "sliding", affine = true}))
+whole("f32, relu with bias and skip", case(hedgehog, {d = 96, f = 96, t = 140, dtype = "f32", map = "relu", bias = true, skip = true}))
+whole("f32, exp_dim, half the map", case(hedgehog, {d = 64, f = 48, t = 140, dtype = "f32", map = "exp_dim", full = false}))
+whole("f32, ready features", case(hedgehog, {d = 64, map = "none", F = 96, t = 140, mk_heads = 1, dtype = "f32", affine = true}))
+whole("f32, gradient", case(hedgehog, {d = 64, f = 32, t = 140, dtype = "f32", gradient = true}))
+whole("f16, sliding, ready features", case(hedgehog, {d = 64, map = "none", F = 32, t = 140, dtype = "f16", kind = "sliding"}))
+whole("bf16, an odd map", case(hedgehog, {d = 80, f = 24, t = 140, map = "pos_elu", F = 24, full = false}))
 whole("gradient after the tiles", case(hedgehog, {d = 64, f = 32, t = 140, gradient = true}))
 whole("gradient after the tiles, sliding", case(hedgehog, {d = 64, f = 32, t = 140, kind = "sliding", gradient = true}))
 
@@ -240,6 +249,11 @@ for _, kind in ipairs {"terrace", "sliding", "none"} do
   carried(kind .. ", whole blocks", case(hedgehog, case(more, {chunks = {64, 128, 64}})))
   carried(kind .. ", long chunks", case(hedgehog, case(more, {h = 1, chunks = {330, 400}})))
 end
+carried("f32, chunks", case(hedgehog, {d = 64, f = 32, dtype = "f32", chunks = {100, 28, 64, 70}, plain = true}))
+carried("f32, sliding chunks", case(hedgehog, {d = 64, f = 32, dtype = "f32", kind = "sliding", chunks = {100, 28, 64, 70}}))
+carried("f32, window 0, chunks", case(hedgehog, {d = 64, f = 32, dtype = "f32", window = 0, chunks = {100, 28, 64, 70}}))
+carried("f32, ready features, chunks", case(hedgehog, {d = 64, F = 64, map = "none", dtype = "f32", kind = "sliding", chunks = {100, 28, 64, 70}}))
+carried("f16, halves, chunks", case(hedgehog, {d = 64, f = 32, dtype = "f16", chunks = {100, 28, 66}, halves = {state = "f16", cache = "f16"}}))
 carried("ready features, chunks", case(hedgehog, {d = 64, F = 64, map = "none", chunks = {100, 28, 64, 70}}))
 carried("ready features, sliding chunks", case(hedgehog, {d = 64, F = 64, map = "none", kind = "sliding", chunks = {100, 28, 64, 70}}))
 carried("slots and padding", case(hedgehog, {d = 64, f = 32, b = 2, slots = 4, slot = {2, 0}, start = {0, 30}, chunks = {100, 1, 1, 70}}))

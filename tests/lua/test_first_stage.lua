@@ -32,10 +32,12 @@ local function ids(n, seed)
 end
 
 local function logits(m, row) return lc.no_grad(m.logits, m, row) end
-local function shake(list) for _, p in ipairs(list) do p.tensor:detach():add_(lc.randn(p.tensor.shape, { dtype = "f64" }), 0.1) end end
+local function shake(list)
+    for _, p in ipairs(list) do p.tensor:detach():add_(lc.randn(p.tensor.shape, { dtype = "f64" }), 0.1) end
+end
 
--- The slope of the loss along one entry of each of the last layer's parameters, against what backward gives. (Targets are
--- constants to the gradient; those of other layers move with what stands before them.)
+-- The slope of the loss along one entry of each of the last layer's parameters, against what backward gives. (Targets
+-- are constants to the gradient; those of other layers move with what stands before them.)
 local function check_slopes(s, opts)
     local rows = { ids(13, 1), ids(13, 2) }
     local list = s:trainable()
@@ -53,7 +55,8 @@ local function check_slopes(s, opts)
         local slope = (loss(value + eps) - loss(value - eps)) / (2 * eps)
         entry:fill_(value)
         local got = p.tensor.grad and p.tensor.grad:reshape(-1):narrow(1, at, 1):item() or 0
-        t.ok(math.abs(got - slope) < 1e-4 * math.max(1, math.abs(slope)), ("%s: %.8g, expected %.8g"):format(p.name, got, slope))
+        t.ok(math.abs(got - slope) < 1e-4 * math.max(1, math.abs(slope)),
+             ("%s: %.8g, expected %.8g"):format(p.name, got, slope))
     end end
 end
 
@@ -105,7 +108,8 @@ t.test("adapters of the first stage are merged, kept and loaded", function()
 end)
 
 t.test("compat 'flow': the student's outputs go on", function()
-    local s = lc.linearize(model(), { attention = "lolcats_llama_window_tk_fa2", window = 3, compat = "flow", map = "relu", bias = true })
+    local s = lc.linearize(model(), { attention = "lolcats_llama_window_tk_fa2", window = 3, compat = "flow",
+                                      map = "relu", bias = true })
     shake(s:trainable())
     check_slopes(s, { mse = 1000, xent = 1 })
     local own = lc.linearize(model(), { window = 3, map = "relu", bias = true })
@@ -113,7 +117,8 @@ t.test("compat 'flow': the student's outputs go on", function()
     s:transfer({ ids(13) })
     own:transfer({ ids(13) })
     local a, b = s:map_params(), own:map_params()
-    t.ok((a[1].tensor.grad - b[1].tensor.grad):abs():amax():item() > 1e-6, "the first layer's maps feel the losses of later layers")
+    t.ok((a[1].tensor.grad - b[1].tensor.grad):abs():amax():item() > 1e-6,
+         "the first layer's maps feel the losses of later layers")
     t.ok(lc.linearize(model(), { attention = "lolcats_llama_window_tk_fa2", window = 3, compat = "reference" }).flows)
     t.ok(not lc.linearize(model(), { attention = "lolcats_llama_window_tk", window = 3, compat = "reference" }).flows)
 end)
@@ -121,7 +126,8 @@ end)
 t.test("compat 'window': a model's sliding window is left out", function()
     local m, whole = model { model_type = "mistral", sliding_window = 5 }, model { model_type = "mistral" }
     local row = ids(14)
-    local plain, odd, wide = lc.linearize(m, { window = 3 }), lc.linearize(m, { window = 3, compat = "window" }), lc.linearize(whole, { window = 3 })
+    local plain, odd, wide = lc.linearize(m, { window = 3 }), lc.linearize(m, { window = 3, compat = "window" }),
+        lc.linearize(whole, { window = 3 })
     t.close({ odd:transfer({ row }) }, { wide:transfer({ row }) }, 1e-10)
     t.ok(math.abs(plain:transfer({ row }) - wide:transfer({ row })) > 1e-6)
     local kept = lc.linearize(m, { softmax_layers = { 1, 2, 3 }, compat = "window" })
@@ -147,34 +153,45 @@ t.test("linearized layers with rotary frequencies of their own", function()
     t.close(logits(kept, row), logits(model(), row), 1e-12)
     -- texts longer than what the frequencies are for
     local dynamic = model { rope_scaling = { rope_type = "dynamic", factor = 2 }, max_position_embeddings = 8 }
-    s = lc.linearize(model(), { window = 4, rotary = { rope_scaling_type = "dynamic", rope_scaling_factor = 2, max_position_embeddings = 8 } })
+    s = lc.linearize(model(),
+                     { window = 4, rotary = { rope_scaling_type = "dynamic", rope_scaling_factor = 2,
+                                              max_position_embeddings = 8 } })
     t.close(logits(s, row), logits(lc.linearize(dynamic, { window = 4 }), row), 1e-10)
     s:save(root .. "/rotary")
     local again = require("lolcats.linearize").load(root .. "/rotary", { base = model() })
     t.close(logits(again, row), logits(s, row), 1e-12)
-    t.errors(function() lc.linearize(model(), { rotary = { rope_scaling_type = "yarn" } }) end, "'linear', 'dynamic' or nothing")
+    t.errors(function() lc.linearize(model(), { rotary = { rope_scaling_type = "yarn" } }) end,
+             "'linear', 'dynamic' or nothing")
     t.errors(function() lc.linearize(model(), { rotary = { head_dim = 128 } }) end, "heads have 6")
     t.errors(function() lc.linearize(model(), { rotary = { theta = 1 } }) end, "no setting 'theta'")
 end)
 
-t.test("a configuration with peft and rotary_config, all quirks, in bfloat16: both stages, and its files again", function()
+t.test("a configuration with peft and rotary_config, all quirks, in bfloat16: both stages, and its files again",
+       function()
     lc.manual_seed(1)
     tiny.write_model(root .. "/lama", "llama3_1", { num_hidden_layers = 2, initializer_range = 0.3 })
     tiny.write_records(root .. "/records.json", 60)
     local name = "distill_mine_fd8"
-    local text = files.read((arg[0]:match "^(.*/)" .. "../../recipes/configs/model/distill_llama3_1_8b_lk_smd_wtk64_fd64_w01.yaml"))
-    text = text:gsub("\nattention:\n", "\nattention:\n  peft:\n    method: lora\n    kwargs:\n      r: 2\n      lora_alpha: 4\n" ..
-                     "      target_modules: [\"self_attn.q_proj\", \"self_attn.o_proj\"]\n  rotary_config:\n    rope_theta: 777.0\n    head_dim: 16\n", 1)
+    local text = files.read((arg[0]:match "^(.*/)" ..
+                             "../../recipes/configs/model/distill_llama3_1_8b_lk_smd_wtk64_fd64_w01.yaml"))
+    text = text:gsub("\nattention:\n",
+                     "\nattention:\n  peft:\n    method: lora\n    kwargs:\n      r: 2\n      lora_alpha: 4\n" ..
+                     "      target_modules: [\"self_attn.q_proj\", \"self_attn.o_proj\"]\n  rotary_config:\n    " ..
+                         "rope_theta: 777.0\n    head_dim: 16\n", 1)
     files.make_dirs(root .. "/configs/model")
     files.write(root .. "/configs/model/" .. name .. ".yaml", text)
     local tree = configs.load("model", name, root .. "/configs")
     t.eq(configs.first_lora_options(tree), { rank = 2, alpha = 4, targets = { "q_proj", "o_proj" } })
     local me = os.getenv "LOLCATS_PROGRAM" or require("lolcats.program").path
-    local flags = ("--model_config %s --config_dir configs --pretrained_model_name_or_path '%s/lama' --data records.json --dataset_chunk_size 100 " ..
-        "--window_size 8 --lk_zero_init --max_eval_batches 1 --gradient_accumulation_steps 2 --max_steps 2 --eval_steps 1 --no_init_eval " ..
-        "--distill_config distill_alpaca_clean_xent1_mse1000_lr1e-2 --finetune_config finetune_lora_qkvo_alpaca_clean"):format(name, root)
+    local flags = ("--model_config %s --config_dir configs --pretrained_model_name_or_path '%s/lama' --data " ..
+        "records.json --dataset_chunk_size 100 " ..
+        "--window_size 8 --lk_zero_init --max_eval_batches 1 --gradient_accumulation_steps 2 --max_steps 2 " ..
+            "--eval_steps 1 --no_init_eval " ..
+        "--distill_config distill_alpaca_clean_xent1_mse1000_lr1e-2 --finetune_config " ..
+            "finetune_lora_qkvo_alpaca_clean"):format(name, root)
     local function run(more)
-        local status = os.execute(("cd '%s' && '%s' distill %s %s > said.out 2> said.err < /dev/null"):format(root, me, flags, more))
+        local status = os.execute(("cd '%s' && '%s' distill %s %s > said.out 2> said.err < /dev/null"):format(root, me,
+            flags, more))
         return status, files.read(root .. "/said.err")
     end
     local status, err = run "--compat reference --dtype bf16"
@@ -182,14 +199,17 @@ t.test("a configuration with peft and rotary_config, all quirks, in bfloat16: bo
     t.ok(err:find("bfloat16's digits (AdamW, fused)", 1, true), err)
     local dir, distilled, tuned = root .. "/checkpoints/" .. name .. "/", nil, nil
     for _, file in ipairs(files.list(dir)) do
-        if file:match "_distill%.pt$" then distilled = dir .. file elseif file:match "_ft%.pt$" then tuned = dir .. file end
+        if file:match "_distill%.pt$" then distilled = dir .. file elseif file:match "_ft%.pt$" then tuned = dir ..
+            file end
     end
     local f = files.open_tensors(distilled)
     local all = table.concat(f:names(), " ")
     t.ok(all:find("base_model.model.model.layers.0.self_attn.o_proj.lora_B.default.weight", 1, true), all)
     t.ok(all:find("base_model.model.model.layers.1.self_attn.feature_map_k.mlp.layer", 1, true), all)
     f:close()
-    local again = require("lolcats.reference_checkpoint").open(tuned, { base = root .. "/lama", config_dir = root .. "/configs", distill = distilled })
+    local again = require("lolcats.reference_checkpoint").open(tuned,
+                                                               { base = root .. "/lama", config_dir = root ..
+                                                                 "/configs", distill = distilled })
     t.ok(again.first_lora and again.lora.rank == 8 and again.own_rotary.rope_theta == 777)
     t.ok(lc.count_nonfinite(logits(again, ids(20))):item() == 0)
 end)

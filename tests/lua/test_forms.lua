@@ -1,6 +1,6 @@
--- test_forms.lua: every feature map in a random choice of attentions (kind, window, sinks, affine, faded, grouped heads,
--- kernel, bias, halves) in its three forms: quadratic, all at once on the fused op or in blocks, and in pieces with a
--- carried state; gradients of all that has one; and rows with padding before them against each row alone.
+-- test_forms.lua: every feature map in a random choice of attentions (kind, window, sinks, affine, faded, grouped
+-- heads, kernel, bias, halves) in its three forms: quadratic, all at once on the fused op or in blocks, and in pieces
+-- with a carried state; gradients of all that has one; and rows with padding before them against each row alone.
 --   lolcats tests/lua/test_forms.lua [SEED] [CASES]
 local t = dofile((arg and arg[0] or ""):match("^(.*/)") .. "harness.lua")
 local lc = require "lolcats"
@@ -16,7 +16,8 @@ local function pick(list) return list[math.random(#list)] end
 local function chance(p) return math.random() < p end
 
 local function case_of(name)
-    local c = { name = name, kind = pick { "terrace", "sliding", "linear", "scale" }, h = pick { 2, 4 }, d = pick { 4, 6, 8 },
+    local c = { name = name, kind = pick { "terrace", "sliding", "linear", "scale" }, h = pick { 2, 4 },
+                d = pick { 4, 6, 8 },
                 n = pick { 1, 2, 5, 9, 16, 23, 33, 40 }, map = {} }
     c.g = pick { c.h, c.h / 2 }
     c.window = c.kind == "linear" and 0 or pick { 1, 2, 3, 4, 5, 8, 17 }
@@ -32,7 +33,8 @@ local function case_of(name)
         if chance(0.4) and name ~= "l2" then c.map.full = false end
         if chance(0.3) then c.map.bias = pick { true, "feature" } end
     end
-    c.label = ("%s, %s %d, sinks %s, affine %s, fade %s, %d of %d heads of %d, %d tokens, kernel %s, full %s, bias %s"):format(
+    c.label = ("%s, %s %d, sinks %s, affine %s, fade %s, %d of %d heads of %d, %d tokens, kernel %s, full %s, " ..
+        "bias %s"):format(
         name, c.kind, c.window, tostring(c.sinks), tostring(c.affine), tostring(c.fade), c.g, c.h, c.d, c.n,
         tostring(c.map.kernel), tostring(c.map.full), tostring(c.map.bias))
     return c
@@ -43,7 +45,8 @@ local function record(c)
     local map = maps.builtin(c.name, c.map)
     local where = { dtype = "f64", device = "cpu", options = { nu = 2, max_length = 64 } }
     local fq = map:instance(c.h, c.d, where)
-    local a = { map = map, fq = fq, fk = c.tied and fq or map:instance(c.h, c.d, where, fq), kind = c.kind, window = c.window,
+    local a = { map = map, fq = fq, fk = c.tied and fq or map:instance(c.h, c.d, where, fq), kind = c.kind,
+                window = c.window,
                 affine = c.affine, sinks = c.sinks, fade = c.fade, eps = c.eps }
     local list = {}
     for _, inst in ipairs(c.tied and { fq } or { fq, a.fk }) do
@@ -81,7 +84,8 @@ local function in_pieces(a, c, q, k, v)
         local m = math.min(pick { 1, 1, 3, 7 }, c.n - at)
         local function cut(x) return x:detach():narrow(3, at + 1, m):contiguous() end
         rows[#rows + 1] = attention.hybrid(a, cut(q), cut(k), cut(v),
-                                           { seen = at, state = state, pos_tensor = lc.full({ 2 }, at, { dtype = "i32" }) })
+                                           { seen = at, state = state, pos_tensor = lc.full({ 2 }, at,
+                                               { dtype = "i32" }) })
         at = at + m
     end
     return lc.cat(rows, 3)
@@ -128,7 +132,9 @@ local function check(c)
         pos[i] = {}
         for j = 1, c.n do pos[i][j] = math.max(0, j - 1 - pads[i]) end
     end
-    local y = attention.hybrid(a, q, k, v, { seen = 0, start = lc.tensor(pads, { dtype = "i32" }), pos = lc.tensor(pos, { dtype = "i32" }) })
+    local y = attention.hybrid(a, q, k, v,
+                               { seen = 0, start = lc.tensor(pads, { dtype = "i32" }),
+                                 pos = lc.tensor(pos, { dtype = "i32" }) })
     local together, alone = 0, 0
     for i, pad in ipairs(pads) do
         local row, w = quadratic(i, pad), cut(weight, i, pad)

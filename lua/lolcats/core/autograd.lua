@@ -284,8 +284,8 @@ function M.checkpoint(f, ...)
   local args = pack(...)
   local inputs, given = {}, tensors_in(args)
   local state = M.rng_state()
-  -- recorded, so that what looks at the switch (dropout, windows drawn for training) does the same both times; forgotten
-  -- at once, since nothing of the record is returned
+  -- recorded, so that what looks at the switch (dropout, windows drawn for training) does the same both times;
+  -- forgotten at once, since nothing of the record is returned
   local results = pack(scope.scope(function(...)
     local r = pack(f(...))
     for i = 1, r.n do

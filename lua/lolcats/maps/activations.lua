@@ -22,10 +22,15 @@ local function exp_dim(x, full)
     return lc.cat({ hi, (x:amin(-1, { keep = true }) - x):exp() }, -1)
 end
 
-local SOFTMAX = { op = "softmax_dim", doubles = true, forward = function(x, _, map) return clamped(softmax_dim(x, map.full), map) end }
-local EXP = { op = "exp_dim", doubles = true, forward = function(x, _, map) return clamped(exp_dim(x, map.full), map) end }
+local SOFTMAX = { op = "softmax_dim", doubles = true,
+                  forward = function(x, _, map) return clamped(softmax_dim(x, map.full), map) end }
+local EXP = { op = "exp_dim", doubles = true,
+              forward = function(x, _, map) return clamped(exp_dim(x, map.full), map) end }
 -- 1 + elu(x) without taking 1 from an exponential and adding it again
-local ELU = { op = "pos_elu", forward = function(x, _, map) return clamped(x:clamp({ max = 0 }):exp() + x:relu(), map) end }
+local ELU = {
+    op = "pos_elu",
+    forward = function(x, _, map) return clamped(x:clamp({ max = 0 }):exp() + x:relu(), map) end,
+}
 local RELU = { op = "relu", forward = function(x, _, map) return clamped(x:relu(), map) end }
 
 local function row(base, more)
@@ -77,7 +82,8 @@ local function orthogonal(m, d)
 end
 
 M.performer = {
-    doc = "Performer's FAVOR+ (positive orthogonal random features of exp(q.k / sqrt(d))); feature_dim of them, default head_dim",
+    doc = "Performer's FAVOR+ (positive orthogonal random features of exp(q.k / sqrt(d))); feature_dim of them, " ..
+        "default head_dim",
     kernel = "none",
     init = function(self, map, _, f, where)
         local m = map.feature_dim or f
@@ -111,7 +117,8 @@ M.dpfp = {
 }
 
 M.cosformer = {
-    doc = "cosFormer: relu(x) times cos and sin of pi/2 * position / max_length (map_options.max_length, 4096; later positions count as it)",
+    doc = "cosFormer: relu(x) times cos and sin of pi/2 * position / max_length (map_options.max_length, 4096; " ..
+        "later positions count as it)",
     kernel = "none",
     forward = function(x, self, map, ctx)
         local top, t = self.options.max_length or 4096, x:size(3)
@@ -124,7 +131,8 @@ M.cosformer = {
 }
 
 M.taylor = {
-    doc = "Based's second-order Taylor map: q.k counts 1 + s + s^2 / 2, s = q.k / sqrt(f); feature_dim f defaults to 16",
+    doc = "Based's second-order Taylor map: q.k counts 1 + s + s^2 / 2, s = q.k / sqrt(f); feature_dim f " ..
+        "defaults to 16",
     few = 16, signed = true,
     forward = function(x)
         local s = x.shape
@@ -137,7 +145,8 @@ M.taylor = {
 }
 
 M.l2 = {
-    doc = "identity with L2 norm: q.k counts 1 + cos of their angle; full = false: the cosine alone, which may be negative",
+    doc = "identity with L2 norm: q.k counts 1 + cos of their angle; full = false: the cosine alone, which may " ..
+        "be negative",
     kernel = "none", signed = true,
     forward = function(x, _, map)
         local s = x.shape
@@ -147,7 +156,7 @@ M.l2 = {
     end,
 }
 
--- ---- hedgehog's features forget how long q and k are ------------------------------------------------------------------
+-- ---- hedgehog's features forget how long q and k are ----------------------------------------------------------------
 local function length(x) return (x:square():mean(-1, { keep = true }) + 1e-12):sqrt() end
 
 M.hedgehog_norm = {
@@ -157,7 +166,8 @@ M.hedgehog_norm = {
 }
 
 M.hedgehog_gated = {
-    doc = "hedgehog times exp(x.g + n |x| / sqrt(head_dim)), g and n learned a head from 0: equals hedgehog at the start",
+    doc = "hedgehog times exp(x.g + n |x| / sqrt(head_dim)), g and n learned a head from 0: equals hedgehog at " ..
+        "the start",
     half = true, wants_x = true,
     init = function(self, _, heads, _, where, dim)
         self.gate = lc.param(lc.zeros({ heads, dim, 1 }, where))

@@ -72,8 +72,9 @@ end
 
 -- ---- the stage ------------------------------------------------------------------------------------------------------
 --- Trains. o: name ("distill" or "ft"), out (folder of lc.run's files), tree (the experiment), student, params, data
---- ({train =, validation =}), seed, batch, clip, compat, rounded (training state to bfloat16's digits), csv (path), fresh, chunk, save(step, values): called at every
---- num_save_ckpt_steps updates with an evaluation. Returns lc.run's summary.
+--- ({train =, validation =}), seed, batch, clip, compat, rounded (training state to bfloat16's digits), csv (path),
+--- fresh, chunk, save(step, values): called at every num_save_ckpt_steps updates with an evaluation. Returns lc.run's
+--- summary.
 function M.train(o)
     local trainer, t = trainers.find(o.tree.trainer.name), o.tree.trainer
     local length = configs.length(o.tree)
