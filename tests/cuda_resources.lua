@@ -16,13 +16,14 @@ local args = lc.args {
 -- larger than the registers (head dim 128 with 128 inputs of the map).
 local HOT = { "gemv_one", "gemv_denseI13__nv_bfloat16Li1", "decode_many", "decode_kernel", "many_features", "query_features",
               "12pairs_kernelILi%d+ELi%d+ELi%d+ELb1", "16pairs_sum_kernel", "13forward_kernelILi%d+ELi%d+ELi64", "14forward_kernelILi%d+ELi%d+ELi64", "keys_tile_kernelILi%d+ELi%d+ELi64",
-              "queries_tile_kernelILi%d+ELi%d+ELi64", "segment_sums_kernel", "norm_rowsI13__nv_bfloat16", "norm_back_rowsI13__nv_bfloat16",
+              "queries_tile_kernelILi%d+ELi%d+ELi64", "segment_sums_kernel", "usual_queries_kernel", "usual_keys_kernel", "usual_sums_kernel",
+              "norm_rowsI13__nv_bfloat16", "norm_back_rowsI13__nv_bfloat16",
               "rope_rowsI13__nv_bfloat16", "swiglu_vectors", "swiglu_row13__nv_bfloat16", "adamw_vectors", "lce_rows", "tiles_forward",
               "tiles_gq", "tiles_gkv", "add_vectors", "add_lists", "adapters_kernelI13__nv_bfloat16Li%d+", "adapter_gradsI13__nv_bfloat16Li[123]E" }
 
--- Where bytes on the stack are known: calls of hybrid attention that are not the usual one (its window, map, both signs, no skip and no
--- bias have an instance of their own, ..ELb1EE), 128 features of 64 inputs, what the forward keeps from chunk to chunk, four keys at a time in decoding, norms of rows above 8,192.
-local KNOWN = { ["tile_kernelILi%d+ELi%d+ELi64ELb%dELb0"] = 336, ["forward_kernelILi64ELi128ELi64"] = 80, segment_sums_kernel = 32, pairs_kernel = 64, pairs_sum_kernel = 16,
+-- Where bytes on the stack are known: the gradient of hybrid attention where it is not the usual call's, which has kernels of its own; 128
+-- features of 64 inputs, what the forward keeps from chunk to chunk, four keys at a time in decoding, norms of rows above 8,192.
+local KNOWN = { ["tile_kernelILi%d+ELi%d+ELi64ELb%dE"] = 336, usual_keys_kernelILb1 = 32, usual_queries_kernelILb1 = 8, ["forward_kernelILi64ELi128ELi64"] = 80, segment_sums_kernel = 32, pairs_kernel = 64, pairs_sum_kernel = 16,
                 ["decode_kernelILi%d+ELi4"] = 8, ["norm_back_rowsI13__nv_bfloat16Li8ELb0ELi1024"] = 16 }
 
 local function allowed(name)

@@ -61,9 +61,10 @@ size_t hybrid_backward_fast_work(const gradients *o) {
 int hybrid_backward_fast(const gradients *o, void *work) {
     fast p;
     plan(*o, &p, work);
-    int rc = hybrid_backward_rows(*o, p);
-    if (!rc) rc = hybrid_backward_sums(*o, p);
-    if (!rc) rc = hybrid_backward_queries(*o, p);
-    if (!rc && (o->through_k || o->dv.p || o->dk.p)) rc = hybrid_backward_keys(*o, p);
+    bool usual = is_usual(o->a), keys = o->through_k || o->dv.p || o->dk.p;
+    int rc = hybrid_backward_rows(*o, p, usual);
+    if (!rc) rc = usual ? usual_sums(*o, p) : hybrid_backward_sums(*o, p);
+    if (!rc) rc = usual ? usual_queries(*o, p) : hybrid_backward_queries(*o, p);
+    if (!rc && keys) rc = usual ? usual_keys(*o, p) : hybrid_backward_keys(*o, p);
     return rc ? rc : hybrid_backward_finish(*o, p);
 }

@@ -9,7 +9,7 @@ struct near_rows {
     row_bases base;
 };
 
-template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
+template <int D, int BF, int FW, bool TRI> struct key_block {
     typedef layout<D, BF, FW> L;
     static constexpr int HALF = BF / 2, SM = BF / 64, SHARE = D / GROUPS;
     static constexpr bool MAPS = FW > 0, BOTH = MAPS && FW != BF;
@@ -73,19 +73,19 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
         int r0 = m + ((threadIdx.x & 31) >> 2);
         if constexpr (MAPS) {
             const bf16 *x = far_side ? queries(far) : k;
-            features_begin<D, BF, FW, U>(o.a, bias_in, hf, u);
+            features_begin<D, BF, FW>(o.a, bias_in, hf, u);
             products_begin(u);
             features_product<D, BF, FW>(x, far_side ? weights_q : weights_k, hf, u);
             products_end(u);
-            features_end<D, BF, FW, U>(o.a, x, hf, m, u);
+            features_end<D, BF, FW>(o.a, x, hf, m, u);
         } else {
             ready_features<BF>(o.a, s, !far_side, far_side ? far : c, hf, m, u);
         }
         if (far_side)
             for (int i = 0; i < 2; i++) by[i] = lambda * rows->value[RZ][far & 1][r0 + 8 * i];
-        else if (BOTH && !U && o.a.map == MAP_EXP_DIM) kept.keep_below(u);
+        else if (BOTH && o.a.map == MAP_EXP_DIM) kept.keep_below(u);
         else kept.keep(u);
-        put_features<BF, FW, U>(o.a, far_side ? features_q : features_k, hf, m, by, u);
+        put_features<BF, FW>(o.a, far_side ? features_q : features_k, hf, m, by, u);
     }
 
     /* d [16][HALF] = gradient of the features: R v - P, and the triangle with chunk `far`. */
@@ -218,7 +218,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
         float dv[SHARE / 8][4], dk[SHARE / 8][4];
         int n0 = group * SHARE;
         bool window = o.a.window > 0;
-        if (o.dv.p && o.dk.p && (U || (window && MAPS && !o.a.skip))) { /* the usual: two batches */
+        if (o.dv.p && o.dk.p && window && MAPS && !o.a.skip) { /* the usual: two batches */
             const bf16 *q = queries(c), *q_far = queries(c + 1);
             clear(dv), clear(dk);
             products_begin(dv, dk);
@@ -291,8 +291,8 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
         feature_gradient(c + p.lag, d);
         f.after(d[0][0]);
         if constexpr (MAPS) {
-            map_fragments_backward<BOTH, U>(o.a, hf, f, d);
-            if (!U && p.bias[1]) bias += total(d);
+            map_fragments_backward<BOTH>(o.a, hf, f, d);
+            if (p.bias[1]) bias += total(d);
             if (BOTH && hf) put_tile<64>(dpre, d, m, 0);
             if (BOTH) groups_meet(1, 2);
             if (BOTH && hf) return;
@@ -301,7 +301,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
         } else if (o.dmk.p) {
             int64_t stride;
             bf16 *to = result(2, c, &stride);
-            put_rows(to + hf * HALF, stride, d, m, s.len - c * 64, half_width<BF, false>(o.a, hf));
+            put_rows(to + hf * HALF, stride, d, m, s.len - c * 64, half_width<BF>(o.a, hf));
         }
     }
 
@@ -360,18 +360,18 @@ template <int D, int BF, int FW, bool TRI, bool U> struct key_block {
     }
 };
 
-template <int D, int BF, int FW, bool TRI, bool U> __global__ void __launch_bounds__(THREADS, 1) keys_tile_kernel(gradients o, fast p) {
+template <int D, int BF, int FW, bool TRI> __global__ void __launch_bounds__(THREADS, 1) keys_tile_kernel(gradients o, fast p) {
     LC_SHARED(memory);
     next_may_start();
-    key_block<D, BF, FW, TRI, U> block(o, p, memory);
+    key_block<D, BF, FW, TRI> block(o, p, memory);
     block.run();
 }
 
-template <int D, int BF, int FW, bool TRI, bool U> struct keys_launcher {
+template <int D, int BF, int FW, bool TRI> struct keys_launcher {
     static int launch(const gradients &o, const fast &p) {
         size_t bytes = layout<D, BF, FW>::bytes;
-        if (allow_shared(keys_tile_kernel<D, BF, FW, TRI, U>, bytes)) return LC_K_DEVICE;
-        launch_next(keys_tile_kernel<D, BF, FW, TRI, U>, dim3((unsigned)(o.a.b * o.a.h * p.segments)), THREADS, bytes, o, p);
+        if (allow_shared(keys_tile_kernel<D, BF, FW, TRI>, bytes)) return LC_K_DEVICE;
+        launch_next(keys_tile_kernel<D, BF, FW, TRI>, dim3((unsigned)(o.a.b * o.a.h * p.segments)), THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };

@@ -8,7 +8,7 @@ struct query_rows {
     row_bases base;
 };
 
-template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
+template <int D, int BF, int FW, bool TRI> struct query_block {
     typedef layout<D, BF, FW> L;
     static constexpr int HALF = BF / 2, SM = BF / 64, SHARE = D / GROUPS;
     static constexpr bool MAPS = FW > 0, BOTH = MAPS && FW != BF;
@@ -71,16 +71,16 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
         const float none = TRI && far < 0 ? 0.f : 1.f, by[2] = {none, none};
         if constexpr (MAPS) {
             const bf16 *x = far_side ? keys(far) : q;
-            features_begin<D, BF, FW, U>(o.a, bias_in, hf, v);
+            features_begin<D, BF, FW>(o.a, bias_in, hf, v);
             products_begin(v);
             features_product<D, BF, FW>(x, far_side ? weights_k : weights_q, hf, v);
             products_end(v);
-            features_end<D, BF, FW, U>(o.a, x, hf, m, v);
+            features_end<D, BF, FW>(o.a, x, hf, m, v);
         } else {
             ready_features<BF>(o.a, s, far_side, far_side ? far : c, hf, m, v);
         }
-        if (far_side) put_features<BF, FW, U>(o.a, features_k, hf, m, by, v);
-        else if (BOTH && !U && o.a.map == MAP_EXP_DIM) kept.keep_below(v);
+        if (far_side) put_features<BF, FW>(o.a, features_k, hf, m, by, v);
+        else if (BOTH && o.a.map == MAP_EXP_DIM) kept.keep_below(v);
         else kept.keep(v);
     }
 
@@ -130,7 +130,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
 
     /* This half's share of x of its rows. */
     __device__ __forceinline__ void put_x(const kept_features<BOTH, BF / 16> &kept, const float (&d)[BF / 16][4]) {
-        int lane = threadIdx.x & 31, width = half_width<BF, U>(o.a, hf);
+        int lane = threadIdx.x & 31, width = half_width<BF>(o.a, hf);
         float x[2] = {0, 0};
 #pragma unroll
         for (int n = 0; n < BF / 16; n++) {
@@ -179,7 +179,7 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
         float acc[SHARE / 8][4];
         int n0 = group * SHARE;
         clear(acc);
-        if (U ? window : window && MAPS && !o.a.skip) { /* the usual: all in one batch */
+        if (window && MAPS && !o.a.skip) { /* the usual: all in one batch */
             products_begin(acc);
             group_product<SHARE, 64, 64, ALONG_K, 64, ACROSS_K>(acc, ds, 0, keys(c - 1), n0);
             group_product<SHARE, 64, 64, ALONG_K, 64, ACROSS_K>(acc, ds + 64 * 64, 0, keys(c), n0);
@@ -247,15 +247,15 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
         v.after(d[0][0]);
         put_x(v, d);
         if constexpr (MAPS) {
-            map_fragments_backward<BOTH, U>(o.a, hf, v, d);
-            if (!U && p.bias[0]) bias += total(d);
+            map_fragments_backward<BOTH>(o.a, hf, v, d);
+            if (p.bias[0]) bias += total(d);
             if (BOTH && hf) put_tile<64>(dpre, d, m, 0);
             if (BOTH) groups_meet(1, 2);
             if (BOTH && hf) return;
             if (BOTH) add_tile<64>(dpre, d, m, 0);
             put_tile<64>(dpre, d, m, BOTH ? 0 : hf * HALF);
         } else if (o.dmq.p) {
-            put_rows(o.dmq.row<bf16>(s.b, s.h, s.s0 + c * 64) + hf * HALF, o.dmq.s[2], d, m, s.len - c * 64, half_width<BF, false>(o.a, hf));
+            put_rows(o.dmq.row<bf16>(s.b, s.h, s.s0 + c * 64) + hf * HALF, o.dmq.s[2], d, m, s.len - c * 64, half_width<BF>(o.a, hf));
         }
     }
 
@@ -309,18 +309,18 @@ template <int D, int BF, int FW, bool TRI, bool U> struct query_block {
     }
 };
 
-template <int D, int BF, int FW, bool TRI, bool U> __global__ void __launch_bounds__(THREADS, 1) queries_tile_kernel(gradients o, fast p) {
+template <int D, int BF, int FW, bool TRI> __global__ void __launch_bounds__(THREADS, 1) queries_tile_kernel(gradients o, fast p) {
     LC_SHARED(memory);
     next_may_start();
-    query_block<D, BF, FW, TRI, U> block(o, p, memory);
+    query_block<D, BF, FW, TRI> block(o, p, memory);
     block.run();
 }
 
-template <int D, int BF, int FW, bool TRI, bool U> struct queries_launcher {
+template <int D, int BF, int FW, bool TRI> struct queries_launcher {
     static int launch(const gradients &o, const fast &p) {
         size_t bytes = layout<D, BF, FW>::bytes;
-        if (allow_shared(queries_tile_kernel<D, BF, FW, TRI, U>, bytes)) return LC_K_DEVICE;
-        launch_next(queries_tile_kernel<D, BF, FW, TRI, U>, dim3((unsigned)(o.a.b * o.a.h * p.segments)), THREADS, bytes, o, p);
+        if (allow_shared(queries_tile_kernel<D, BF, FW, TRI>, bytes)) return LC_K_DEVICE;
+        launch_next(queries_tile_kernel<D, BF, FW, TRI>, dim3((unsigned)(o.a.b * o.a.h * p.segments)), THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };

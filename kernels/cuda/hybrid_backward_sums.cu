@@ -2,15 +2,9 @@
  * the states start from, and the sums over query heads, segments and the batch, all in a fixed order. */
 #include "hybrid_backward_tile.cuh"
 
-/* One of two, field by field: a choice of addresses would put both into memory. */
-__device__ __forceinline__ rows4 either(bool first, const rows4 &a, const rows4 &b) {
-    rows4 r = {first ? a.p : b.p, {first ? a.s[0] : b.s[0], first ? a.s[1] : b.s[1], first ? a.s[2] : b.s[2]}, first ? a.dtype : b.dtype};
-    return r;
-}
-
 /* ---- values of the queries' rows: D / 8 lanes a row, ROWS_AT_ONCE rows a thread; `blocks` a head ----------------------- */
 enum { ROWS_AT_ONCE = 4 };
-template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(gradients o, fast p, int blocks) {
+template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(gradients o, fast p, int blocks, float scale) {
     constexpr int LANES = D / 8, EACH = SUM_THREADS / LANES; /* rows of a block at a time */
     const hybrid &a = o.a;
     next_may_start();
@@ -30,7 +24,7 @@ template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(grad
         if (lane == SHIFT && a.window) value[n] = *o.c.row<float>(b, h, t);
         if (lane == AT && a.window) value[n] = __int_as_float(*o.argmax.row<int32_t>(b, h, t));
     }
-    float scale = a.scale32 * hybrid_gamma<float>(a, h);
+    scale *= hybrid_gamma<float>(a, h);
 #pragma unroll
     for (int n = 0; n < ROWS_AT_ONCE; n++) {
         int t = first + n * EACH;
@@ -52,12 +46,13 @@ template <int D> __global__ void __launch_bounds__(SUM_THREADS) rows_kernel(grad
     }
 }
 
-int hybrid_backward_tiles::hybrid_backward_rows(const gradients &o, const fast &p) {
+int hybrid_backward_tiles::hybrid_backward_rows(const gradients &o, const fast &p, bool usual) {
     const hybrid &a = o.a;
     int blocks = (int)ceil_div(a.t, SUM_THREADS / (a.d / 8) * ROWS_AT_ONCE);
     unsigned grid = (unsigned)(a.b * a.h * blocks);
-    if (a.d == 128) LC_LAUNCH(rows_kernel<128>, grid, SUM_THREADS, 0, o, p, blocks);
-    else LC_LAUNCH(rows_kernel<64>, grid, SUM_THREADS, 0, o, p, blocks);
+    float scale = usual ? 1.f : a.scale32;
+    if (a.d == 128) LC_LAUNCH(rows_kernel<128>, grid, SUM_THREADS, 0, o, p, blocks, scale);
+    else LC_LAUNCH(rows_kernel<64>, grid, SUM_THREADS, 0, o, p, blocks, scale);
     return LC_K_OK;
 }
 
@@ -68,7 +63,7 @@ template <int D, int BF, int FW> struct sums_layout {
     static constexpr size_t bytes = 2 * ((size_t)3 * L::tile + L::weights + 64 * BF) + 2048; /* 2048: 4 * 64 + BF floats */
 };
 
-template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_THREADS, 2) segment_sums_kernel(gradients o, fast p) {
+template <int D, int BF, int FW> __global__ void __launch_bounds__(SUM_THREADS, 2) segment_sums_kernel(gradients o, fast p) {
     LC_SHARED(memory);
     next_may_start();
     typedef layout<D, BF, FW> L;
@@ -96,7 +91,7 @@ template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_T
     if constexpr (FW > 0) load_weights<D, FW, SUM_THREADS>(w, either(back, a.mq, a.mk), s.h, a.f);
     clear(sum);
     if (tid < BF) z[tid] = 0;
-    wait_for_previous(); /* the values of rows; nothing is written before */
+    if (back) wait_for_previous(); /* the values of rows: before them, all else had ended */
     auto fetch = [&](int c) { /* delta of a row by the first 64 threads, lambda / z by the next */
         int row = tid & 63;
         if (!back || tid >= 128) return 1.f;
@@ -112,10 +107,10 @@ template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_T
         if (tid < 128) delta[tid] = value;
         copy_wait<0>();
         meet();
-        features<D, BF, FW, U>(a, s, back ? 0 : 1, tx, w, bias, c, hf, m, v);
+        features<D, BF, FW>(a, s, back ? 0 : 1, tx, w, bias, c, hf, m, v);
         int r0 = m + ((tid & 31) >> 2);
         const float by[2] = {rz[r0], rz[r0 + 8]};
-        put_features<BF, FW, U>(a, feature, hf, m, by, v);
+        put_features<BF, FW>(a, feature, hf, m, by, v);
         meet();
         load_chunk(c + 1);
         value = fetch(c + 1);
@@ -129,12 +124,12 @@ template <int D, int BF, int FW, bool U> __global__ void __launch_bounds__(SUM_T
     copy_wait<0>();
 }
 
-template <int D, int BF, int FW, bool TRI, bool U> struct sums_launcher {
-    static int launch(const gradients &o, const fast &p) { return sums<D, BF, FW, U>(o, p); }
-    template <int D_, int BF_, int FW_, bool U_> static int sums(const gradients &o, const fast &p) {
+template <int D, int BF, int FW, bool TRI> struct sums_launcher {
+    static int launch(const gradients &o, const fast &p) { return sums<D, BF, FW>(o, p); }
+    template <int D_, int BF_, int FW_> static int sums(const gradients &o, const fast &p) {
         size_t bytes = sums_layout<D_, BF_, FW_>::bytes;
-        if (allow_shared(segment_sums_kernel<D_, BF_, FW_, U_>, bytes)) return LC_K_DEVICE;
-        launch_next(segment_sums_kernel<D_, BF_, FW_, U_>, dim3((unsigned)(o.a.b * o.a.h * (p.segments - 1)), 2), SUM_THREADS, bytes, o, p);
+        if (allow_shared(segment_sums_kernel<D_, BF_, FW_>, bytes)) return LC_K_DEVICE;
+        launch_next(segment_sums_kernel<D_, BF_, FW_>, dim3((unsigned)(o.a.b * o.a.h * (p.segments - 1)), 2), SUM_THREADS, bytes, o, p);
         return LC_K_OK;
     }
 };

@@ -27,7 +27,8 @@ struct fast {
 };
 
 /* Values of a query's row: 1 / z; delta; the maximum less the logarithm of what scales the weights, INFINITY where there is none; the key at
- * the maximum from the first token on, as bits, -1 where there is none; x. */
+ * the maximum from the first token on, as bits, -1 where there is none; x. The usual call's weights do not come times scale, and instead of
+ * x there is x times scale as bf16 above that key's place from the query's chunk on, both in half a word. */
 enum { RZ, DELTA, SHIFT, AT, XSUM, VALUES };
 
 /* Launches one after the other, each of which may begin while the one before ends (chain.cuh). */
@@ -51,13 +52,16 @@ static inline void launch_next(void (*kernel)(P...), dim3 grid, int block, size_
 /* hybrid_backward_{queries,keys,sums}.cu: launches; d, BF, TRI and fw are known to have a kernel. */
 int hybrid_backward_queries(const gradients &o, const fast &p);
 int hybrid_backward_keys(const gradients &o, const fast &p);
-int hybrid_backward_rows(const gradients &o, const fast &p);
+int hybrid_backward_rows(const gradients &o, const fast &p, bool usual);
 int hybrid_backward_sums(const gradients &o, const fast &p);
 int hybrid_backward_finish(const gradients &o, const fast &p);
+/* hybrid_backward_usual_{sums,queries,keys}.cu: the same of the usual call. */
+int usual_sums(const gradients &o, const fast &p);
+int usual_queries(const gradients &o, const fast &p);
+int usual_keys(const gradients &o, const fast &p);
 
-/* The table of instances: D, BF, FW (0: features are given, there are no maps); and of the usual call, whose code is the shortest: window 64
- * in a terrace, softmax features of both signs, as many as there is room for, no bias and no skip. Features whose clamp cannot be told from
- * 0 in half precision need no second look at it. */
+/* The table of instances: D, BF, FW (0: features are given, there are no maps). The usual call has kernels of its own: window 64 in a terrace,
+ * head dim 128, 64 softmax features of each sign, no bias and no skip; a clamp that cannot be told from 0 in half precision is none. */
 #ifdef LC_EMULATED /* enough for tests; they compile for long */
 #define LC_SHAPES(X) X(128, 128, 64) X(64, 128, 64) X(64, 64, 32) X(64, 64, 64) X(64, 64, 0)
 #else
@@ -65,22 +69,20 @@ int hybrid_backward_finish(const gradients &o, const fast &p);
     X(128, 128, 64) X(128, 64, 32) X(128, 64, 64) X(64, 128, 64) X(64, 128, 128) X(64, 64, 32) X(64, 64, 64)                     \
     X(128, 128, 0) X(128, 64, 0) X(64, 128, 0) X(64, 64, 0)
 #endif
-#define LC_USUAL(D, BF, FW, TRI) (D == 128 && BF == 128 && FW == 64 && !TRI)
 static inline bool is_usual(const hybrid &a) {
-    return a.map == MAP_SOFTMAX_DIM && a.f == 64 && !a.skip && !a.bq && !a.bk && a.feature_eps <= 1. / (1 << 25);
+    return a.d == 128 && a.window && a.kind == KIND_TERRACE && a.map == MAP_SOFTMAX_DIM && a.f == 64 && !a.skip && !a.bq && !a.bk && a.feature_eps <= 1. / (1 << 25);
 }
 static inline bool has_shape(int d, int bf, int fw) {
 #define LC_SHAPE(D, BF, FW) || (d == D && bf == BF && fw == FW)
     return false LC_SHAPES(LC_SHAPE);
 #undef LC_SHAPE
 }
-/* Calls launch of L<D, BF, FW, TRI, USUAL>. */
-template <template <int, int, int, bool, bool> class L> static int with_shape(const gradients &o, const fast &p) {
+/* Calls launch of L<D, BF, FW, TRI>. */
+template <template <int, int, int, bool> class L> static int with_shape(const gradients &o, const fast &p) {
     bool tri = o.a.kind == KIND_SLIDING || !o.a.window;
 #define LC_SHAPE(D, BF, FW)                                                                                                      \
     if (o.a.d == D && p.bf == BF && p.fw == FW) {                                                                                \
-        if (LC_USUAL(D, BF, FW, tri) && is_usual(o.a)) return L<D, BF, FW, false, LC_USUAL(D, BF, FW, false)>::launch(o, p);     \
-        return tri ? L<D, BF, FW, true, false>::launch(o, p) : L<D, BF, FW, false, false>::launch(o, p);                         \
+        return tri ? L<D, BF, FW, true>::launch(o, p) : L<D, BF, FW, false>::launch(o, p);                                       \
     }
     LC_SHAPES(LC_SHAPE)
 #undef LC_SHAPE
@@ -99,6 +101,12 @@ template <int D, int BF, int FW> struct layout {
     static constexpr size_t bytes = shared_bytes(D, BF, FW);
 };
 
+/* One of two, field by field: a choice of addresses would put both into memory. */
+__device__ __forceinline__ rows4 either(bool first, const rows4 &a, const rows4 &b) {
+    rows4 r = {first ? a.p : b.p, {first ? a.s[0] : b.s[0], first ? a.s[1] : b.s[1], first ? a.s[2] : b.s[2]}, first ? a.dtype : b.dtype};
+    return r;
+}
+
 /* Which segment a block has. Chunks count from the first real token s0; n of them are there. */
 struct chunk_range {
     int seg, b, h, hk, s0, len, n, c0, c1;
@@ -116,14 +124,18 @@ __device__ __forceinline__ bool holds(const chunk_range &s, int chunk, int row) 
 
 /* Chunk `chunk` of one head's rows, of which base is the first real token's, into a tile [64][D]; rows that do not exist are zeros. */
 template <int D, int T = THREADS>
-__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *base, const rows4 &x, const chunk_range &s, int chunk) {
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *base, const rows4 &x, const chunk_range &s, int chunk, int tid) {
     constexpr int STEP = T / (D / 8); /* rows at a time, a multiple of 8: the place in a row stays */
-    int first = (int)(threadIdx.x / (D / 8)), col = (int)(threadIdx.x % (D / 8)) * 8;
+    int first = tid / (D / 8), col = tid % (D / 8) * 8;
     int rows = chunk < 0 ? 0 : s.len - chunk * 64, stride = (int)x.s[2];
     const bf16 *at = base + ((int64_t)chunk * (64 * stride) + (first * stride + col));
     bf16 *to = tile_at<64>(tile, first, col);
 #pragma unroll
     for (int i = 0; i < 64 / STEP; i++) copy16(to + i * STEP * 64, at + i * STEP * stride, first + i * STEP < rows);
+}
+template <int D, int T = THREADS>
+__device__ __forceinline__ void load_tile(bf16 *tile, const bf16 *base, const rows4 &x, const chunk_range &s, int chunk) {
+    load_tile<D, T>(tile, base, x, s, chunk, threadIdx.x);
 }
 /* Where a block's rows begin, in shared memory: a register of each thread is dearer. */
 enum { OF_Q, OF_G, OF_K, OF_V };
@@ -162,10 +174,10 @@ template <int D, int FW, int T> struct weights_piece {
         int align = m.dtype == LC_K_F32 ? 4 : 8;
         return (m.dtype == LC_K_F32 || m.dtype == LC_K_BF16) && (uintptr_t)m.p % 16 == 0 && m.s[1] % align == 0 && m.s[2] % align == 0;
     }
-    __device__ __forceinline__ void fetch(const rows4 &m, int h, int f) {
+    __device__ __forceinline__ void fetch(const rows4 &m, int h, int f, int tid) {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            int at = threadIdx.x + i * T, n = at % (FW / 8) * 8;
+            int at = tid + i * T, n = at % (FW / 8) * 8;
             int64_t from = h * m.s[1] + at / (FW / 8) * m.s[2] + n;
             v[i] = make_uint4(0, 0, 0, 0);
             if (n >= f || (ALL < T && at >= ALL)) continue;
@@ -177,34 +189,37 @@ template <int D, int FW, int T> struct weights_piece {
             }
         }
     }
-    __device__ __forceinline__ void put(bf16 *tile) const {
+    __device__ __forceinline__ void put(bf16 *tile, int tid) const {
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            int at = threadIdx.x + i * T;
+            int at = tid + i * T;
             if (ALL < T && at >= ALL) continue;
             *(uint4 *)tile_at<D>(tile, at / (FW / 8), at % (FW / 8) * 8) = v[i];
         }
     }
 };
-template <int D, int FW, int T = THREADS> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f) {
+template <int D, int FW, int T> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f, int tid) {
     if (weights_piece<D, FW, T>::wide(m)) {
         weights_piece<D, FW, T> w;
-        w.fetch(m, h, f), w.put(tile);
+        w.fetch(m, h, f, tid), w.put(tile, tid);
         return;
     }
 #pragma unroll 1
-    for (int i = threadIdx.x; i < D * FW; i += T) {
+    for (int i = tid; i < D * FW; i += T) {
         int e = i / FW, n = i % FW;
         float v = n < f ? read_as<float>(m.p, m.dtype, h * m.s[1] + e * m.s[2] + n) : 0.f;
         *tile_at<D>(tile, e, n) = store<bf16>(v);
     }
 }
+template <int D, int FW, int T = THREADS> __device__ __forceinline__ void load_weights(bf16 *tile, const rows4 &m, int h, int f) {
+    load_weights<D, FW, T>(tile, m, h, f, threadIdx.x);
+}
 template <int D, int FW>
 __device__ __forceinline__ void load_weights(bf16 *tile_q, const rows4 &mq, bf16 *tile_k, const rows4 &mk, int h, int f) {
     if (weights_piece<D, FW, THREADS>::wide(mq) && weights_piece<D, FW, THREADS>::wide(mk)) {
         weights_piece<D, FW, THREADS> q, k;
-        q.fetch(mq, h, f), k.fetch(mk, h, f);
-        q.put(tile_q), k.put(tile_k);
+        q.fetch(mq, h, f, threadIdx.x), k.fetch(mk, h, f, threadIdx.x);
+        q.put(tile_q, threadIdx.x), k.put(tile_k, threadIdx.x);
         return;
     }
     load_weights<D, FW>(tile_q, mq, h, f), load_weights<D, FW>(tile_k, mk, h, f);
@@ -348,8 +363,7 @@ __device__ __forceinline__ float quad_max(float v) {
 /* ---- feature maps on fragments --------------------------------------------------------------------------------------- */
 __device__ __forceinline__ bool has_extreme(const hybrid &a) { return a.map == MAP_SOFTMAX_DIM || a.map == MAP_EXP_DIM; }
 /* How many columns of half `hf` are features. */
-template <int BF, bool U> __device__ __forceinline__ int half_width(const hybrid &a, int hf) {
-    if (U) return BF / 2;
+template <int BF> __device__ __forceinline__ int half_width(const hybrid &a, int hf) {
     if (has_extreme(a)) return a.f;
     int w = a.F - hf * (BF / 2);
     return w < 0 ? 0 : w < BF / 2 ? w : BF / 2;
@@ -358,7 +372,7 @@ template <int BF, bool U> __device__ __forceinline__ int half_width(const hybrid
 /* Maps of x and of -x have FW = BF / 2, the others FW = BF. Rows m .. m + 15 of half hf: the map's inputs, in
  * columns that are none `no_input`, become features before the clamp, 0 in columns that are none. */
 template <bool BOTH> __device__ __forceinline__ float no_input(int hf) { return BOTH && hf ? 1e30f : -1e30f; }
-template <bool BOTH, bool U, int N> __device__ __forceinline__ void map_fragments(const hybrid &a, int hf, float (&v)[N][4]) {
+template <bool BOTH, int N> __device__ __forceinline__ void map_fragments(const hybrid &a, int hf, float (&v)[N][4]) {
     if constexpr (BOTH) {
         float sign = hf ? -LC_LOG2E : LC_LOG2E, m[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 #pragma unroll
@@ -376,7 +390,7 @@ template <bool BOTH, bool U, int N> __device__ __forceinline__ void map_fragment
                 v[n][j] = exp2_fast(v[n][j] - m[j >> 1]);
                 sum[j >> 1] += v[n][j];
             }
-        if (!U && a.map == MAP_EXP_DIM) return;
+        if (a.map == MAP_EXP_DIM) return;
         sum[0] = inverse(quad_sum(sum[0])), sum[1] = inverse(quad_sum(sum[1]));
 #pragma unroll
         for (int n = 0; n < N; n++)
@@ -428,7 +442,7 @@ template <bool BOTH, int N> struct kept_features {
 };
 
 /* d, gradients of clamped features, becomes what this half gives to the map's inputs. */
-template <bool BOTH, bool U, int N>
+template <bool BOTH, int N>
 __device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, const kept_features<BOTH, N> &kept, float (&d)[N][4]) {
     float eps = a.feature_eps32;
     if constexpr (BOTH) {
@@ -438,12 +452,12 @@ __device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, 
             kept.get(n, v);
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                d[n][j] = !U && v[j] < eps ? 0.f : d[n][j] * v[j] * sign;
+                d[n][j] = v[j] < eps ? 0.f : d[n][j] * v[j] * sign;
                 dot[j >> 1] += d[n][j];
             }
         }
         dot[0] = quad_sum(dot[0]), dot[1] = quad_sum(dot[1]);
-        bool extreme = !U && a.map == MAP_EXP_DIM; /* the extreme, which has the value 1, alone gets the sum */
+        bool extreme = a.map == MAP_EXP_DIM; /* the extreme, which has the value 1, alone gets the sum */
         if (extreme) {
             float ties[2] = {0, 0};
 #pragma unroll
@@ -476,13 +490,9 @@ __device__ __forceinline__ void map_fragments_backward(const hybrid &a, int hf, 
 
 /* Features before the clamp of rows m .. m + 15 (half hf) of a chunk, from its tile x [64][D] and the weights [D][FW]: begin (sets v), a
  * product, end. */
-template <int D, int BF, int FW, bool U>
+template <int D, int BF, int FW>
 __device__ __forceinline__ void features_begin(const hybrid &a, float bias, int hf, float (&v)[BF / 16][4]) {
-    if (U) {
-        clear(v);
-        return;
-    }
-    int width = half_width<BF, false>(a, hf);
+    int width = half_width<BF>(a, hf);
 #pragma unroll
     for (int n = 0; n < BF / 16; n++)
 #pragma unroll
@@ -492,10 +502,10 @@ template <int D, int BF, int FW>
 __device__ __forceinline__ void features_product(const bf16 *x, const bf16 *w, int hf, float (&v)[BF / 16][4]) {
     group_product<BF / 2, D, 64, ALONG_K, D, ACROSS_K>(v, x, 0, w, FW == BF ? hf * (BF / 2) : 0);
 }
-template <int D, int BF, int FW, bool U>
+template <int D, int BF, int FW>
 __device__ __forceinline__ void features_end(const hybrid &a, const bf16 *x, int hf, int m, float (&v)[BF / 16][4]) {
-    int width = half_width<BF, U>(a, hf), n0 = FW == BF ? hf * (BF / 2) : 0, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
-    if (!U && a.skip) {
+    int width = half_width<BF>(a, hf), n0 = FW == BF ? hf * (BF / 2) : 0, g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    if (a.skip) {
 #pragma unroll
         for (int n = 0; n < BF / 16; n++)
 #pragma unroll
@@ -505,12 +515,12 @@ __device__ __forceinline__ void features_end(const hybrid &a, const bf16 *x, int
                 v[n][2 * i] += f.x, v[n][2 * i + 1] += f.y;
             }
     }
-    map_fragments<FW != BF, U>(a, hf, v);
+    map_fragments<FW != BF>(a, hf, v);
 }
 /* Ready ones, from memory. */
 template <int BF>
 __device__ __forceinline__ void ready_features(const hybrid &a, const chunk_range &s, int key, int chunk, int hf, int m, float (&v)[BF / 16][4]) {
-    int width = half_width<BF, false>(a, hf), g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
+    int width = half_width<BF>(a, hf), g = (threadIdx.x & 31) >> 2, q = threadIdx.x & 3;
     const rows4 &ready = key ? a.mk : a.mq;
     const bf16 *base = ready.row<bf16>(s.b, key ? s.h / a.mk_group : s.h, s.s0) + hf * (BF / 2) + 2 * q;
 #pragma unroll
@@ -525,23 +535,23 @@ __device__ __forceinline__ void ready_features(const hybrid &a, const chunk_rang
         }
 }
 /* Either. */
-template <int D, int BF, int FW, bool U>
+template <int D, int BF, int FW>
 __device__ __forceinline__ void features(const hybrid &a, const chunk_range &s, int key, const bf16 *x, const bf16 *w, float bias, int chunk,
                                          int hf, int m, float (&v)[BF / 16][4]) {
     if constexpr (!FW) {
         ready_features<BF>(a, s, key, chunk, hf, m, v);
     } else {
-        features_begin<D, BF, FW, U>(a, bias, hf, v);
+        features_begin<D, BF, FW>(a, bias, hf, v);
         products_begin(v);
         features_product<D, BF, FW>(x, w, hf, v);
         products_end(v);
-        features_end<D, BF, FW, U>(a, x, hf, m, v);
+        features_end<D, BF, FW>(a, x, hf, m, v);
     }
 }
 /* Features as they count: clamped, times `by` of their rows. */
-template <int BF, int FW, bool U>
+template <int BF, int FW>
 __device__ __forceinline__ void put_features(const hybrid &a, bf16 *tile, int hf, int m, const float (&by)[2], float (&v)[BF / 16][4]) {
-    int width = half_width<BF, U>(a, hf);
+    int width = half_width<BF>(a, hf);
 #pragma unroll
     for (int n = 0; n < BF / 16; n++)
 #pragma unroll

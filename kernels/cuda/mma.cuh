@@ -48,6 +48,20 @@ __device__ __forceinline__ uint32_t at_least2(uint32_t v, uint32_t least) {
 #endif
 }
 
+/* Sums of both halves, each rounded. */
+__device__ __forceinline__ uint32_t add2(uint32_t a, uint32_t b) {
+#ifdef LC_EMULATED
+    float2 x = unpack2<bf16>(a), y = unpack2<bf16>(b);
+    return pack2<bf16>(x.x + y.x, x.y + y.y);
+#else
+    __nv_bfloat162 x, y;
+    memcpy(&x, &a, 4), memcpy(&y, &b, 4);
+    x = __hadd2(x, y);
+    memcpy(&a, &x, 4);
+    return a;
+#endif
+}
+
 __device__ __forceinline__ float exp2_fast(float x) { /* 2 ulp; 0 for -inf */
 #ifdef LC_EMULATED
     return exp2f(x);
@@ -61,6 +75,7 @@ __device__ __forceinline__ float exp2_fast(float x) { /* 2 ulp; 0 for -inf */
 /* ---- asynchronous copies to shared memory ---------------------------------------------------------------------------- */
 #ifdef LC_EMULATED
 __device__ __forceinline__ void copy16(void *to, const void *from, bool valid) { lc_emu_copy(to, from, 16, valid ? 16 : 0); }
+__device__ __forceinline__ void copy4(void *to, const void *from, bool valid) { lc_emu_copy(to, from, 4, valid ? 4 : 0); }
 __device__ __forceinline__ void copy_commit() { lc_emu_copy_commit(); }
 template <int N> __device__ __forceinline__ void copy_wait() { lc_emu_copy_wait(N); }
 #else
@@ -69,6 +84,10 @@ __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint
 __device__ __forceinline__ void copy16(void *to, const void *from, bool valid) {
     int n = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(n) : "memory");
+}
+__device__ __forceinline__ void copy4(void *to, const void *from, bool valid) { /* the same with 4 bytes */
+    int n = valid ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(n) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /* Until at most N groups of this thread are under way; a barrier must follow before others read. */

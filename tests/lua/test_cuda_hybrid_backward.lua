@@ -94,4 +94,14 @@ case("ready sliding", {t = 200, d = 64, f = 64, h = 1, map = "none", kind = "sli
 case("transfer", {t = 257, d = 64, f = 32, h = 2, g = 1, wide = true, want = "mq mk factors "})
 case("lora", {t = 200, d = 64, f = 32, h = 2, g = 1, want = "q k v "})
 case("values", {t = 200, d = 64, f = 32, h = 1, want = "v "})
+-- The usual call (head dim 128, 64 inputs of a map, terrace) has walks of its own.
+case("usual transfer", {t = 257, d = 128, f = 64, h = 2, g = 1, wide = true, want = "mq mk factors "})
+case("usual lora", {t = 257, d = 128, f = 64, h = 2, g = 1, want = "q k v "})
+case("usual segments", {t = 700, d = 128, f = 64, h = 1, want = "q k v "})
+case("usual segments maps", {t = 700, d = 128, f = 64, h = 1, want = "mq mk factors ", affine = true})
+case("usual start", {b = 2, t = 200, d = 128, f = 64, h = 2, start = {0, 77}, want = "q k v factors "})
+for _, n in ipairs {1, 64, 65} do case("usual " .. n, {t = n, d = 128, f = 64, h = 1, want = n > 1 and "q k v mq mk factors " or "v mq mk "}) end
+case("usual values", {t = 140, d = 128, f = 64, h = 1, want = "v "})
+case("usual keys", {t = 140, d = 128, f = 64, h = 1, want = "k "})
+case("usual queries", {t = 140, d = 128, f = 64, h = 1, want = "q mk "})
 t.finish()
