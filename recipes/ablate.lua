@@ -38,7 +38,7 @@ local cells = chosen and chosen.cells(N) or sweep.product(axes)
 local fixed = args.rest
 if args.tiny then
     local model, data = require("lolcats.tiny").prepare(args.out, "OUT/model", "OUT/records.json", "mistral", 0,
-                                                        { initializer_range = 0.15 })
+                                                        { initializer_range = 0.15, num_hidden_layers = 6 })
     fixed = { "--model=" .. model, "--data=" .. data, "--seq=320", "--hold_out=20", "--eval_rows=4", "--dtype=f32",
               "--records=120", unpack(args.rest) }
     if args.recipe == "distill" and args.table ~= "3" then table.insert(fixed, 1, "--sample=0") end
