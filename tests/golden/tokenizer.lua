@@ -56,14 +56,14 @@ return function(dir, T)
                 local json = files.read_json(dir .. "/" .. file)
                 local path = json.tokenizer and T.data(json.tokenizer)
                 if not path then c.skip("its tokenizer is not here") end
-                local library = json.library:match "^%a+"
-                local tok = lc.tokenizer(path, { style = library == "sentencepiece" and library or nil })
+                local peer = json["library"]:match "^%a+" -- the package that made the case
+                local tok = lc.tokenizer(path, { style = peer == "sentencepiece" and peer or nil })
                 if file:match "%.decode%.json$" then
                     decode_cases(c, tok, json.cases)
-                elseif library == "tokenizers" then
+                elseif peer == "tokenizers" then
                     encode_cases(c, tok, json.cases)
                 else
-                    plain_cases(c, tok, json.cases, library == "tiktoken")
+                    plain_cases(c, tok, json.cases, peer == "tiktoken")
                 end
             end)
         end
