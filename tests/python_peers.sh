@@ -3,30 +3,10 @@
 # adapters, students, hub, parquet. The packages are installed into a scratch environment: LOLCATS_PEERS, or one beside the build; where there is
 # no package index the test is skipped. Needs LOLCATS_PROGRAM (build/lolcats) and python3 with venv.
 cd "$(dirname "$0")/.." || exit 1
-program=${LOLCATS_PROGRAM:-build/lolcats}
-peers=${LOLCATS_PEERS:-${LOLCATS_TEST_BUILD:-/tmp}/python_peers}
 packages="torch numpy safetensors gguf transformers peft huggingface_hub pyarrow"
 names=${*:-weights models gguf_models adapters students hub parquet}
-
-skip() {
-    echo "skipped: $1"
-    exit 77
-}
-
-[ -x "$program" ] || skip "$program is not there"
-command -v python3 > /dev/null || skip "there is no python3"
-if ! [ -x "$peers/bin/python" ]; then
-    python3 -m venv "$peers" > /dev/null 2>&1 || skip "python3 -m venv does not work here"
-fi
-python=$peers/bin/python
-if ! "$python" -c "import torch, numpy, safetensors, gguf, transformers, peft, huggingface_hub, pyarrow" 2> /dev/null; then
-    # shellcheck disable=SC2086
-    "$python" -m pip install -q --disable-pip-version-check --retries 1 --timeout 20 $packages > "$peers/pip.log" 2>&1 ||
-        skip "no package index ($(tail -1 "$peers/pip.log"))"
-fi
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+work=
+. tests/peers/setup.sh
 
 weights() {
     "$python" tests/peers/weights.py write "$work/weights" && "$program" tests/peers/weights.lua "$work/weights" &&

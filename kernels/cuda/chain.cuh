@@ -58,20 +58,10 @@ static inline int64_t view_reach(const lc_view *v) { /* bytes; strides are not n
 static inline void chain_writes(const lc_view *v) { chain_writes(v->data, view_reach(v)); }
 static inline bool chain_apart(const lc_view *v) { return chain_apart(v->data, view_reach(v)); }
 
-#ifdef LC_EMULATED
+#ifdef LC_EMULATED /* which knows kernels by name */
 #define LC_LAUNCH_AFTER(apart, kernel, grid, block, shared, ...) (chain_goes_on(apart), LC_LAUNCH(kernel, grid, block, shared, __VA_ARGS__))
 #else
-#define LC_LAUNCH_AFTER(apart, kernel, grid, block, shared, ...) launch_after(apart, kernel, grid, block, shared, __VA_ARGS__)
-template <class... P, class... A>
-static inline void launch_after(bool apart, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A... argument) {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t c = {};
-    c.gridDim = grid, c.blockDim = block, c.dynamicSmemBytes = shared, c.stream = lc_cuda_now->stream;
-    c.attrs = &attribute, c.numAttrs = chain_goes_on(apart) ? 1 : 0;
-    cudaLaunchKernelEx(&c, kernel, static_cast<P>(argument)...);
-}
+#define LC_LAUNCH_AFTER(apart, kernel, grid, block, shared, ...) launch_early(chain_goes_on(apart), kernel, grid, block, shared, __VA_ARGS__)
 #endif
 
 #endif

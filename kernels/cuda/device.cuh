@@ -58,6 +58,24 @@ static inline unsigned grid_for(int64_t n, int64_t each) {
     char *name = (char *)lc_shared_memory
 #endif
 
+/* A launch that from sm_90 on may begin while the one before it still runs (programmatic dependent launch), where early says so; the kernel
+ * waits for that one's end by itself (wait_for_previous, mma.cuh). */
+template <class... P, class... A>
+static inline void launch_early(bool early, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, const A &...argument) {
+#ifdef LC_EMULATED
+    (void)early;
+    LC_LAUNCH(kernel, grid, block, shared, argument...);
+#else
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t c = {};
+    c.gridDim = grid, c.blockDim = block, c.dynamicSmemBytes = shared, c.stream = lc_cuda_now->stream;
+    c.attrs = &attribute, c.numAttrs = early && lc_cuda_now->major >= 9 ? 1 : 0;
+    cudaLaunchKernelEx(&c, kernel, static_cast<P>(argument)...);
+#endif
+}
+
 /* Lets a kernel use more dynamic shared memory than 48 KB. */
 template <class F> static inline int allow_shared(F kernel, size_t bytes) {
     if (bytes <= 48 * 1024) return 0;

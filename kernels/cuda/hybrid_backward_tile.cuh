@@ -34,19 +34,7 @@ enum { RZ, DELTA, SHIFT, AT, XSUM, VALUES };
 /* Launches one after the other, each of which may begin while the one before ends (chain.cuh). */
 template <class... P, class... A>
 static inline void launch_next(void (*kernel)(P...), dim3 grid, int block, size_t shared, const A &...argument) {
-#ifndef LC_EMULATED
-    if (lc_cuda_now->major >= 9) {
-        cudaLaunchAttribute attribute = {};
-        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t c = {};
-        c.gridDim = grid, c.blockDim = dim3(block), c.dynamicSmemBytes = shared, c.stream = lc_cuda_now->stream;
-        c.attrs = &attribute, c.numAttrs = 1;
-        cudaLaunchKernelEx(&c, kernel, argument...);
-        return;
-    }
-#endif
-    LC_LAUNCH(kernel, grid, block, shared, argument...);
+    launch_early(true, kernel, grid, dim3(block), shared, argument...);
 }
 
 /* hybrid_backward_{queries,keys,sums}.cu: launches; d, BF, TRI and fw are known to have a kernel. */

@@ -560,23 +560,6 @@ static int segments_of(const hybrid &a) {
     return best;
 }
 
-/* after_sums: the kernel begins while the sum kernel, an ordinary launch and the one before it, still runs, and waits for its end itself. */
-template <class... P> static void launch_pairs(bool after_sums, void (*kernel)(P...), int blocks, int shared, P... argument) {
-#ifndef LC_EMULATED
-    if (after_sums && lc_cuda_now->major >= 9) {
-        cudaLaunchAttribute attribute = {};
-        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t c = {};
-        c.gridDim = dim3(blocks), c.blockDim = dim3(PAIR_THREADS), c.dynamicSmemBytes = shared, c.stream = lc_cuda_now->stream;
-        c.attrs = &attribute, c.numAttrs = 1;
-        cudaLaunchKernelEx(&c, kernel, argument...);
-        return;
-    }
-#endif
-    LC_LAUNCH(kernel, blocks, PAIR_THREADS, shared, argument...);
-}
-
 template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &a, const carried &s) {
     int segments = segments_of(a), heads = a.b * a.h;
     float *parts = (float *)k->work;
@@ -590,7 +573,7 @@ template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &
     if constexpr (F == 2 * IN)
         if (a.map == MAP_SOFTMAX_DIM && a.window && a.kind == KIND_TERRACE && !a.skip && !a.bq && !a.bk) kernel = pairs_kernel<D, F, IN, true>;
     if (allow_shared(kernel, T::BYTES)) return LC_K_DEVICE;
-    launch_pairs(segments > 1, kernel, heads * segments, T::BYTES, a, s, hybrid_results(k), segments, (const float *)parts);
+    launch_early(segments > 1, kernel, heads * segments, PAIR_THREADS, T::BYTES, a, s, hybrid_results(k), segments, (const float *)parts);
     return s.state && a.window ? hybrid_remember(k, a, s) : LC_K_OK;
 }
 

@@ -478,23 +478,6 @@ static int segments_of(const hybrid &a) {
     return best;
 }
 
-/* after_sums: the kernel begins while the sum kernel, an ordinary launch and the one before it, still runs, and waits for its end itself. */
-template <class... P> static void launch_forward(bool after_sums, void (*kernel)(P...), int blocks, int shared, P... argument) {
-#ifndef LC_EMULATED
-    if (after_sums && lc_cuda_now->major >= 9) {
-        cudaLaunchAttribute attribute = {};
-        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t c = {};
-        c.gridDim = dim3(blocks), c.blockDim = dim3(TILE_THREADS), c.dynamicSmemBytes = shared, c.stream = lc_cuda_now->stream;
-        c.attrs = &attribute, c.numAttrs = 1;
-        cudaLaunchKernelEx(&c, kernel, argument...);
-        return;
-    }
-#endif
-    LC_LAUNCH(kernel, blocks, TILE_THREADS, shared, argument...);
-}
-
 template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &a, const carried &s) {
     int segments = segments_of(a), heads = a.b * a.h;
     float *parts = (float *)k->work;
@@ -508,7 +491,7 @@ template <int D, int F, int IN> static int run(const lc_kargs *k, const hybrid &
     bool early = !FT::FITS || (size_t)(FT::BYTES + FT::ROOM) <= lc_cuda_now->shared_max;
     int shared = early ? FT::BYTES + FT::ROOM : FT::BYTES;
     if (allow_shared(forward_kernel<D, F, IN>, shared)) return LC_K_DEVICE;
-    launch_forward(segments > 1, forward_kernel<D, F, IN>, heads * segments, shared, a, s, o, segments, (const float *)parts, early);
+    launch_early(segments > 1, forward_kernel<D, F, IN>, heads * segments, TILE_THREADS, shared, a, s, o, segments, (const float *)parts, early);
     return s.state && a.window ? hybrid_remember(k, a, s) : LC_K_OK;
 }
 

@@ -80,6 +80,26 @@ function t.errors(f, pattern, ...)
   return problem
 end
 
+-- n token ids below vocab, the same for the same seed (1).
+function t.ids(n, vocab, seed)
+  local out, s = {}, seed or 1
+  for i = 1, n do
+    s = (s * 48271) % 2147483647
+    out[i] = s % vocab
+  end
+  return out
+end
+
+-- Gradients of a loss for a list of leaves, as a list; zeros where one takes no part.
+function t.gradients(list, loss)
+  local lc = require "lolcats"
+  for _, p in ipairs(list) do p:zero_grad() end
+  loss:backward()
+  local out = {}
+  for i, p in ipairs(list) do out[i] = p.grad and p.grad:clone() or lc.zeros_like(p) end
+  return out
+end
+
 -- Where real data lies: LOLCATS_TEST_DATA, else ../shared of the working directory if it is there; nil otherwise.
 function t.data(path)
   local root = os.getenv("LOLCATS_TEST_DATA") or "../shared"

@@ -101,13 +101,7 @@ local function leaves(a)
     return out
 end
 
-local function gradients(list, loss)
-    for _, p in ipairs(list) do p:zero_grad() end
-    loss:backward()
-    local out = {}
-    for i, p in ipairs(list) do out[i] = p.grad and p.grad:clone() or lc.zeros_like(p) end
-    return out
-end
+local gradients = t.gradients
 
 -- Rows that were worked out with the reference's own functions, to six digits: inputs and weights are sines.
 t.test("worked examples of both windows and of the reference's terrace", function()
@@ -295,14 +289,7 @@ local function teacher(dtype)
     lc.manual_seed(1)
     return lc.model(CONFIG, { dtype = dtype or "f64" })
 end
-local function ids(n, seed)
-    local out, s = {}, seed or 1
-    for i = 1, n do
-        s = (s * 48271) % 2147483647
-        out[i] = s % 61
-    end
-    return out
-end
+local function ids(n, seed) return t.ids(n, 61, seed) end
 
 t.test("every attention of the reference by its name", function()
     local row = ids(29)

@@ -27,12 +27,7 @@ local function model_folder(layers, hidden)
 end
 
 local function rows(n, seq)
-    local ids, s = {}, 1
-    for i = 1, (n + 3) * seq + 2 do
-        s = (s * 48271) % 2147483647
-        ids[i] = s % 61
-    end
-    return data_module.from_ids(ids, { seq = seq, hold_out = 3, name = "random" })
+    return data_module.from_ids(t.ids((n + 3) * seq + 2, 61), { seq = seq, hold_out = 3, name = "random" })
 end
 
 local function options(out, more)

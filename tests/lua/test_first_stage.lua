@@ -22,14 +22,7 @@ local function model(more)
     return lc.model(c, { dtype = "f64" })
 end
 
-local function ids(n, seed)
-    local out, s = {}, seed or 1
-    for i = 1, n do
-        s = (s * 48271) % 2147483647
-        out[i] = s % 43
-    end
-    return out
-end
+local function ids(n, seed) return t.ids(n, 43, seed) end
 
 local function logits(m, row) return lc.no_grad(m.logits, m, row) end
 local function shake(list)

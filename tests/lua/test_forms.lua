@@ -67,13 +67,7 @@ local function close(got, want, tol, label)
     t.close(got, want, tol * math.max(top, 1e-3), label)
 end
 
-local function gradients(list, loss)
-    for _, p in ipairs(list) do p:zero_grad() end
-    loss:backward()
-    local out = {}
-    for i, p in ipairs(list) do out[i] = p.grad and p.grad:clone() or lc.zeros_like(p) end
-    return out
-end
+local gradients = t.gradients
 
 local function in_pieces(a, c, q, k, v)
     local layer = { student = a, index = 1, proj = { q_proj = { weight = lc.zeros({ 4, 4 }, F64) } } }

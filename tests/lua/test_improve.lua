@@ -12,14 +12,7 @@ local function teacher(dtype)
     lc.manual_seed(1)
     return lc.model(CONFIG, { dtype = dtype or "f64" })
 end
-local function ids(n, seed)
-    local out, s = {}, seed or 1
-    for i = 1, n do
-        s = (s * 48271) % 2147483647
-        out[i] = s % 61
-    end
-    return out
-end
+local function ids(n, seed) return t.ids(n, 61, seed) end
 local function student(how)
     local s = lc.linearize(teacher(), how or { window = 4 })
     s:use_linear { keep_training = { "window_factors" } }:add_lora { rank = 2 }

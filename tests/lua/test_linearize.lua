@@ -16,14 +16,7 @@ local function teacher(dtype)
     return lc.model(CONFIG, { dtype = dtype })
 end
 
-local function ids(n, seed)
-    local out, s = {}, seed or 1
-    for i = 1, n do
-        s = (s * 48271) % 2147483647
-        out[i] = s % 61
-    end
-    return out
-end
+local function ids(n, seed) return t.ids(n, 61, seed) end
 
 local scratch = os.tmpname()
 os.remove(scratch)

@@ -12,14 +12,7 @@ local function teacher(dtype)
     lc.manual_seed(1)
     return lc.model(CONFIG, { dtype = dtype or "f64" })
 end
-local function ids(n, seed)
-    local out, s = {}, seed or 1
-    for i = 1, n do
-        s = (s * 48271) % 2147483647
-        out[i] = s % 61
-    end
-    return out
-end
+local function ids(n, seed) return t.ids(n, 61, seed) end
 
 local KINDS = { { kind = "terrace", window = 4 }, { kind = "sliding", window = 5, affine = true }, { kind = "linear" },
                 { kind = "terrace", window = 4, map = "taylor" }, { kind = "terrace", window = 4, sinks = 2 },

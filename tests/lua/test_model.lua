@@ -18,14 +18,7 @@ local function with(changes)
     return out
 end
 
-local function ids(n, seed)
-    local out, s = {}, seed or 1
-    for i = 1, n do
-        s = (s * 48271) % 2147483647
-        out[i] = s % 97
-    end
-    return out
-end
+local function ids(n, seed) return t.ids(n, 97, seed) end
 
 local scratch = os.tmpname()
 os.remove(scratch)
